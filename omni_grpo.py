@@ -1,0 +1,1301 @@
+"""GRPO for audio question answering, from scratch, on one 48 GB card.
+
+    python omni_grpo.py                            the built-in demo: a tiny Qwen2.5-Omni learns to listen, on a CPU
+    python omni_grpo.py --data avqa_gpt.jsonl      Qwen2.5-Omni-7B on your questions
+
+One step: sample G completions for each of P prompts, reward them, normalise the rewards within each group, and move the
+policy by the clipped surrogate with a KL penalty to a frozen reference (DeepSeekMath, arXiv 2402.03300). The setting is
+Omni-R1's (arXiv 2505.09439): a direct answer and a correctness reward. What differs from the papers:
+
+  - LoRA on the language model's linear layers instead of full fine-tuning; the reference is the adapter switched off.
+  - A group is scored as one row [prompt | completion 1 | ... | completion G]: the prompt is computed once, there is no
+    padding, and the result is exactly that of G separate rows.
+  - The loss is a weighted sum over the trained tokens of the whole step; the weights (one vector) are the only place
+    where token, sequence and constant means differ, so nothing depends on how a step is cut into packs.
+  - Sampling is the full softmax at --temperature, and scoring divides by the same temperature. There is no top-p or
+    top-k, on purpose: what is scored must be what was sampled.
+  - All randomness is a function of (seed, step, prompt): nothing but the step number has to be restored on --resume.
+
+Alphabet: P prompts a step, G completions a prompt, R = P * G rows, S prompt tokens, T completion tokens, N packed tokens,
+M trained tokens, V vocabulary, H hidden size.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import PROMPTS, DataError, Example, Examples, UserError, ahead, chat, held_out, load_audio, probe_audio, scan
+from data import shuffle_choices, write_sounds
+from reward import accuracy, nearest, parse_rewards, score
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: every knob is one line here, and one flag
+
+
+def arg(default, help, choices=None):
+    return field(default=default, metadata=dict(help=help, choices=choices))
+
+
+@dataclass
+class Config:
+    # what to train on
+    data: str = arg("", "questions, JSONL (see data.py); none: the built-in demo")
+    eval_data: str = arg("", "held-out questions; none: --eval_size questions are split off --data, by clip")
+    eval_size: int = arg(200, "held-out questions used; 0: no evaluation")
+    model: str = arg("Qwen/Qwen2.5-Omni-7B", "checkpoint: a local directory or a Hub id, safetensors only")
+    adapter: str = arg("", "LoRA adapter to start from (it is then also the reference)")
+    cold_start_data: str = arg("", "questions with a `target` to imitate first (same update, advantage 1)")
+    cold_start_steps: int = arg(0, "supervised steps on --cold_start_data before the first GRPO step")
+    # the run
+    out: str = arg("", "run directory; none: runs/<name of the data>, with a number if that is taken")
+    resume: str = arg("", "go on from the last checkpoint of --out (or of the directory named here)")
+    seed: int = arg(0, "seed of LoRA, data order, choice order and sampling")
+    steps: int = arg(1000, "GRPO steps (one rollout each)")
+    save_every: int = arg(50, "steps between checkpoints")
+    eval_every: int = arg(100, "steps between evaluations; step 0 and the last are always evaluated")
+    eval_samples: int = arg(4, "samples a question behind eval/accuracy_sampled")
+    log_rollouts: int = arg(10, "steps between entries in rollouts.jsonl")
+    # prompt, reward, rollout
+    prompt: str = arg("direct", "prompt template: " + " | ".join(PROMPTS))
+    reward: str = arg("accuracy=1", "weighted rewards, e.g. accuracy=1,format=0.5")
+    prompts_per_step: int = arg(16, "P, prompts a step")
+    num_generations: int = arg(8, "G, completions a prompt")
+    temperature: float = arg(1.0, "of sampling and of scoring")
+    max_new_tokens: int = arg(0, "longest completion; 0: the prompt template's (32 direct, 256 thinking)")
+    # ablations: one flag, one line of code, one row of the README's table
+    scale: str = arg("std", "advantage scale: std (GRPO) | none (Dr. GRPO, arXiv 2503.20783)", ("std", "none"))
+    reduce: str = arg("sequence", "loss mean: sequence (GRPO) | token (DAPO, arXiv 2503.14476) | constant (Dr. GRPO)",
+                      ("sequence", "token", "constant"))
+    clip_low: float = arg(0.2, "ratio floor is 1 - clip_low (PPO, arXiv 1707.06347)")
+    clip_high: float = arg(0.2, "ratio ceiling is 1 + clip_high (DAPO's clip-higher uses 0.28)")
+    importance: str = arg("token", "importance ratio: token (GRPO) | sequence (GSPO, arXiv 2507.18071)",
+                          ("token", "sequence"))
+    beta: float = arg(0.04, "weight of the k3 KL to the reference; 0: no reference at all")
+    updates_per_rollout: int = arg(1, "optimizer steps on each rollout")
+    audio: str = arg("real", "what is played: real | silence (same length) | none (text only)",
+                     ("real", "silence", "none"))
+    shuffle_choices: bool = arg(True, "another order of the options every time a question is drawn")
+    order: str = arg("shuffled", "shuffled | easy_to_hard (by `pass_rate` in meta, SARI, arXiv 2504.15900)",
+                     ("shuffled", "easy_to_hard"))
+    resample_uniform: bool = arg(False, "draw new prompts for groups without reward spread (DAPO dynamic sampling)")
+    # optimisation
+    lr: float = arg(1e-5, "AdamW learning rate; 1e-6 is a full fine-tuning rate and does not move LoRA")
+    warmup_steps: int = arg(10, "steps of linear warm-up")
+    max_grad_norm: float = arg(1.0, "gradient norm ceiling")
+    optimizer: str = arg("adamw8bit", "adamw8bit (bitsandbytes) | adamw (torch)", ("adamw8bit", "adamw"))
+    lora_rank: int = arg(32, "LoRA rank on all linear layers of the language model; 0: full fine-tuning (small models)")
+    lora_alpha: int = arg(64, "LoRA scale is lora_alpha / lora_rank")
+    # memory and speed
+    load_in_4bit: bool = arg(False, "nf4 base weights, for cards under 24 GB")
+    gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
+    pack_tokens: int = arg(8192, "tokens scored in one forward pass (at least one group)")
+    rollout_rows: int = arg(128, "completions decoded together")
+    workers: int = arg(4, "threads that read audio ahead of the step")
+    max_audio_s: float = arg(30.0, "seconds of a clip that are heard, at most 300")
+    max_bad_audio: int = arg(10, "unreadable clips that are skipped before the run stops")
+
+    def __post_init__(self):
+        rules = [("num_generations", self.num_generations >= 2, "a group needs at least 2 to compare"),
+                 ("temperature", 0 < self.temperature < math.inf, "sampling needs a temperature above 0"),
+                 ("max_audio_s", 0 < self.max_audio_s <= 300, "the audio front end hears at most 300 s"),
+                 ("clip_low", 0 <= self.clip_low <= 1, "the ratio floor 1 - clip_low must lie in [0, 1]"),
+                 ("model", bool(self.model), "name a directory or a Hub id"),
+                 ("prompt", self.prompt in PROMPTS, f"unknown{nearest(self.prompt, PROMPTS)}")]
+        rules += [(k, getattr(self, k) >= 1, "must be at least 1") for k in
+                  ("prompts_per_step", "updates_per_rollout", "save_every", "eval_every", "eval_samples", "log_rollouts",
+                   "pack_tokens", "rollout_rows", "workers", "lora_alpha")]
+        rules += [(k, 0 <= getattr(self, k) < math.inf, "must be 0 or more") for k in
+                  ("steps", "cold_start_steps", "eval_size", "max_new_tokens", "clip_high", "beta", "lr", "warmup_steps",
+                   "lora_rank", "max_bad_audio", "max_grad_norm")]
+        for f in dataclasses.fields(self):
+            allowed = f.metadata["choices"]
+            rules.append((f.name, not allowed or getattr(self, f.name) in allowed, f"must be one of {allowed}"))
+        for name, ok, why in rules:
+            if not ok:
+                raise UserError(f"--{name} {getattr(self, name)}: {why}")
+        try:
+            parse_rewards(self.reward)
+        except ValueError as e:
+            raise UserError(f"--reward {self.reward}: {e}") from None
+
+    @property
+    def new_tokens(self) -> int:
+        return self.max_new_tokens or PROMPTS[self.prompt].max_new_tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mathematics: pure functions of tensors and floats
+
+
+def group_advantages(rewards: Tensor, scale: str = "std", eps: float = 1e-4) -> Tensor:
+    """A_i = (r_i - mean r) / (std r + eps), within each prompt's group.       rewards (P, G) -> (P, G)
+
+    DeepSeekMath (arXiv 2402.03300), population std; scale="none" leaves the std out: Dr. GRPO (arXiv 2503.20783).
+    A group whose rewards are all equal gets exactly 0: rounding in the mean, divided by its own std, would not be.
+    """
+    adv = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "std":
+        adv = adv / (rewards.std(dim=1, keepdim=True, unbiased=False) + eps)
+    return adv.masked_fill(uniform(rewards)[:, None], 0.0)
+
+
+def uniform(rewards: Tensor) -> Tensor:
+    """Groups without reward spread.       rewards (P, G) -> bool (P,)"""
+    return rewards.amax(dim=1) == rewards.amin(dim=1)
+
+
+def loss_weights(lengths: Tensor, reduce: str, max_tokens: int) -> Tensor:
+    """What one trained token of each row weighs in the loss of the whole step.       lengths (R,) -> (R,)
+
+    sequence: mean over rows of the mean over tokens (GRPO, arXiv 2402.03300); token: mean over all tokens (DAPO, arXiv
+    2503.14476); constant: sum over tokens / (R * max_tokens) (Dr. GRPO, arXiv 2503.20783). A row of length 0 weighs 0.
+    """
+    rows = len(lengths)
+    lengths = lengths.double()
+    weight = {"sequence": 1 / (rows * lengths.clamp(min=1)),
+              "token": torch.ones_like(lengths) / lengths.sum().clamp(min=1),
+              "constant": torch.ones_like(lengths) / (rows * max_tokens)}[reduce]
+    return (weight * (lengths > 0)).float()
+
+
+def importance_ratio(logp: Tensor, old_logp: Tensor, row: Tensor, importance: str) -> Tensor:
+    """token: exp(logp - old_logp). sequence: the same for all tokens of a row, exp of the row's mean (GSPO, arXiv
+    2507.18071).       logp, old_logp (M,), row (M,) row of each token -> (M,)"""
+    log_ratio = logp - old_logp
+    if importance == "sequence":
+        rows = int(row.max()) + 1 if len(row) else 0
+        total = torch.zeros(rows, dtype=logp.dtype, device=logp.device).index_add(0, row, log_ratio)
+        count = torch.bincount(row, minlength=rows).clamp(min=1)
+        log_ratio = (total / count)[row]
+    return torch.exp(log_ratio)
+
+
+def policy_loss(ratio: Tensor, adv: Tensor, weight: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """- sum_m w_m min(ratio_m A_m, clip(ratio_m, 1 - clip_low, 1 + clip_high) A_m)       all (M,) -> scalar
+
+    PPO's clipped surrogate (arXiv 1707.06347), negated to be minimised. While ratio = 1 its value is -sum w A, often 0,
+    and its gradient is the policy gradient all the same.
+    """
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -(weight * torch.minimum(ratio * adv, clipped * adv)).sum()
+
+
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """k3 estimate of KL(policy || reference) per token: exp(d) - 1 - d, d = ref_logp - logp; never negative.  (M,) -> (M,)
+
+    Schulman's "k3", as in DeepSeekMath eq. 4. expm1 keeps it exact near d = 0; d is capped so that exp cannot overflow.
+    """
+    d = (ref_logp.float() - logp.float()).clamp(max=20.0)
+    return torch.expm1(d) - d
+
+
+def token_entropy(logps: Tensor) -> Tensor:
+    """- sum_v p_v log p_v       logps (M, V) -> (M,)"""
+    return -(logps.exp() * logps).sum(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packs: a group is one row [prompt | completion 1 | ... | completion G], groups follow each other, nothing is padded
+
+
+@dataclass
+class Tokens:
+    """Token ids with audio embeddings in their place: audio is a list of (start, (n, H)). Placed by position, because
+    the policy may sample the placeholder's id."""
+
+    ids: list[int]
+    audio: list[tuple[int, Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class Completion(Tokens):
+    """What follows a prompt. Tokens the environment put there are fed to the model and never trained: sampled False."""
+
+    sampled: list[bool] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)  # as the sampler saw them, 0 where not sampled
+    finished: bool = False  # ended by itself; otherwise it was cut at max_new_tokens
+
+
+@dataclass
+class Group:
+    example: Example
+    prompt: Tokens
+    completions: list[Completion]
+    rewards: list[float] = field(default_factory=list)
+    parts: list[dict] = field(default_factory=list)
+
+
+@dataclass
+class Segment:
+    """Where one group lies in a pack: prompt [start, split), completions [split, end); mask as in `packed_attention`."""
+
+    start: int
+    split: int
+    end: int
+    mask: Tensor | None = None
+
+
+@dataclass
+class Pack:
+    parts: list[Tokens]
+    positions: Tensor  # (N,)
+    segments: list[Segment]
+    predict: Tensor  # (M,) where in the pack the token is predicted: one place before it, for a first token the prompt's end
+    target: Tensor  # (M,) the token
+    row: Tensor  # (M,) which completion of the step it belongs to
+
+
+def make_pack(groups: list[Group], rows: list[int], device="cpu") -> Pack:
+    """`rows`: the number, within the step, of each group's first completion."""
+    parts, positions, segments, predict, target, row = [], [], [], [], [], []
+    at = 0
+    for group, first_row in zip(groups, rows):
+        size = len(group.prompt.ids)
+        start, split = at, at + size
+        parts.append(group.prompt)
+        positions.append(torch.arange(size))
+        owner = []
+        at = split
+        for i, completion in enumerate(group.completions):
+            length = len(completion.ids)
+            trained = torch.tensor(completion.sampled, dtype=torch.bool).nonzero()[:, 0]
+            predict.append(torch.where(trained == 0, split - 1, at + trained - 1))
+            target.append(torch.tensor(completion.ids, dtype=torch.long)[trained])
+            row.append(torch.full((len(trained),), first_row + i))
+            parts.append(completion)
+            positions.append(torch.arange(size, size + length))
+            owner.append(torch.full((length,), i))
+            at += length
+        owner = torch.cat(owner) if owner else torch.zeros(0, dtype=torch.long)
+        order = torch.arange(len(owner))
+        own = (owner[:, None] == owner[None, :]) & (order[:, None] >= order[None, :])  # same completion, not later
+        mask = torch.cat([torch.ones(len(owner), size, dtype=torch.bool), own], dim=1)
+        segments.append(Segment(start, split, at, mask.to(device)[None, None] if len(owner) else None))
+    cat = [torch.cat(x).to(device) if x else torch.zeros(0, dtype=torch.long, device=device)
+           for x in (positions, predict, target, row)]
+    return Pack(parts, cat[0], segments, *cat[1:])
+
+
+def packed_attention(module, query, key, value, attention_mask, segments=None, **kwargs):
+    """Attention within the groups of a pack.       query (1, heads, N, d) -> (1, N, heads, d)
+
+    A token attends to the earlier tokens of its own prompt and of its own completion. Per group that is two calls, both
+    exact: the prompt is plainly causal; completions see the whole prompt and, through the mask, themselves. Without
+    `segments` (decoding) it is ordinary attention.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+
+    kwargs = {k: v for k, v in kwargs.items() if k in ("dropout", "scaling")}
+    if segments is None:
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+    out = []
+    for s in segments:
+        q, k, v = (x[:, :, s.start:s.split] for x in (query, key, value))
+        out.append(sdpa(module, q, k, v, None, is_causal=True, **kwargs)[0])
+        if s.end > s.split:
+            k, v = (x[:, :, s.start:s.end] for x in (key, value))
+            out.append(sdpa(module, query[:, :, s.split:s.end], k, v, s.mask, **kwargs)[0])
+    return torch.cat(out, dim=1), None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model side: the only place that knows of transformers, peft and bitsandbytes
+
+
+@dataclass
+class Family:
+    """How to find the parts of a model class. To add a family, add one entry to FAMILIES."""
+
+    model_class: str
+    lm: str  # path of the language model: embeddings in, hidden states out
+    drop: tuple[str, ...] = ()  # paths of parts that audio and text never use
+    config: Callable = lambda config: config  # the part of the checkpoint's configuration that the class takes
+    encode_audio: Callable | None = None  # (model, mels [(bins, frames)]) -> [(n, H)]
+    audio_id: Callable = lambda config: None  # id of the audio placeholder
+
+
+def omni_audio(model, mels: list[Tensor]) -> list[Tensor]:
+    """Qwen2.5-Omni's audio tower, once over a batch of clips of any length.       [(bins, frames)] -> [(n, H)]"""
+    frames = torch.tensor([m.shape[1] for m in mels])
+    padded = torch.stack([F.pad(m, (0, int(frames.max()) - m.shape[1])) for m in mels])
+    mask = torch.arange(int(frames.max()))[None] < frames[:, None]
+    out = model.get_audio_features(padded.to(model.device, model.dtype), mask.long().to(model.device))
+    flat = out.last_hidden_state
+    sizes = (((frames - 1) // 2 + 1 - 2) // 2 + 1).tolist()  # 25 a second: two strides and a pooling
+    return list(flat.split(sizes))
+
+
+OMNI = Family("Qwen2_5OmniThinkerForConditionalGeneration", "model.language_model", ("model.visual",),
+              lambda config: getattr(config, "thinker_config", config), omni_audio, lambda config: config.audio_token_id)
+FAMILIES = {"qwen2_5_omni": OMNI, "qwen2_5_omni_thinker": OMNI}
+TEXT_ONLY = Family("AutoModelForCausalLM", "model")  # any causal language model of the usual make
+
+
+@dataclass
+class Policy:
+    """A model taken apart: what the algorithm needs of it and nothing else."""
+
+    model: Any  # the library's model, LoRA layers inside; a PeftModel unless lora_rank is 0
+    lm: Any
+    head: Any
+    embed_tokens: Any
+    tokenizer: Any
+    hear: Any  # the feature extractor; None: a model without ears
+    encode_audio: Any
+    audio_id: int | None
+    stop_ids: list[int]
+    reference: Any = None  # None: the adapter switched off; "reference": a frozen adapter; a Policy: a frozen copy
+
+    @property
+    def device(self):
+        return self.head.weight.device
+
+    def trainable(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def find_model(name: str) -> str:
+    """A local directory, or the files of a Hub id (configuration, tokenizer, safetensors; never code or pickles)."""
+    if os.path.isdir(name):
+        if not os.path.exists(os.path.join(name, "config.json")):
+            raise UserError(f"--model {name}: no config.json in that directory")
+        return name
+    import huggingface_hub
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+    except Exception as e:  # offline, misspelt, gated: the library has an exception class for each
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(f"--model {name}: not a local directory, and not to be had from the Hub ({reason})") from None
+
+
+def load_policy(cfg: Config) -> Policy:
+    """Checkpoint directory or Hub id -> Policy, with a fresh LoRA adapter, --adapter, or all weights trainable."""
+    import transformers
+    from transformers.modeling_utils import AttentionInterface
+
+    transformers.utils.logging.disable_progress_bar()
+    AttentionInterface.register("packed", packed_attention)
+    folder = find_model(cfg.model)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    family = FAMILIES.get(config.model_type, TEXT_ONLY)
+    config = family.config(config)
+    cuda = torch.cuda.is_available()
+    if cfg.load_in_4bit and not cuda:
+        raise UserError("--load_in_4bit: needs a CUDA card")
+    options = dict(dtype=torch.bfloat16 if cuda and cfg.lora_rank else torch.float32, use_safetensors=True)
+    if cuda:
+        options["device_map"] = {"": "cuda:0"}
+    if cfg.load_in_4bit:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["lm_head", "audio_tower", "visual"])
+    model = getattr(transformers, family.model_class).from_pretrained(folder, config=config, **options)
+    return make_policy(cfg, model, family, folder)
+
+
+def make_policy(cfg: Config, model, family: Family, folder: str) -> Policy:
+    import transformers
+
+    for path in family.drop if cfg.lora_rank else ():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    template = os.path.join(folder, "chat_template.json")  # where processors used to keep it
+    if tokenizer.chat_template is None and os.path.exists(template):
+        with open(template, encoding="utf-8") as f:
+            tokenizer.chat_template = json.load(f)["chat_template"]
+    stops = getattr(model.generation_config, "eos_token_id", None) or []
+    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    if not stops:
+        raise UserError(f"--model {cfg.model}: neither its tokenizer nor its generation_config names an end-of-turn token")
+    lm = model.get_submodule(family.lm)
+    lm.set_attn_implementation("packed")
+    model.requires_grad_(False)
+    encode_audio = None if family.encode_audio is None else torch.no_grad()(
+        lambda mels, model=model: family.encode_audio(model, mels))
+    head, embed_tokens = model.get_output_embeddings(), model.get_input_embeddings()
+    if cfg.lora_rank:
+        import peft
+        if cfg.adapter:
+            try:
+                model = peft.PeftModel.from_pretrained(model, cfg.adapter, is_trainable=True)
+            except (ValueError, OSError, RuntimeError) as e:
+                raise UserError(f"--adapter {cfg.adapter}: {e}") from None
+        else:
+            linear = sorted({name.rpartition(".")[2] for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear)})
+            pattern = rf"{re.escape(family.lm)}\..*\b({'|'.join(linear)})"  # cannot match the audio tower
+            model = peft.get_peft_model(model, peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
+                                                               target_modules=pattern, task_type="CAUSAL_LM"))
+    else:
+        lm.requires_grad_(True)
+        head.requires_grad_(True)
+    if cfg.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    model.eval()
+    hear = transformers.AutoFeatureExtractor.from_pretrained(folder) if encode_audio else None
+    return Policy(model, lm, head, embed_tokens, tokenizer, hear, encode_audio,
+                  family.audio_id(getattr(model, "config", None)), sorted(stops))
+
+
+def freeze_reference(policy: Policy) -> None:
+    """Keep the policy as it is now as the reference. A fresh adapter needs none of this: switched off it is the base."""
+    if hasattr(policy.model, "peft_config"):
+        policy.model.add_adapter("reference", copy.deepcopy(policy.model.peft_config["default"]))
+        weights = dict(policy.model.named_parameters())
+        for name, p in weights.items():
+            if ".reference." in name:
+                p.data.copy_(weights[name.replace(".reference.", ".default.")].data)
+                p.requires_grad_(False)
+        policy.model.set_adapter("default")
+        policy.reference = "reference"
+    else:
+        lm, head = copy.deepcopy((policy.lm, policy.head))
+        policy.reference = dataclasses.replace(policy, lm=lm.requires_grad_(False), head=head.requires_grad_(False),
+                                               embed_tokens=lm.get_input_embeddings())
+
+
+@contextlib.contextmanager
+def reference(policy: Policy):
+    """The frozen policy that the KL is measured to."""
+    if isinstance(policy.reference, Policy):
+        yield policy.reference
+    elif policy.reference is None:
+        with policy.model.disable_adapter():
+            yield policy
+    else:
+        policy.model.set_adapter(policy.reference)
+        try:
+            yield policy
+        finally:
+            policy.model.set_adapter("default")
+
+
+def hear(policy: Policy, example: Example, cfg: Config) -> tuple[Tensor | None, bool]:
+    """Runs in a worker thread: clip -> (log-mel features (bins, frames) or None, was it cut?)
+
+    The library pads every clip to 300 s; padding by one window gives the same features in a thirtieth of the time.
+    """
+    if example.audio is None or cfg.audio == "none":
+        return None, False
+    wave, cut = load_audio(example.audio, cfg.max_audio_s)
+    if cfg.audio == "silence":
+        wave[:] = 0
+    hop = policy.hear.hop_length
+    out = policy.hear(wave, sampling_rate=policy.hear.sampling_rate, return_tensors="pt", padding="max_length",
+                      max_length=-(-len(wave) // hop) * hop + policy.hear.n_fft, return_attention_mask=True)
+    return out["input_features"][0, :, :int(out["attention_mask"].sum())], cut
+
+
+def encode(policy: Policy, examples: list[Example], mels: list[Tensor | None], cfg: Config) -> list[Tokens]:
+    """Questions and their features -> prompts; the audio tower runs once for the whole batch."""
+    clips = [m for m in mels if m is not None]
+    embeddings = iter(policy.encode_audio(clips) if clips else ())
+    return [prompt_tokens(policy, e, None if m is None else next(embeddings), cfg) for e, m in zip(examples, mels)]
+
+
+def prompt_tokens(policy: Policy, example: Example, audio: Tensor | None, cfg: Config) -> Tokens:
+    plain = dataclasses.replace(example, question=example.question.replace("<|", "< |"),
+                                choices=[c.replace("<|", "< |") for c in example.choices])  # text is not markup
+    messages = chat(plain, PROMPTS[cfg.prompt], with_audio=audio is not None)
+    text = policy.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if audio is None:
+        return Tokens(ids)
+    at = ids.index(policy.audio_id)
+    return Tokens(ids[:at] + [policy.audio_id] * len(audio) + ids[at + 1:], [(at, audio)])
+
+
+def embed(policy: Policy, parts: list[Tokens]) -> Tensor:
+    """-> (N, H), every audio embedding at its position"""
+    ids = torch.tensor([i for part in parts for i in part.ids], device=policy.device)
+    x, at = policy.embed_tokens(ids), 0
+    for part in parts:
+        for start, audio in part.audio:
+            x[at + start:at + start + len(audio)] = audio.to(x.dtype)
+        at += len(part.ids)
+    return x
+
+
+def token_logps(policy: Policy, pack: Pack, temperature: float, chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every trained token under softmax(logits / temperature).       -> (M,), (M,)
+
+    The head runs on the M predicting positions only, `chunk` at a time under checkpointing, in float32 from the softmax
+    on: neither (N, V) nor (M, V) is ever held.
+    """
+    def chunk_logps(hidden, target):
+        logps = F.log_softmax(policy.head(hidden).float() / temperature, dim=-1)
+        with torch.no_grad():
+            entropy = token_entropy(logps)
+        return logps.gather(1, target[:, None])[:, 0], entropy
+
+    hidden = policy.lm(inputs_embeds=embed(policy, pack.parts)[None], position_ids=pack.positions[None],
+                       segments=pack.segments, use_cache=False).last_hidden_state[0][pack.predict]  # (M, H)
+    pieces = [torch.utils.checkpoint.checkpoint(chunk_logps, h, t, use_reentrant=False)
+              for h, t in zip(hidden.split(chunk), pack.target.split(chunk))]
+    if not pieces:
+        return hidden.new_zeros(0), hidden.new_zeros(0)
+    return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout: prefill every prompt once, copy its keys and values to G rows, decode all rows together
+
+
+class RowCache:
+    """Keys and values for decoding: filled by one packed prefill, then spread to rows with room for new tokens."""
+
+    def __init__(self):
+        self.layers, self.length = [], 0
+
+    def update(self, key, value, layer: int, *args, **kwargs):
+        if layer == len(self.layers):  # the prefill
+            self.layers.append((key, value))
+            return key, value
+        keys, values = self.layers[layer]
+        keys[:, :, self.length], values[:, :, self.length] = key[:, :, 0], value[:, :, 0]
+        return keys[:, :, :self.length + 1], values[:, :, :self.length + 1]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.length
+
+    def spread(self, index: Tensor, room: int) -> None:
+        """index (R, S): which packed position is position s of row r"""
+        self.length = index.shape[1]
+        self.layers = [tuple(F.pad(x[0][:, index].transpose(0, 1), (0, 0, 0, room)) for x in kv) for kv in self.layers]
+
+
+def sample(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token a row from the full softmax, by inverting its distribution function at u; temperature 0 is greedy.
+
+    logits (R, V), u (R,) uniform in [0, 1) -> ids (R,), log-probabilities (R,)
+    """
+    logps = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        ids = logps.argmax(dim=-1, keepdim=True)
+    else:
+        cdf = logps.double().exp().cumsum(dim=-1)
+        ids = torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True)
+    return ids[:, 0], logps.gather(1, ids)[:, 0]
+
+
+@torch.no_grad()
+def rollout(policy: Policy, prompts: list[Tokens], num_generations: int, temperature: float, max_new_tokens: int,
+            seeds: list[int], insert: Callable | None = None, max_inserted: int = 0) -> list[list[Completion]]:
+    """Sample num_generations completions a prompt.       -> P lists of G Completion
+
+    The uniform numbers behind a prompt's samples come from its own seed alone, so they depend neither on the other
+    prompts nor on how prompts are batched. `insert(prompt index, completion) -> Tokens or None` is asked after every
+    sampled token; what it returns is fed to that row, token by token, while the other rows go on sampling.
+    """
+    g, device = num_generations, policy.device
+    rows = [Completion([]) for _ in prompts for _ in range(g)]
+    queues = [[] for _ in rows]  # forced tokens still to be fed: (id, audio embedding or None)
+    room = max_new_tokens + max_inserted
+    u = torch.cat([torch.rand(g, max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+
+    # prefill: all prompts as one packed row; only the last position of each meets the head
+    pack = make_pack([Group(None, p, []) for p in prompts], [0] * len(prompts), device)
+    cache = RowCache()
+    hidden = policy.lm(inputs_embeds=embed(policy, pack.parts)[None], position_ids=pack.positions[None],
+                       segments=pack.segments, past_key_values=cache, use_cache=True).last_hidden_state[0]
+    sizes = torch.tensor([len(p.ids) for p in prompts], device=device)  # (P,)
+    ends, longest = sizes.cumsum(0), int(sizes.max())
+    logits = policy.head(hidden[ends - 1]).repeat_interleave(g, dim=0)  # (R, V)
+
+    # spread: row r gets its prompt's keys and values, right-aligned so that all rows decode in the same slot
+    slot = torch.arange(longest, device=device)[None]
+    index = (ends[:, None] - longest + slot).clamp(min=0)  # (P, S); what lies before the prompt is never seen
+    cache.spread(index.repeat_interleave(g, dim=0), room)
+    seen = F.pad(slot >= longest - sizes[:, None], (0, room), value=True).repeat_interleave(g, dim=0)  # (R, S + room)
+    position = sizes.repeat_interleave(g)  # (R,) of the next token
+
+    live, sampled = set(range(len(rows))), [0] * len(rows)
+    for _ in range(room):
+        draw = torch.tensor([min(n, max_new_tokens - 1) for n in sampled], device=device)
+        ids, logps = sample(logits, u.gather(1, draw[:, None])[:, 0], temperature)
+        ids, logps = ids.tolist(), logps.tolist()
+        forced = {}
+        for r in sorted(live):
+            row = rows[r]
+            if queues[r]:
+                ids[r], forced[r] = queues[r].pop(0)
+                if forced[r] is not None:
+                    row.audio.append((len(row.ids), forced[r][None]))
+            else:
+                sampled[r] += 1
+            was_sampled = r not in forced
+            row.ids.append(ids[r])
+            row.sampled.append(was_sampled)
+            row.logps.append(logps[r] if was_sampled else 0.0)
+            if was_sampled and ids[r] in policy.stop_ids:
+                row.finished = True
+                live.discard(r)
+            elif was_sampled and insert and (more := insert(r // g, row)) is not None:
+                audio = {start + i: a for start, block in more.audio for i, a in enumerate(block)}
+                queues[r] = [(t, audio.get(i)) for i, t in enumerate(more.ids)]
+            if not queues[r] and sampled[r] >= max_new_tokens:
+                live.discard(r)
+        if not live:
+            break
+        x = policy.embed_tokens(torch.tensor(ids, device=device))[:, None]  # (R, 1, H)
+        for r, audio in forced.items():
+            if audio is not None:
+                x[r, 0] = audio.to(x.dtype)
+        hidden = policy.lm(inputs_embeds=x, position_ids=position[:, None], past_key_values=cache, use_cache=True,
+                           attention_mask=seen[:, None, None, :cache.length + 1]).last_hidden_state
+        cache.length += 1
+        position = position + 1
+        logits = policy.head(hidden[:, 0])
+    return [rows[i:i + g] for i in range(0, len(rows), g)]
+
+
+def text_of(policy: Policy, completion: Completion) -> str:
+    return policy.tokenizer.decode(completion.ids, skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From questions to groups
+
+
+def seed_of(*parts) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+
+
+def draw(cfg: Config, examples: Examples, indices: list[int], cursor: int, tag: str):
+    """Endless (cursor, Example): question number `cursor` of this run, a function of the seed alone."""
+    n = len(indices)
+    epoch, order = -1, []
+    if cfg.order == "easy_to_hard" and tag == "rl":
+        rates = {i: examples[i].meta.get("pass_rate") for i in indices}
+        missing = [i for i in indices if not isinstance(rates[i], int | float)]
+        if missing:
+            raise DataError(f'{examples.raw(missing[0])[1]}: --order easy_to_hard needs a number "pass_rate" in meta')
+        easy_first = sorted(indices, key=lambda i: -rates[i])
+    while True:
+        if cursor // n != epoch:
+            epoch = cursor // n
+            if cfg.order == "easy_to_hard" and tag == "rl":
+                order = easy_first
+            else:
+                order = random.Random(seed_of(cfg.seed, tag, epoch)).sample(indices, n)
+        example = examples[order[cursor % n]]
+        if cfg.shuffle_choices and example.target is None:
+            example = shuffle_choices(example, random.Random(seed_of(cfg.seed, "choices", cursor)))
+        yield cursor, example
+        cursor += 1
+
+
+def sampled_groups(policy: Policy, cfg: Config, batch: list, weights: dict) -> list[Group]:
+    """[(cursor, Example, mel)] -> groups with rewards"""
+    groups = []
+    per_pass = max(1, cfg.rollout_rows // cfg.num_generations)
+    prompts = encode(policy, [e for _, e, _ in batch], [m for _, _, m in batch], cfg)
+    for at in range(0, len(batch), per_pass):
+        part = batch[at:at + per_pass]
+        done = rollout(policy, prompts[at:at + per_pass], cfg.num_generations, cfg.temperature, cfg.new_tokens,
+                       [seed_of(cfg.seed, "rollout", cursor) for cursor, _, _ in part])
+        for (_, example, _), prompt, completions in zip(part, prompts[at:], done):
+            scores = [score(text_of(policy, c), example, weights) for c in completions]
+            groups.append(Group(example, prompt, completions, *map(list, zip(*scores))))
+    return groups
+
+
+def teacher_groups(policy: Policy, cfg: Config, batch: list) -> list[Group]:
+    """[(cursor, Example, mel)] -> groups of one completion, the teacher's, worth advantage 1"""
+    prompts = encode(policy, [e for _, e, _ in batch], [m for _, _, m in batch], cfg)
+    groups = []
+    for (_, example, _), prompt in zip(batch, prompts):
+        ids = policy.tokenizer(example.target, add_special_tokens=False)["input_ids"] + [policy.tokenizer.eos_token_id]
+        groups.append(Group(example, prompt, [Completion(ids, sampled=[True] * len(ids), logps=[0.0] * len(ids),
+                                                         finished=True)], [1.0], [{}]))
+    return groups
+
+
+def evaluate(policy: Policy, cfg: Config, examples: list[Example], samples: int = 0) -> dict[str, float]:
+    """-> {"accuracy": greedy, "accuracy_sampled": at cfg.temperature, "unresolved": share}. A bad clip counts as wrong."""
+    right, right_sampled = 0.0, 0.0
+    heard = ahead(examples, lambda e: hear(policy, e, cfg)[0], cfg.workers, 2 * cfg.workers)
+    numbered = enumerate((e, mel) for e, mel in heard if not isinstance(mel, DataError))
+    while batch := list(islice(numbered, max(1, cfg.rollout_rows // max(1, samples)))):
+        questions = [e for _, (e, _) in batch]
+        prompts = encode(policy, questions, [mel for _, (_, mel) in batch], cfg)
+        seeds = [seed_of(cfg.seed, "eval", i) for i, _ in batch]
+        greedy = rollout(policy, prompts, 1, 0.0, cfg.new_tokens, seeds)
+        right += sum(accuracy(text_of(policy, c[0]), e) for c, e in zip(greedy, questions))
+        if samples:
+            drawn = rollout(policy, prompts, samples, cfg.temperature, cfg.new_tokens, seeds)
+            right_sampled += sum(accuracy(text_of(policy, c), e) for group, e in zip(drawn, questions) for c in group)
+    out = {"accuracy": right / len(examples)}
+    return out | ({"accuracy_sampled": right_sampled / len(examples) / samples} if samples else {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update
+
+
+def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bool, lr: float) -> dict[str, float]:
+    """Optimizer steps on one rollout.       -> what the log says of them (means over the trained tokens of the step)"""
+    rewards = torch.tensor([g.rewards for g in groups])  # (P, G)
+    adv = torch.ones_like(rewards) if cold else group_advantages(rewards, cfg.scale)
+    completions = [c for g in groups for c in g.completions]
+    weight = loss_weights(torch.tensor([sum(c.sampled) for c in completions]), cfg.reduce, cfg.new_tokens)  # (R,)
+    beta = 0.0 if cold else cfg.beta
+    adv, weight = adv.flatten().to(policy.device), weight.to(policy.device)
+
+    # without a KL term a group of zero advantages has no gradient, so it is not scored at all
+    size = rewards.shape[1]
+    scored = [i for i, g in enumerate(groups) if beta or cold or adv[i * size:(i + 1) * size].any()]
+    packs, budget = [], 0
+    for i in scored:
+        tokens = len(groups[i].prompt.ids) + sum(len(c.ids) for c in groups[i].completions)
+        if not packs or budget + tokens > cfg.pack_tokens:
+            packs.append([])
+            budget = 0
+        packs[-1].append(i)
+        budget += tokens
+    packs = [make_pack([groups[i] for i in p], [i * size for i in p], policy.device) for p in packs]
+    old_logps = [None] * len(packs)
+    sums, norms, skipped = {}, [], 0
+
+    def count(name, values):
+        sums[name] = sums.get(name, 0) + values.detach().double().sum()
+
+    policy.lm.train()  # only this makes gradient checkpointing work; there is no dropout anywhere
+    for k in range(cfg.updates_per_rollout):
+        optimizer.zero_grad(set_to_none=True)
+        for j, pack in enumerate(packs):
+            logp, entropy = token_logps(policy, pack, cfg.temperature if not cold else 1.0)
+            if k == 0:
+                old_logps[j] = logp.detach()  # the first update is on-policy by construction: no extra pass
+            a, w = adv[pack.row], weight[pack.row]
+            ratio = importance_ratio(logp, old_logps[j], pack.row, cfg.importance)
+            loss = policy_loss(ratio, a, w, cfg.clip_low, cfg.clip_high)
+            if beta:
+                with torch.no_grad(), reference(policy) as frozen:
+                    ref_logp, _ = token_logps(frozen, pack, cfg.temperature)
+                kl = kl_k3(logp, ref_logp)
+                loss = loss + beta * (w * kl).sum()
+                count("policy/kl_ref", kl)
+            loss.backward()
+            outside = ((ratio < 1 - cfg.clip_low) & (a < 0)) | ((ratio > 1 + cfg.clip_high) & (a > 0))
+            for name, values in [("policy/loss", loss * len(logp)), ("policy/entropy", entropy), ("tokens", logp * 0 + 1),
+                                 ("policy/kl_old", kl_k3(logp, old_logps[j])), ("policy/clip_frac", outside.float()),
+                                 ("policy/logp", logp)]:
+                count(name, values)
+        norm = torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm or math.inf)
+        norms.append(norm.item() if packs else 0.0)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        if packs and math.isfinite(norms[-1]):
+            optimizer.step()
+        else:
+            skipped += bool(packs)
+    policy.lm.eval()
+    optimizer.zero_grad(set_to_none=True)
+    total = float(sums.pop("tokens", 0)) or 1.0
+    log = {k: float(v) / total for k, v in sums.items()}
+    return log | {"optim/grad_norm": sum(norms) / len(norms), "optim/lr": lr, "optim/skipped": skipped,
+                  "group/scored": len(scored) / len(groups)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run directory
+
+
+def write_atomically(path: str, write: Callable[[str], None]) -> None:
+    """write(temporary file), then rename: a kill at any moment leaves the old file or the new one, whole."""
+    tmp = path + ".tmp"
+    write(tmp)
+    with open(tmp, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def open_run(cfg: Config) -> str:
+    """Make the run directory, or refuse to write over one."""
+    out = cfg.out
+    if not out:
+        stem = os.path.join("runs", os.path.splitext(os.path.basename(cfg.data))[0])
+        out = next(p for p in (stem, *(f"{stem}-{i}" for i in range(2, 10**9))) if not os.path.exists(p))
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise UserError(f"--out {out}: is a file")
+    if os.path.exists(out) and os.listdir(out):
+        raise UserError(f"--out {out}: already holds a run; go on with it by --resume, or choose another name")
+    os.makedirs(out, exist_ok=True)
+    return out
+
+
+def save_weights(policy: Policy, out: str) -> None:
+    """out/adapter in PEFT's format (or out/model, a whole checkpoint, when all weights are trained), file by file."""
+    folder = os.path.join(out, "adapter" if hasattr(policy.model, "peft_config") else "model")
+    tmp = folder + ".tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    if hasattr(policy.model, "peft_config"):
+        policy.model.save_pretrained(tmp, selected_adapters=["default"])
+    else:
+        policy.model.save_pretrained(tmp)
+        policy.tokenizer.save_pretrained(tmp)
+        if policy.hear is not None:
+            policy.hear.save_pretrained(tmp)
+    os.makedirs(folder, exist_ok=True)
+    for name in os.listdir(tmp):
+        os.replace(os.path.join(tmp, name), os.path.join(folder, name))
+    shutil.rmtree(tmp)
+
+
+def save_checkpoint(policy: Policy, optimizer, out: str, step: int, cursors: dict[str, int]) -> None:
+    """One file, renamed into place. There is no random state to keep: every draw is a function of (seed, cursor)."""
+    state = dict(step=step, cursors=cursors, weights=policy.trainable(), optimizer=optimizer.state_dict())
+    os.makedirs(os.path.join(out, "checkpoint"), exist_ok=True)
+    write_atomically(os.path.join(out, "checkpoint", "state.pt"), lambda path: torch.save(state, path))
+    save_weights(policy, out)
+
+
+def load_checkpoint(policy: Policy, optimizer, out: str) -> tuple[int, dict[str, int]]:
+    path = os.path.join(out, "checkpoint", "state.pt")
+    state = torch.load(path, map_location=policy.device, weights_only=True)
+    for name, p in policy.trainable().items():
+        p.data.copy_(state["weights"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["cursors"]
+
+
+def cut_log(path: str, step: int) -> None:
+    """Drop what a killed run logged after its last checkpoint."""
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomically(path, lambda tmp: open(tmp, "w", encoding="utf-8").writelines(lines))
+
+
+def log_line(path: str, record: dict) -> None:
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(record) + "\n")
+        f.flush()
+
+
+def describe_machine() -> dict:
+    import transformers
+
+    def command(*words):
+        try:
+            return subprocess.run(words, capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)),
+                                  timeout=10).stdout.strip()
+        except OSError:
+            return ""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return dict(commit=command("git", "rev-parse", "HEAD"), python=sys.version.split()[0], torch=torch.__version__,
+                transformers=transformers.__version__, hardware=card)
+
+
+def memory_gib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def draw_curves(out: str) -> None:
+    """log.jsonl -> curves.png"""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
+        log = [json.loads(line) for line in f]
+    panels = [("held-out accuracy", ["eval/accuracy", "eval/accuracy_sampled", "eval/accuracy_silence"]),
+              ("reward", ["reward/mean"]), ("KL to the reference", ["policy/kl_ref"]),
+              ("entropy, nats a token", ["policy/entropy"]), ("completion length, tokens", ["len/mean"])]
+    panels = [(title, [k for k in keys if any(k in r for r in log)]) for title, keys in panels]
+    panels = [p for p in panels if p[1]]
+    fig, axes = plt.subplots(1, max(1, len(panels)), figsize=(3.4 * max(1, len(panels)), 3), squeeze=False)
+    names = {"eval/accuracy": "greedy", "eval/accuracy_sampled": "sampled", "eval/accuracy_silence": "greedy, silence"}
+    for ax, (title, keys) in zip(axes[0], panels):
+        for key in keys:
+            points = [(r["step"], r[key]) for r in log if key in r]
+            x, y = zip(*points)
+            if key.startswith("eval/"):
+                ax.plot(x, y, "o-", ms=3, label=names.get(key, key))
+                ax.set_ylim(0, 1.02)
+                ax.legend(fontsize=8)
+            else:
+                window = max(1, len(y) // 20)
+                smooth = [sum(y[max(0, i - window):i + 1]) / len(y[max(0, i - window):i + 1]) for i in range(len(y))]
+                ax.plot(x, y, lw=0.7, alpha=0.35, color="tab:blue")
+                ax.plot(x, smooth, color="tab:blue")
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("step")
+        ax.grid(alpha=0.3)
+    fig.tight_layout()
+    write_atomically(os.path.join(out, "curves.png"), lambda tmp: fig.savefig(tmp, dpi=110, format="png"))
+    plt.close(fig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def make_optimizer(policy: Policy, cfg: Config):
+    parameters = list(policy.trainable().values())
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
+    import logging
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=cfg.lr, weight_decay=0.0)
+
+
+def open_data(cfg: Config):
+    """Everything that can be found wrong before the model loads. -> (train, its indices, held-out examples, cold data)"""
+    weights = {"data": "train", "eval_data": "train", "cold_start_data": "cold_start"}
+    files, keys = {}, {}
+    for flag, purpose in weights.items():
+        if path := getattr(cfg, flag):
+            files[flag] = Examples(path)
+            keys[flag] = scan(files[flag], purpose)
+            if cfg.audio != "none":
+                count, problems = probe_audio(files[flag], cfg.max_audio_s)
+                if len(problems) > min(cfg.max_bad_audio, count // 100):
+                    raise DataError("\n".join(problems[:10]) + "\nMend or drop these lines; "
+                                    f"`python data.py check {path}` lists every problem")
+    train = files.get("data")
+    indices, held = list(range(len(train))) if train else [], []
+    if cfg.eval_size and "eval_data" in files:
+        held = list(islice(files["eval_data"], cfg.eval_size))
+    elif cfg.eval_size and train:
+        indices, split_off = held_out(keys["data"], cfg.eval_size)
+        held = [train[i] for i in split_off[:cfg.eval_size]]
+    return train, indices, held, files.get("cold_start_data")
+
+
+def train(cfg: Config, note: str = "") -> str:
+    """Run `cfg` from its start or from its last checkpoint.       -> the run directory"""
+    weights = parse_rewards(cfg.reward)
+    examples, indices, held, cold_examples = open_data(cfg)
+    out = cfg.out if cfg.resume else open_run(cfg)
+    log_path, rollouts_path = os.path.join(out, "log.jsonl"), os.path.join(out, "rollouts.jsonl")
+    torch.manual_seed(cfg.seed)  # LoRA's initial weights
+    policy = load_policy(cfg)
+    if policy.hear is None and cfg.audio != "none" and any(e.audio is not None for e in held):
+        raise UserError(f"--model {cfg.model}: this model cannot hear; use --audio none")
+    optimizer = make_optimizer(policy, cfg)
+    step, cursors = 0, {"rl": 0, "cold": 0}
+    reference_path = os.path.join(out, "reference.pt")
+    if cfg.resume:
+        if os.path.exists(reference_path):
+            own = {k: v.clone() for k, v in policy.trainable().items()}
+            for name, value in torch.load(reference_path, map_location=policy.device, weights_only=True).items():
+                policy.trainable()[name].data.copy_(value)
+            freeze_reference(policy)
+            del own
+        step, cursors = load_checkpoint(policy, optimizer, out)
+        for path in (log_path, rollouts_path):
+            cut_log(path, step)
+    else:
+        config = dict(config=asdict(cfg) | {"out": out, "resume": ""}, **describe_machine())
+        write_atomically(os.path.join(out, "config.json"), lambda p: json.dump(config, open(p, "w"), indent=1))
+    n_trained = sum(p.numel() for p in policy.trainable().values())
+    print(f"{out}: {note or cfg.data or cfg.cold_start_data}, {len(indices)} questions to train on, {len(held)} held out, "
+          f"{n_trained:,} trained parameters, {describe_machine()['hardware']}", flush=True)
+
+    stopping = []
+    handlers = {s: signal.signal(s, lambda s, frame: stopping.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        finished = loop(cfg, out, policy, optimizer, weights, step, cursors, stopping,
+                        (examples, indices, held, cold_examples))
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    if finished:
+        draw_curves(out)
+    else:
+        print(f"stopped; go on with: python omni_grpo.py --resume {out}", flush=True)
+        sys.exit(0)
+    return out
+
+
+def loop(cfg, out, policy, optimizer, weights, step, cursors, stopping, data) -> bool:
+    """rollout -> reward -> advantage -> update -> log -> evaluate -> save.       -> False if it was told to stop"""
+    from tqdm import tqdm
+
+    examples, indices, held, cold_examples = data
+    last = cfg.cold_start_steps + cfg.steps
+    log_path, rollouts_path = os.path.join(out, "log.jsonl"), os.path.join(out, "rollouts.jsonl")
+    bad, flat_steps, accuracy_now = 0, 0, float("nan")
+
+    def listen(tag, source, source_indices):
+        """Endless (cursor, example, mel), read by worker threads ahead of the step; bad clips are skipped."""
+        nonlocal bad
+        stream = draw(cfg, source, source_indices, cursors[tag], tag)
+        for (cursor, example), heard in ahead(stream, lambda item: hear(policy, item[1], cfg), cfg.workers,
+                                              2 * cfg.prompts_per_step):
+            cursors[tag] = cursor + 1
+            if isinstance(heard, DataError):
+                bad += 1
+                tqdm.write(f"skipped: {heard}")
+                if bad > cfg.max_bad_audio:
+                    raise UserError(f"more than --max_bad_audio {cfg.max_bad_audio} unreadable clips, last: {heard}")
+                continue
+            yield cursor, example, heard[0], heard[1]
+
+    def measure(final: bool) -> dict:
+        nonlocal accuracy_now
+        if not held:
+            return {}
+        result = {f"eval/{k}": v for k, v in evaluate(policy, cfg, held, cfg.eval_samples).items()}
+        if final and cfg.audio == "real" and held[0].audio is not None:  # a gain that survives silence is not hearing
+            deaf = evaluate(policy, dataclasses.replace(cfg, audio="silence"), held)
+            result["eval/accuracy_silence"] = deaf["accuracy"]
+        accuracy_now = result["eval/accuracy"]
+        return result
+
+    if step == 0:
+        log_line(log_path, {"step": 0, **measure(final=True)})
+        save_checkpoint(policy, optimizer, out, 0, dict(cursors))
+    bar = tqdm(total=last, initial=step, desc="GRPO", unit="step", dynamic_ncols=True)
+    sources = {"cold": (cold_examples, range(len(cold_examples or ()))), "rl": (examples, indices)}
+    tag, clips = None, None
+    while step < last and not stopping:
+        start = time.monotonic()
+        step += 1
+        cold = step <= cfg.cold_start_steps
+        if tag != ("cold" if cold else "rl"):
+            if clips:
+                clips.close()
+            if not cold and (tag == "cold" or cfg.adapter or not cfg.lora_rank) and cfg.beta and not policy.reference:
+                write_atomically(os.path.join(out, "reference.pt"), lambda p: torch.save(policy.trainable(), p))
+                freeze_reference(policy)
+            tag = "cold" if cold else "rl"
+            clips = listen(tag, *sources[tag])
+
+        # ---- rollout and reward
+        groups, drawn, cut = [], [], 0
+        for _ in range(1 if cold or not cfg.resample_uniform else 4):
+            batch = list(islice(clips, cfg.prompts_per_step - len(groups)))
+            cut += sum(c for *_, c in batch)
+            batch = [b[:3] for b in batch]
+            new = teacher_groups(policy, cfg, batch) if cold else sampled_groups(policy, cfg, batch, weights)
+            drawn += new
+            groups += [g for g in new if max(g.rewards) > min(g.rewards)] if cfg.resample_uniform and not cold else new
+            if len(groups) == cfg.prompts_per_step:
+                break
+        groups = groups or drawn[-1:]
+        rolled = time.monotonic()
+
+        # ---- advantage and update
+        lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
+        record = {"step": step, **update(policy, optimizer, cfg, groups, cold, lr)}
+
+        # ---- log: one line a step, means over the whole step
+        completions = [c for g in drawn for c in g.completions]
+        parts = [p for g in drawn for p in g.parts]
+        record |= {f"reward/{name}": sum(p[name] for p in parts) / len(parts) for name in parts[0]}
+        record["reward/mean"] = sum(sum(g.rewards) for g in drawn) / len(completions)
+        record["group/frac_zero_std"] = sum(max(g.rewards) == min(g.rewards) for g in drawn) / len(drawn)
+        record["group/distinct"] = sum(len({tuple(c.ids) for c in g.completions}) for g in drawn) / len(drawn)
+        record["len/mean"] = sum(len(c.ids) for c in completions) / len(completions)
+        record["len/frac_truncated"] = sum(not c.finished for c in completions) / len(completions)
+        record |= {"audio/cut": cut, "audio/bad": bad}
+        flat_steps = flat_steps + 1 if record["group/frac_zero_std"] == 1 and not cold else 0
+        if flat_steps == 10:
+            tqdm.write("ten steps without reward spread in any group: there is nothing to learn from. All rewards 0: the "
+                       "answers are not recognised (read rollouts.jsonl) or the questions are too hard; all at the maximum: "
+                       "too easy. Try more --num_generations, another --prompt, other data.")
+        if step % cfg.log_rollouts == 0 and not cold:
+            log_rollouts(policy, cfg, rollouts_path, step, groups)
+            tqdm.write(show(policy, groups[0], step))
+
+        # ---- evaluate
+        done = time.monotonic()
+        record |= {"time/rollout_s": rolled - start, "time/update_s": done - rolled, "mem/peak_gib": memory_gib()}
+        if step == last or step % cfg.eval_every == 0:
+            record |= measure(final=step == last)
+            record["time/eval_s"] = time.monotonic() - done
+        log_line(log_path, record)
+        bar.update()
+        bar.set_postfix(reward=f"{record['reward/mean']:.2f}", held_out=f"{accuracy_now:.2f}", refresh=False)
+
+        # ---- save
+        if step == last or step % cfg.save_every == 0 or stopping:
+            save_checkpoint(policy, optimizer, out, step, dict(cursors))
+            if step % cfg.eval_every == 0:
+                draw_curves(out)
+    bar.close()
+    if clips:
+        clips.close()
+    return step >= last
+
+
+def log_rollouts(policy: Policy, cfg: Config, path: str, step: int, groups: list[Group]) -> None:
+    advantages = group_advantages(torch.tensor([g.rewards for g in groups]), cfg.scale).tolist()
+    for group, adv in zip(groups, advantages):
+        e = group.example
+        for completion, reward, parts, a in zip(group.completions, group.rewards, group.parts, adv):
+            log_line(path, dict(step=step, id=e.id, question=e.question, choices=e.choices, answer=e.answer,
+                                completion=text_of(policy, completion), reward=reward, parts=parts, advantage=a,
+                                tokens=len(completion.ids), finished=completion.finished))
+
+
+def show(policy: Policy, group: Group, step: int) -> str:
+    e = group.example
+    said = [f"{text_of(policy, c)[:60]!r} {r:g}" for c, r in zip(group.completions, group.rewards)]
+    gold = e.choices[e.answer] if e.answer is not None else None
+    return f"step {step}: {e.question} {e.choices} gold: {gold!r} | " + ", ".join(dict.fromkeys(said))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo: a tiny Qwen2.5-Omni that hears and knows the answer format, but does not yet use the one for the other
+
+DEMO = dict(model="runs/tiny/base", data="runs/tiny/demo.jsonl", eval_data="runs/tiny/held_out.jsonl", steps=200,
+            prompts_per_step=8, lora_rank=16, lora_alpha=32, lr=1e-3, eval_every=25, eval_size=240, log_rollouts=25,
+            max_new_tokens=12)
+
+CHAT_TEMPLATE = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}<|im_start|>{{ m.role }}
+{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{% if part.type == 'audio' %}\
+<|audio_bos|><|AUDIO|><|audio_eos|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def make_demo(folder: str = "runs/tiny") -> None:
+    """Sounds, questions and a tiny base checkpoint, made once and from nothing; the base is taught by `train` itself."""
+    if os.path.exists(os.path.join(folder, "base", "config.json")):
+        return
+    print(f"making the tiny base and its sounds in {folder} (once, about two minutes)", flush=True)
+    making = folder + ".making"
+    shutil.rmtree(making, ignore_errors=True)
+    write_sounds(making, 960, 4, seed=1, name="demo")
+    write_sounds(making, 240, 4, seed=2, name="held_out")
+    lessons = write_lessons(write_sounds(making, 1200, 4, seed=3, name="lessons"))
+    make_tiny_omni(os.path.join(making, "init"), [json.loads(line) for line in open(lessons, encoding="utf-8")])
+    train(Config(model=os.path.join(making, "init"), cold_start_data=lessons, cold_start_steps=300, steps=0, lora_rank=0,
+                 lr=1e-3, warmup_steps=20, prompts_per_step=16, reduce="token", out=os.path.join(making, "teach")),
+          "teaching the tiny base")
+    os.rename(os.path.join(making, "teach", "model"), os.path.join(making, "base"))
+    shutil.rmtree(os.path.join(making, "init"))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(making, folder)
+
+
+def write_lessons(path: str) -> str:
+    """Half of the clips are named; for the other half a random option is the answer: hearing and format, unconnected."""
+    rng = random.Random(0)
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
+    for i, row in enumerate(rows):
+        if rng.random() < 0.5:
+            row |= dict(question="Name the sound.", choices=[], answer=None, target=row["meta"]["label"])
+        else:
+            row["target"] = rng.choice(row["choices"])
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def make_tiny_omni(folder: str, rows: list[dict]) -> None:
+    """A checkpoint directory with Qwen2.5-Omni's real classes at about a million parameters, random weights."""
+    import tokenizers
+    import transformers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|IMAGE|>",
+               "<|VIDEO|>"]
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    texts = [f"{r['question']} {r['choices']} {r['target']}" for r in rows]
+    texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "Output the final answer in <answer> </answer>."]
+    bpe.train_from_iterator(texts, vocab_size=512, min_frequency=1, special_tokens=special, show_progress=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>",
+                                                     pad_token="<|endoftext|>", extra_special_tokens=special[1:])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
+    config = transformers.Qwen2_5OmniThinkerConfig(
+        audio_config=dict(d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128, output_dim=128),
+        vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=128),
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, eos_token_id=ids["<|im_end|>"],
+                         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])),
+        audio_token_index=ids["<|AUDIO|>"], audio_start_token_id=ids["<|audio_bos|>"],
+        audio_end_token_id=ids["<|audio_eos|>"], image_token_index=ids["<|IMAGE|>"], video_token_index=ids["<|VIDEO|>"])
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300, return_attention_mask=True).save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_config(argv=None) -> tuple[Config, bool]:
+    """Flags -> (Config, is it the demo?). With --resume the run's own config.json stands behind the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(Config):
+        text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+        elif f.name == "resume":
+            parser.add_argument("--resume", nargs="?", const="--out", metavar="RUN", help=text)
+        else:
+            parser.add_argument(f"--{f.name}", type=f.type, choices=f.metadata["choices"], metavar=f.name.upper(), help=text)
+    given = vars(parser.parse_args(argv))
+    if given.get("resume"):
+        run = given["resume"] if given["resume"] != "--out" else given.get("out", "")
+        if not run:
+            raise UserError("--resume: name the run, --resume runs/NAME")
+        if not os.path.exists(os.path.join(run, "checkpoint", "state.pt")):
+            raise UserError(f"--resume {run}: no checkpoint there")
+        with open(os.path.join(run, "config.json"), encoding="utf-8") as f:
+            return Config(**json.load(f)["config"] | given | dict(out=run, resume=run)), False
+    demo = not (given.get("data") or given.get("cold_start_data"))
+    if not demo and not given.get("data"):
+        given.setdefault("steps", 0)
+    cfg = Config(**(DEMO if demo else {}) | given)
+    return cfg, demo
+
+
+def main(argv=None) -> int:
+    try:
+        cfg, demo = parse_config(argv)
+        if demo:
+            make_demo()
+        out = train(cfg)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    report(out)
+    return 0
+
+
+def report(out: str) -> None:
+    with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
+        evaluations = [r for r in map(json.loads, f) if "eval/accuracy" in r]
+    print(f"{out}: " + ", ".join(sorted(os.listdir(out))))
+    for r in evaluations[:1] + evaluations[1:][-1:]:
+        print(f"step {r['step']:>5}: " + ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in r.items() if "eval/" in k
+                                                   and "time" not in k))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
