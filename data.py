@@ -375,23 +375,26 @@ def pulses(t, rate_hz, decay):  # 1 at every pulse, then dying away
 
 
 SOUNDS = {
-    "beep": lambda t, r: tone(t, r.uniform(700, 1500)),
+    "beep": lambda t, r: tone(t, r.uniform(700, 1300)) * (pulses(t, r.uniform(4, 6), 1) > np.exp(-0.1)),
     "buzz": lambda t, r: np.sign(tone(t, r.uniform(80, 160))),
     "hiss": lambda t, r: noise(t, r, 4000, 8000),
     "rumble": lambda t, r: noise(t, r, 40, 300),
-    "whistle up": lambda t, r: tone(t, np.linspace(r.uniform(500, 900), r.uniform(2200, 3200), len(t))),
-    "whistle down": lambda t, r: tone(t, np.linspace(r.uniform(2200, 3200), r.uniform(500, 900), len(t))),
-    "siren": lambda t, r: tone(t, 1200 + 500 * np.sin(2 * np.pi * r.uniform(3, 5) * t)),
+    "whistle": lambda t, r: tone(t, r.uniform(2000, 3200)),
+    "chirp": lambda t, r: tone(t, 1500 + 2500 * ((t * r.uniform(5, 8)) % 1)),
+    "siren": lambda t, r: tone(t, 1000 + 500 * np.sin(2 * np.pi * r.uniform(2, 4) * t)),
     "clicks": lambda t, r: noise(t, r, 1000, 8000) * pulses(t, r.uniform(9, 14), 300),
     "bell": lambda t, r: sum(tone(t, r.uniform(450, 650) * k) for k in (1, 2.76, 5.4)) * np.exp(-6 * t),
     "knock": lambda t, r: tone(t, r.uniform(150, 220)) * pulses(t, r.uniform(4, 6), 30),
     "hum": lambda t, r: tone(t, r.uniform(250, 400)) * (1 + np.sin(2 * np.pi * r.uniform(6, 9) * t)),
-    "crackle": lambda t, r: noise(t, r, 500, 8000) * (r.random(len(t)) > 0.995),
+    "roar": lambda t, r: noise(t, r, 300, 2500),
 }
 
 
-def write_sounds(folder: str, n: int, n_choices: int, seed: int, name: str) -> str:
-    """Make n labelled clips and a JSONL of multiple-choice questions about them.      -> path of the JSONL"""
+def write_sounds(folder: str, n: int, n_choices: int, seed: int, name: str, silent: float = 0.0) -> str:
+    """Make n labelled clips and a JSONL of multiple-choice questions about them.      -> path of the JSONL
+
+    A share of `silent` clips holds nothing, as in real collections: there only the options are left to go by.
+    """
     import soundfile
 
     rng = np.random.default_rng(seed)
@@ -405,7 +408,8 @@ def write_sounds(folder: str, n: int, n_choices: int, seed: int, name: str) -> s
             choices = [label, *rng.choice([x for x in labels if x != label], n_choices - 1, replace=False).tolist()]
             rng.shuffle(choices)
             audio = f"sounds/{name}_{i:04d}.wav"
-            soundfile.write(os.path.join(folder, audio), synthesise(label, rng), RATE_HZ)
+            wave = synthesise(label, rng) * (rng.random() >= silent)
+            soundfile.write(os.path.join(folder, audio), wave, RATE_HZ)
             example = Example(f"{name}_{i:04d}", audio, asks[rng.integers(len(asks))], choices, choices.index(label),
                               meta={"label": label})
             f.write(json.dumps(asdict(example)) + "\n")

@@ -37,7 +37,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -101,6 +101,8 @@ class Config:
     # optimisation
     lr: float = arg(1e-5, "AdamW learning rate; 1e-6 is a full fine-tuning rate and does not move LoRA")
     warmup_steps: int = arg(10, "steps of linear warm-up")
+    lr_schedule: str = arg("constant", "after the warm-up: constant | linear (down to 0 at the last step)",
+                           ("constant", "linear"))
     max_grad_norm: float = arg(1.0, "gradient norm ceiling")
     optimizer: str = arg("adamw8bit", "adamw8bit (bitsandbytes) | adamw (torch)", ("adamw8bit", "adamw"))
     lora_rank: int = arg(32, "LoRA rank on all linear layers of the language model; 0: full fine-tuning (small models)")
@@ -394,6 +396,7 @@ def load_policy(cfg: Config) -> Policy:
     from transformers.modeling_utils import AttentionInterface
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     AttentionInterface.register("packed", packed_attention)
     folder = find_model(cfg.model)
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -450,7 +453,8 @@ def make_policy(cfg: Config, model, family: Family, folder: str) -> Policy:
         lm.requires_grad_(True)
         head.requires_grad_(True)
     if cfg.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # renamed in 5.2x
+        enable({"use_reentrant": False})
     model.eval()
     hear = transformers.AutoFeatureExtractor.from_pretrained(folder) if encode_audio else None
     return Policy(model, lm, head, embed_tokens, tokenizer, hear, encode_audio,
@@ -528,7 +532,7 @@ def prompt_tokens(policy: Policy, example: Example, audio: Tensor | None, cfg: C
 def embed(policy: Policy, parts: list[Tokens]) -> Tensor:
     """-> (N, H), every audio embedding at its position"""
     ids = torch.tensor([i for part in parts for i in part.ids], device=policy.device)
-    x, at = policy.embed_tokens(ids), 0
+    x, at = F.embedding(ids, policy.embed_tokens.weight), 0  # not the module: peft hooks it to require a gradient
     for part in parts:
         for start, audio in part.audio:
             x[at + start:at + start + len(audio)] = audio.to(x.dtype)
@@ -777,7 +781,7 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
     old_logps = [None] * len(packs)
     sums, norms, skipped = {}, [], 0
 
-    def count(name, values):
+    def tally(name, values):
         sums[name] = sums.get(name, 0) + values.detach().double().sum()
 
     policy.lm.train()  # only this makes gradient checkpointing work; there is no dropout anywhere
@@ -795,13 +799,13 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
                     ref_logp, _ = token_logps(frozen, pack, cfg.temperature)
                 kl = kl_k3(logp, ref_logp)
                 loss = loss + beta * (w * kl).sum()
-                count("policy/kl_ref", kl)
+                tally("policy/kl_ref", kl)
             loss.backward()
             outside = ((ratio < 1 - cfg.clip_low) & (a < 0)) | ((ratio > 1 + cfg.clip_high) & (a > 0))
             for name, values in [("policy/loss", loss * len(logp)), ("policy/entropy", entropy), ("tokens", logp * 0 + 1),
                                  ("policy/kl_old", kl_k3(logp, old_logps[j])), ("policy/clip_frac", outside.float()),
                                  ("policy/logp", logp)]:
-                count(name, values)
+                tally(name, values)
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm or math.inf)
         norms.append(norm.item() if packs else 0.0)
         for param_group in optimizer.param_groups:
@@ -836,7 +840,7 @@ def open_run(cfg: Config) -> str:
     out = cfg.out
     if not out:
         stem = os.path.join("runs", os.path.splitext(os.path.basename(cfg.data))[0])
-        out = next(p for p in (stem, *(f"{stem}-{i}" for i in range(2, 10**9))) if not os.path.exists(p))
+        out = next(p for p in chain([stem], (f"{stem}-{i}" for i in count(2))) if not os.path.exists(p))
     if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"--out {out}: is a file")
     if os.path.exists(out) and os.listdir(out):
@@ -1104,6 +1108,7 @@ def loop(cfg, out, policy, optimizer, weights, step, cursors, stopping, data) ->
 
         # ---- advantage and update
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
+        lr *= 1 - (step - 1) / last if cfg.lr_schedule == "linear" else 1
         record = {"step": step, **update(policy, optimizer, cfg, groups, cold, lr)}
 
         # ---- log: one line a step, means over the whole step
@@ -1186,12 +1191,12 @@ def make_demo(folder: str = "runs/tiny") -> None:
     print(f"making the tiny base and its sounds in {folder} (once, about two minutes)", flush=True)
     making = folder + ".making"
     shutil.rmtree(making, ignore_errors=True)
-    write_sounds(making, 960, 4, seed=1, name="demo")
+    write_sounds(making, 960, 4, seed=1, name="demo", silent=0.15)
     write_sounds(making, 240, 4, seed=2, name="held_out")
     lessons = write_lessons(write_sounds(making, 1200, 4, seed=3, name="lessons"))
     make_tiny_omni(os.path.join(making, "init"), [json.loads(line) for line in open(lessons, encoding="utf-8")])
-    train(Config(model=os.path.join(making, "init"), cold_start_data=lessons, cold_start_steps=300, steps=0, lora_rank=0,
-                 lr=1e-3, warmup_steps=20, prompts_per_step=16, reduce="token", out=os.path.join(making, "teach")),
+    train(Config(model=os.path.join(making, "init"), cold_start_data=lessons, cold_start_steps=400, steps=0, lora_rank=0,
+                 lr=1.5e-3, warmup_steps=20, prompts_per_step=32, reduce="token", gradient_checkpointing=False, out=os.path.join(making, "teach")),
           "teaching the tiny base")
     os.rename(os.path.join(making, "teach", "model"), os.path.join(making, "base"))
     shutil.rmtree(os.path.join(making, "init"))
@@ -1199,17 +1204,25 @@ def make_demo(folder: str = "runs/tiny") -> None:
     os.rename(making, folder)
 
 
-def write_lessons(path: str) -> str:
-    """Half of the clips are named; for the other half a random option is the answer: hearing and format, unconnected."""
+def write_lessons(path: str, n: int = 8000) -> str:
+    """Half of the lessons name a clip; in the other half, some of them silent, a random option is the answer: the base
+    learns to hear and to answer in the format, and nothing that connects the two."""
+    import soundfile
+
     rng = random.Random(0)
-    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
-    for i, row in enumerate(rows):
-        if rng.random() < 0.5:
-            row |= dict(question="Name the sound.", choices=[], answer=None, target=row["meta"]["label"])
-        else:
-            row["target"] = rng.choice(row["choices"])
+    with open(path, encoding="utf-8") as f:
+        clips = [json.loads(line) for line in f]
+    labels = sorted({clip["meta"]["label"] for clip in clips})
+    soundfile.write(os.path.join(os.path.dirname(path), "sounds", "silence.wav"), [0.0] * 10_000, 16_000)
     with open(path, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+        for _ in range(n):
+            clip, choices = rng.choice(clips), rng.sample(labels, 4)
+            if rng.random() < 0.4:
+                lesson = dict(audio=clip["audio"], question="Name the sound.", target=clip["meta"]["label"])
+            else:
+                audio = "sounds/silence.wav" if rng.random() < 0.3 else clip["audio"]
+                lesson = dict(audio=audio, question=clip["question"], choices=choices, target=rng.choice(choices))
+            f.write(json.dumps(lesson) + "\n")
     return path
 
 
@@ -1221,20 +1234,21 @@ def make_tiny_omni(folder: str, rows: list[dict]) -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|IMAGE|>",
                "<|VIDEO|>"]
     bpe = tokenizers.ByteLevelBPETokenizer()
-    texts = [f"{r['question']} {r['choices']} {r['target']}" for r in rows]
-    texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "Output the final answer in <answer> </answer>."]
+    texts = [part["text"] for row in rows for part in chat(Example(**{"id": "", **row}), PROMPTS["answer"])[-1]["content"][1:]]
+    texts += [row["target"] for row in rows] + ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
     bpe.train_from_iterator(texts, vocab_size=512, min_frequency=1, special_tokens=special, show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>",
                                                      pad_token="<|endoftext|>", extra_special_tokens=special[1:])
     tokenizer.chat_template = CHAT_TEMPLATE
     ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
     config = transformers.Qwen2_5OmniThinkerConfig(
-        audio_config=dict(d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128, output_dim=128),
+        audio_config=dict(d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128, output_dim=128,
+                          initializer_range=0.15),
         vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=128),
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, eos_token_id=ids["<|im_end|>"],
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+                         initializer_range=0.1, tie_word_embeddings=True, num_attention_heads=4, num_key_value_heads=2, eos_token_id=ids["<|im_end|>"],
                          rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])),
-        audio_token_index=ids["<|AUDIO|>"], audio_start_token_id=ids["<|audio_bos|>"],
+        tie_word_embeddings=True, audio_token_index=ids["<|AUDIO|>"], audio_start_token_id=ids["<|audio_bos|>"],
         audio_end_token_id=ids["<|audio_eos|>"], image_token_index=ids["<|IMAGE|>"], video_token_index=ids["<|VIDEO|>"])
     torch.manual_seed(0)
     model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
