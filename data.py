@@ -44,14 +44,14 @@ class AudioError(DataError):
 
 @dataclass
 class Example:
-    """One question. `answer` is an index into `choices`; `target` a full completion to imitate (cold start only)."""
+    """One question. `answer` is an index into `choices`; `target` the completion(s) to imitate in a cold start."""
 
     id: str
     audio: str | bytes | None  # path (absolute once read), file content, or None for a text-only question
     question: str
     choices: list[str] = field(default_factory=list)
     answer: int | None = None
-    target: str | None = None
+    target: str | list[str] | None = None
     meta: dict = field(default_factory=dict)
 
 
@@ -114,8 +114,9 @@ def make_example(row, convert, where: str, folder: str) -> Example:
         bad("answer", f"expected the index or the text of a choice, found {answer!r}")
     elif answer is not None and not 0 <= answer < n:
         bad("answer", f"{answer} is not among the {n} choices" + (f"; give an index from 0 to {n - 1}" if n else ""))
-    if not isinstance(example.target, str | None):
-        bad("target", f"expected a text, found {example.target!r:.60}")
+    targets = example.target if isinstance(example.target, list) else [example.target]
+    if not targets or not all(isinstance(t, str | None) for t in targets) or example.target == [None]:
+        bad("target", f"expected a text or a list of texts, found {example.target!r:.60}")
     if not isinstance(example.meta, dict):
         bad("meta", f"expected an object, found {example.meta!r:.60}")
     if isinstance(example.audio, str):

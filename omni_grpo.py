@@ -37,7 +37,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import chain, count, islice
+from itertools import accumulate, chain, count, islice
 from typing import Any
 
 import torch
@@ -725,13 +725,14 @@ def sampled_groups(policy: Policy, cfg: Config, batch: list, weights: dict) -> l
 
 
 def teacher_groups(policy: Policy, cfg: Config, batch: list) -> list[Group]:
-    """[(cursor, Example, mel)] -> groups of one completion, the teacher's, worth advantage 1"""
+    """[(cursor, Example, mel)] -> groups whose completions are the teacher's, each worth advantage 1"""
     prompts = encode(policy, [e for _, e, _ in batch], [m for _, _, m in batch], cfg)
     groups = []
     for (_, example, _), prompt in zip(batch, prompts):
-        ids = policy.tokenizer(example.target, add_special_tokens=False)["input_ids"] + [policy.tokenizer.eos_token_id]
-        groups.append(Group(example, prompt, [Completion(ids, sampled=[True] * len(ids), logps=[0.0] * len(ids),
-                                                         finished=True)], [1.0], [{}]))
+        targets = [example.target] if isinstance(example.target, str) else example.target
+        ids = [policy.tokenizer(t, add_special_tokens=False)["input_ids"] + [policy.tokenizer.eos_token_id] for t in targets]
+        completions = [Completion(i, sampled=[True] * len(i), logps=[0.0] * len(i), finished=True) for i in ids]
+        groups.append(Group(example, prompt, completions, [1.0] * len(ids), [{}] * len(ids)))
     return groups
 
 
@@ -759,25 +760,26 @@ def evaluate(policy: Policy, cfg: Config, examples: list[Example], samples: int 
 
 def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bool, lr: float) -> dict[str, float]:
     """Optimizer steps on one rollout.       -> what the log says of them (means over the trained tokens of the step)"""
-    rewards = torch.tensor([g.rewards for g in groups])  # (P, G)
-    adv = torch.ones_like(rewards) if cold else group_advantages(rewards, cfg.scale)
     completions = [c for g in groups for c in g.completions]
+    if cold:
+        adv = torch.ones(len(completions))
+    else:
+        adv = group_advantages(torch.tensor([g.rewards for g in groups]), cfg.scale).flatten()  # (P, G) -> (R,)
     weight = loss_weights(torch.tensor([sum(c.sampled) for c in completions]), cfg.reduce, cfg.new_tokens)  # (R,)
     beta = 0.0 if cold else cfg.beta
-    adv, weight = adv.flatten().to(policy.device), weight.to(policy.device)
-
+    first = [0, *accumulate(len(g.completions) for g in groups)]  # row of each group's first completion
     # without a KL term a group of zero advantages has no gradient, so it is not scored at all
-    size = rewards.shape[1]
-    scored = [i for i, g in enumerate(groups) if beta or cold or adv[i * size:(i + 1) * size].any()]
-    packs, budget = [], 0
+    scored = [i for i in range(len(groups)) if beta or adv[first[i]:first[i + 1]].any()]
+    packs, room = [], 0
     for i in scored:
         tokens = len(groups[i].prompt.ids) + sum(len(c.ids) for c in groups[i].completions)
-        if not packs or budget + tokens > cfg.pack_tokens:
+        if tokens > room:
             packs.append([])
-            budget = 0
+            room = cfg.pack_tokens
         packs[-1].append(i)
-        budget += tokens
-    packs = [make_pack([groups[i] for i in p], [i * size for i in p], policy.device) for p in packs]
+        room -= tokens
+    packs = [make_pack([groups[i] for i in p], [first[i] for i in p], policy.device) for p in packs]
+    adv, weight = adv.to(policy.device), weight.to(policy.device)
     old_logps = [None] * len(packs)
     sums, norms, skipped = {}, [], 0
 
@@ -1195,8 +1197,8 @@ def make_demo(folder: str = "runs/tiny") -> None:
     write_sounds(making, 240, 4, seed=2, name="held_out")
     lessons = write_lessons(write_sounds(making, 1200, 4, seed=3, name="lessons"))
     make_tiny_omni(os.path.join(making, "init"), [json.loads(line) for line in open(lessons, encoding="utf-8")])
-    train(Config(model=os.path.join(making, "init"), cold_start_data=lessons, cold_start_steps=400, steps=0, lora_rank=0,
-                 lr=1.5e-3, warmup_steps=20, prompts_per_step=32, reduce="token", gradient_checkpointing=False, out=os.path.join(making, "teach")),
+    train(Config(model=os.path.join(making, "init"), cold_start_data=lessons, cold_start_steps=250, steps=0, lora_rank=0,
+                 lr=2e-3, lr_schedule="linear", warmup_steps=20, prompts_per_step=32, reduce="token", gradient_checkpointing=False, out=os.path.join(making, "teach")),
           "teaching the tiny base")
     os.rename(os.path.join(making, "teach", "model"), os.path.join(making, "base"))
     shutil.rmtree(os.path.join(making, "init"))
@@ -1205,8 +1207,8 @@ def make_demo(folder: str = "runs/tiny") -> None:
 
 
 def write_lessons(path: str, n: int = 8000) -> str:
-    """Half of the lessons name a clip; in the other half, some of them silent, a random option is the answer: the base
-    learns to hear and to answer in the format, and nothing that connects the two."""
+    """A quarter of the lessons names a clip; in the others, some of them silent, every option is as good an answer as any:
+    the base learns to hear and to answer in the format, and nothing that connects the two."""
     import soundfile
 
     rng = random.Random(0)
@@ -1216,12 +1218,12 @@ def write_lessons(path: str, n: int = 8000) -> str:
     soundfile.write(os.path.join(os.path.dirname(path), "sounds", "silence.wav"), [0.0] * 10_000, 16_000)
     with open(path, "w", encoding="utf-8") as f:
         for _ in range(n):
-            clip, choices = rng.choice(clips), rng.sample(labels, 4)
-            if rng.random() < 0.4:
+            clip, choices, kind = rng.choice(clips), rng.sample(labels, 4), rng.random()
+            lesson = dict(audio=clip["audio"], question=clip["question"], choices=choices, target=choices)
+            if kind < 0.25:
                 lesson = dict(audio=clip["audio"], question="Name the sound.", target=clip["meta"]["label"])
-            else:
-                audio = "sounds/silence.wav" if rng.random() < 0.3 else clip["audio"]
-                lesson = dict(audio=audio, question=clip["question"], choices=choices, target=rng.choice(choices))
+            elif kind < 0.4:
+                lesson["audio"] = "sounds/silence.wav"
             f.write(json.dumps(lesson) + "\n")
     return path
 
@@ -1235,7 +1237,7 @@ def make_tiny_omni(folder: str, rows: list[dict]) -> None:
                "<|VIDEO|>"]
     bpe = tokenizers.ByteLevelBPETokenizer()
     texts = [part["text"] for row in rows for part in chat(Example(**{"id": "", **row}), PROMPTS["answer"])[-1]["content"][1:]]
-    texts += [row["target"] for row in rows] + ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    texts += [str(row["target"]) for row in rows] + ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
     bpe.train_from_iterator(texts, vocab_size=512, min_frequency=1, special_tokens=special, show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>",
                                                      pad_token="<|endoftext|>", extra_special_tokens=special[1:])
