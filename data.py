@@ -313,8 +313,8 @@ def probe_audio(examples: Examples, max_s: float, budget_s: float = 5.0) -> tupl
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A named template: the user turn is the clip, the question, its options, and `ending`."""
+class Template:
+    """A named prompt: the user turn is the clip, the question, its options, and `ending`."""
 
     ending: str
     system: str | None = None  # None: whatever the checkpoint's chat template puts there
@@ -323,15 +323,15 @@ class Prompt:
 
 PROMPTS = {
     # Omni-R1 (arXiv 2505.09439): nothing but the question and its options
-    "direct": Prompt(""),
+    "direct": Template(""),
     # R1-AQA (arXiv 2503.11197), without and with a chain of thought
-    "answer": Prompt(" Output the final answer in <answer> </answer>."),
-    "think": Prompt(" Output the thinking process in <think> </think> and final answer in <answer> </answer>.",
-                    max_new_tokens=256),
+    "answer": Template(" Output the final answer in <answer> </answer>."),
+    "think": Template(" Output the thinking process in <think> </think> and final answer in <answer> </answer>.",
+                      max_new_tokens=256),
 }
 
 
-def chat(example: Example, prompt: Prompt, with_audio: bool = True) -> list[dict]:
+def chat(example: Example, prompt: Template, with_audio: bool = True) -> list[dict]:
     """Messages for a chat template. Options are written as R1-AQA writes them, a Python list."""
     options = f" Please choose the answer from the following options: {example.choices}." if example.choices else ""
     content = [{"type": "text", "text": example.question + options + prompt.ending}]
@@ -414,6 +414,31 @@ def write_sounds(folder: str, n: int, n_choices: int, seed: int, name: str, sile
             example = Example(f"{name}_{i:04d}", audio, asks[rng.integers(len(asks))], choices, choices.index(label),
                               meta={"label": label})
             f.write(json.dumps(asdict(example)) + "\n")
+    return path
+
+
+def write_lessons(path: str, n: int = 8000) -> str:
+    """Questions of `write_sounds` -> n cold-start lessons in their place, for the demo's base model.
+
+    A quarter names a clip; in the others, some of them silent, every option is as good an answer as any: the base learns
+    to hear and to answer in the format, and nothing that connects the two.
+    """
+    import soundfile
+
+    rng = np.random.default_rng(0)
+    with open(path, encoding="utf-8") as f:
+        clips = [json.loads(line) for line in f]
+    soundfile.write(os.path.join(os.path.dirname(path), "sounds", "silence.wav"), np.zeros(10_000), RATE_HZ)
+    with open(path, "w", encoding="utf-8") as f:
+        for _ in range(n):
+            clip, kind = clips[rng.integers(len(clips))], rng.random()
+            if kind < 0.25:
+                lesson = dict(audio=clip["audio"], question="Name the sound.", target=clip["meta"]["label"])
+            else:
+                choices = rng.permutation(list(SOUNDS))[:4].tolist()
+                lesson = dict(audio="sounds/silence.wav" if kind < 0.4 else clip["audio"], question=clip["question"],
+                              choices=choices, target=choices)
+            f.write(json.dumps(lesson) + "\n")
     return path
 
 

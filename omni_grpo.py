@@ -21,11 +21,13 @@ M trained tokens, V vocabulary, H hidden size.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -42,10 +44,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
+from tqdm import tqdm
 
-from data import PROMPTS, DataError, Example, Examples, UserError, ahead, chat, held_out, load_audio, probe_audio, scan
-from data import shuffle_choices, write_sounds
+import data
+from data import PROMPTS, DataError, Example, Examples, UserError
 from reward import accuracy, nearest, parse_rewards, score
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,7 +366,7 @@ class Policy:
     head: Any
     embed_tokens: Any
     tokenizer: Any
-    hear: Any  # the feature extractor; None: a model without ears
+    extractor: Any  # clip -> log-mel features; None: a model without ears
     encode_audio: Any
     audio_id: int | None
     stop_ids: list[int]
@@ -456,8 +460,8 @@ def make_policy(cfg: Config, model, family: Family, folder: str) -> Policy:
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # renamed in 5.2x
         enable({"use_reentrant": False})
     model.eval()
-    hear = transformers.AutoFeatureExtractor.from_pretrained(folder) if encode_audio else None
-    return Policy(model, lm, head, embed_tokens, tokenizer, hear, encode_audio,
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder) if encode_audio else None
+    return Policy(model, lm, head, embed_tokens, tokenizer, extractor, encode_audio,
                   family.audio_id(getattr(model, "config", None)), sorted(stops))
 
 
@@ -501,12 +505,12 @@ def hear(policy: Policy, example: Example, cfg: Config) -> tuple[Tensor | None, 
     """
     if example.audio is None or cfg.audio == "none":
         return None, False
-    wave, cut = load_audio(example.audio, cfg.max_audio_s)
+    wave, cut = data.load_audio(example.audio, cfg.max_audio_s)
     if cfg.audio == "silence":
         wave[:] = 0
-    hop = policy.hear.hop_length
-    out = policy.hear(wave, sampling_rate=policy.hear.sampling_rate, return_tensors="pt", padding="max_length",
-                      max_length=-(-len(wave) // hop) * hop + policy.hear.n_fft, return_attention_mask=True)
+    hop = policy.extractor.hop_length
+    out = policy.extractor(wave, sampling_rate=policy.extractor.sampling_rate, return_tensors="pt", padding="max_length",
+                      max_length=-(-len(wave) // hop) * hop + policy.extractor.n_fft, return_attention_mask=True)
     return out["input_features"][0, :, :int(out["attention_mask"].sum())], cut
 
 
@@ -520,7 +524,7 @@ def encode(policy: Policy, examples: list[Example], mels: list[Tensor | None], c
 def prompt_tokens(policy: Policy, example: Example, audio: Tensor | None, cfg: Config) -> Tokens:
     plain = dataclasses.replace(example, question=example.question.replace("<|", "< |"),
                                 choices=[c.replace("<|", "< |") for c in example.choices])  # text is not markup
-    messages = chat(plain, PROMPTS[cfg.prompt], with_audio=audio is not None)
+    messages = data.chat(plain, PROMPTS[cfg.prompt], with_audio=audio is not None)
     text = policy.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
     if audio is None:
@@ -685,50 +689,61 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
 
 
-def draw(cfg: Config, examples: Examples, indices: list[int], cursor: int, tag: str):
-    """Endless (cursor, Example): question number `cursor` of this run, a function of the seed alone."""
-    n = len(indices)
-    epoch, order = -1, []
-    if cfg.order == "easy_to_hard" and tag == "rl":
+def draw(cfg: Config, examples: Examples, indices: list[int], cursor: int, phase: str):
+    """Endless (cursor, Example): the question at place `cursor` of this run is a function of the seed alone."""
+    n, epoch, order = len(indices), -1, None
+    if cfg.order == "easy_to_hard" and phase == "rl":
         rates = {i: examples[i].meta.get("pass_rate") for i in indices}
-        missing = [i for i in indices if not isinstance(rates[i], int | float)]
-        if missing:
-            raise DataError(f'{examples.raw(missing[0])[1]}: --order easy_to_hard needs a number "pass_rate" in meta')
-        easy_first = sorted(indices, key=lambda i: -rates[i])
+        for i, rate in rates.items():
+            if not isinstance(rate, int | float):
+                raise DataError(f'{examples.raw(i)[1]}: --order easy_to_hard needs a number "pass_rate" in meta')
+        order = sorted(indices, key=lambda i: -rates[i])
     while True:
-        if cursor // n != epoch:
+        if cursor // n != epoch and (cfg.order == "shuffled" or phase == "cold"):
             epoch = cursor // n
-            if cfg.order == "easy_to_hard" and tag == "rl":
-                order = easy_first
-            else:
-                order = random.Random(seed_of(cfg.seed, tag, epoch)).sample(indices, n)
+            order = random.Random(seed_of(cfg.seed, phase, epoch)).sample(indices, n)
         example = examples[order[cursor % n]]
-        if cfg.shuffle_choices and example.target is None:
-            example = shuffle_choices(example, random.Random(seed_of(cfg.seed, "choices", cursor)))
+        if cfg.shuffle_choices and phase == "rl":
+            example = data.shuffle_choices(example, random.Random(seed_of(cfg.seed, "choices", cursor)))
         yield cursor, example
         cursor += 1
 
 
+def listen(policy: Policy, cfg: Config, stream, bad: list):
+    """(cursor, Example) -> (cursor, Example, features, cut), read by worker threads ahead of the step.
+
+    A clip that cannot be heard is skipped and put on the list `bad`; raises UserError past --max_bad_audio of them.
+    """
+    for (cursor, example), heard in data.ahead(stream, lambda item: hear(policy, item[1], cfg), cfg.workers,
+                                               2 * cfg.prompts_per_step):
+        if not isinstance(heard, DataError):
+            yield cursor, example, *heard
+            continue
+        bad.append(heard)
+        if len(bad) > cfg.max_bad_audio:
+            raise UserError(f"more than --max_bad_audio {cfg.max_bad_audio} clips could not be heard, the last: {heard}")
+
+
 def sampled_groups(policy: Policy, cfg: Config, batch: list, weights: dict) -> list[Group]:
-    """[(cursor, Example, mel)] -> groups with rewards"""
-    groups = []
-    per_pass = max(1, cfg.rollout_rows // cfg.num_generations)
-    prompts = encode(policy, [e for _, e, _ in batch], [m for _, _, m in batch], cfg)
-    for at in range(0, len(batch), per_pass):
-        part = batch[at:at + per_pass]
-        done = rollout(policy, prompts[at:at + per_pass], cfg.num_generations, cfg.temperature, cfg.new_tokens,
-                       [seed_of(cfg.seed, "rollout", cursor) for cursor, _, _ in part])
-        for (_, example, _), prompt, completions in zip(part, prompts[at:], done):
+    """[(cursor, Example, features, cut)] -> one group each, with rewards"""
+    groups, at_once = [], max(1, cfg.rollout_rows // cfg.num_generations)
+    cursors, examples, mels, _ = zip(*batch)
+    prompts = encode(policy, examples, mels, cfg)
+    for at in range(0, len(batch), at_once):
+        part = slice(at, at + at_once)
+        sampled = rollout(policy, prompts[part], cfg.num_generations, cfg.temperature, cfg.new_tokens,
+                          [seed_of(cfg.seed, "rollout", cursor) for cursor in cursors[part]])
+        for example, prompt, completions in zip(examples[part], prompts[part], sampled):
             scores = [score(text_of(policy, c), example, weights) for c in completions]
             groups.append(Group(example, prompt, completions, *map(list, zip(*scores))))
     return groups
 
 
 def teacher_groups(policy: Policy, cfg: Config, batch: list) -> list[Group]:
-    """[(cursor, Example, mel)] -> groups whose completions are the teacher's, each worth advantage 1"""
-    prompts = encode(policy, [e for _, e, _ in batch], [m for _, _, m in batch], cfg)
+    """[(cursor, Example, features, cut)] -> groups whose completions are the example's targets"""
+    _, examples, mels, _ = zip(*batch)
     groups = []
-    for (_, example, _), prompt in zip(batch, prompts):
+    for example, prompt in zip(examples, encode(policy, examples, mels, cfg)):
         targets = [example.target] if isinstance(example.target, str) else example.target
         ids = [policy.tokenizer(t, add_special_tokens=False)["input_ids"] + [policy.tokenizer.eos_token_id] for t in targets]
         completions = [Completion(i, sampled=[True] * len(i), logps=[0.0] * len(i), finished=True) for i in ids]
@@ -737,91 +752,89 @@ def teacher_groups(policy: Policy, cfg: Config, batch: list) -> list[Group]:
 
 
 def evaluate(policy: Policy, cfg: Config, examples: list[Example], samples: int = 0) -> dict[str, float]:
-    """-> {"accuracy": greedy, "accuracy_sampled": at cfg.temperature, "unresolved": share}. A bad clip counts as wrong."""
-    right, right_sampled = 0.0, 0.0
-    heard = ahead(examples, lambda e: hear(policy, e, cfg)[0], cfg.workers, 2 * cfg.workers)
-    numbered = enumerate((e, mel) for e, mel in heard if not isinstance(mel, DataError))
-    while batch := list(islice(numbered, max(1, cfg.rollout_rows // max(1, samples)))):
-        questions = [e for _, (e, _) in batch]
-        prompts = encode(policy, questions, [mel for _, (_, mel) in batch], cfg)
-        seeds = [seed_of(cfg.seed, "eval", i) for i, _ in batch]
-        greedy = rollout(policy, prompts, 1, 0.0, cfg.new_tokens, seeds)
-        right += sum(accuracy(text_of(policy, c[0]), e) for c, e in zip(greedy, questions))
-        if samples:
-            drawn = rollout(policy, prompts, samples, cfg.temperature, cfg.new_tokens, seeds)
-            right_sampled += sum(accuracy(text_of(policy, c), e) for group, e in zip(drawn, questions) for c in group)
-    out = {"accuracy": right / len(examples)}
-    return out | ({"accuracy_sampled": right_sampled / len(examples) / samples} if samples else {})
+    """-> {"accuracy": greedy, "accuracy_sampled": of `samples` at the training temperature}; a bad clip is a wrong answer."""
+    right = {"accuracy": 0.0} | ({"accuracy_sampled": 0.0} if samples else {})
+    heard = data.ahead(enumerate(examples), lambda item: hear(policy, item[1], cfg)[0], cfg.workers, 2 * cfg.workers)
+    heard = ((i, e, mel) for (i, e), mel in heard if not isinstance(mel, DataError))
+    while batch := list(islice(heard, max(1, cfg.rollout_rows // max(1, samples)))):
+        places, questions, mels = zip(*batch)
+        prompts = encode(policy, questions, mels, cfg)
+        seeds = [seed_of(cfg.seed, "eval", i) for i in places]
+        for name, n, temperature in [("accuracy", 1, 0.0), ("accuracy_sampled", samples, cfg.temperature)][:len(right)]:
+            for group, e in zip(rollout(policy, prompts, n, temperature, cfg.new_tokens, seeds), questions):
+                right[name] += sum(accuracy(text_of(policy, c), e) for c in group) / n
+    return {name: total / len(examples) for name, total in right.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The update
 
 
-def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bool, lr: float) -> dict[str, float]:
-    """Optimizer steps on one rollout.       -> what the log says of them (means over the trained tokens of the step)"""
-    completions = [c for g in groups for c in g.completions]
-    if cold:
-        adv = torch.ones(len(completions))
-    else:
-        adv = group_advantages(torch.tensor([g.rewards for g in groups]), cfg.scale).flatten()  # (P, G) -> (R,)
-    weight = loss_weights(torch.tensor([sum(c.sampled) for c in completions]), cfg.reduce, cfg.new_tokens)  # (R,)
-    beta = 0.0 if cold else cfg.beta
-    first = [0, *accumulate(len(g.completions) for g in groups)]  # row of each group's first completion
-    # without a KL term a group of zero advantages has no gradient, so it is not scored at all
-    scored = [i for i in range(len(groups)) if beta or adv[first[i]:first[i + 1]].any()]
+def pack_groups(groups: list[Group], keep: list[int], pack_tokens: int, device) -> list[Pack]:
+    """The groups `keep`, in packs of at most pack_tokens tokens (a larger group is a pack of its own)."""
+    first = [0, *accumulate(len(g.completions) for g in groups)]
     packs, room = [], 0
-    for i in scored:
+    for i in keep:
         tokens = len(groups[i].prompt.ids) + sum(len(c.ids) for c in groups[i].completions)
         if tokens > room:
             packs.append([])
-            room = cfg.pack_tokens
+            room = pack_tokens
         packs[-1].append(i)
         room -= tokens
-    packs = [make_pack([groups[i] for i in p], [first[i] for i in p], policy.device) for p in packs]
+    return [make_pack([groups[i] for i in p], [first[i] for i in p], device) for p in packs]
+
+
+def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bool) -> dict[str, float]:
+    """Optimizer steps on one rollout.       -> what the log says of them, means over the trained tokens of the step
+
+    A cold start is the same update: the completions are the teacher's, the advantage is 1, and there is no KL.
+    """
+    completions = [c for g in groups for c in g.completions]  # R rows
+    beta, temperature = (0.0, 1.0) if cold else (cfg.beta, cfg.temperature)
+    adv = torch.ones(len(completions)) if cold else \
+        group_advantages(torch.tensor([g.rewards for g in groups]), cfg.scale).flatten()  # (P, G) -> (R,)
+    weight = loss_weights(torch.tensor([sum(c.sampled) for c in completions]), cfg.reduce, cfg.new_tokens)  # (R,)
+    # without a KL a group without reward spread has no gradient: it is not scored at all
+    keep = [i for i, g in enumerate(groups) if beta or cold or max(g.rewards) > min(g.rewards)]
+    packs = pack_groups(groups, keep, cfg.pack_tokens, policy.device)
     adv, weight = adv.to(policy.device), weight.to(policy.device)
-    old_logps = [None] * len(packs)
-    sums, norms, skipped = {}, [], 0
+    old_logps, sums, norms, skipped = [None] * len(packs), collections.Counter(), [], 0
 
-    def tally(name, values):
-        sums[name] = sums.get(name, 0) + values.detach().double().sum()
-
-    policy.lm.train()  # only this makes gradient checkpointing work; there is no dropout anywhere
-    for k in range(cfg.updates_per_rollout):
+    policy.lm.train()  # gradient checkpointing works only in training mode; there is no dropout anywhere
+    for _ in range(cfg.updates_per_rollout):
         optimizer.zero_grad(set_to_none=True)
         for j, pack in enumerate(packs):
-            logp, entropy = token_logps(policy, pack, cfg.temperature if not cold else 1.0)
-            if k == 0:
-                old_logps[j] = logp.detach()  # the first update is on-policy by construction: no extra pass
+            ref_logp = None
+            if beta:
+                with torch.no_grad(), reference(policy) as frozen:
+                    ref_logp, _ = token_logps(frozen, pack, temperature)
+            logp, entropy = token_logps(policy, pack, temperature)
+            if old_logps[j] is None:
+                old_logps[j] = logp.detach()  # the first update is on-policy: no pass of its own for the old policy
             a, w = adv[pack.row], weight[pack.row]
             ratio = importance_ratio(logp, old_logps[j], pack.row, cfg.importance)
             loss = policy_loss(ratio, a, w, cfg.clip_low, cfg.clip_high)
             if beta:
-                with torch.no_grad(), reference(policy) as frozen:
-                    ref_logp, _ = token_logps(frozen, pack, cfg.temperature)
-                kl = kl_k3(logp, ref_logp)
-                loss = loss + beta * (w * kl).sum()
-                tally("policy/kl_ref", kl)
+                loss = loss + beta * (w * kl_k3(logp, ref_logp)).sum()
             loss.backward()
-            outside = ((ratio < 1 - cfg.clip_low) & (a < 0)) | ((ratio > 1 + cfg.clip_high) & (a > 0))
-            for name, values in [("policy/loss", loss * len(logp)), ("policy/entropy", entropy), ("tokens", logp * 0 + 1),
-                                 ("policy/kl_old", kl_k3(logp, old_logps[j])), ("policy/clip_frac", outside.float()),
-                                 ("policy/logp", logp)]:
-                tally(name, values)
-        norm = torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm or math.inf)
-        norms.append(norm.item() if packs else 0.0)
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
-        if packs and math.isfinite(norms[-1]):
-            optimizer.step()
-        else:
-            skipped += bool(packs)
-    policy.lm.eval()
+            with torch.no_grad():
+                clipped = ((ratio < 1 - cfg.clip_low) & (a < 0)) | ((ratio > 1 + cfg.clip_high) & (a > 0))
+                sums.update({"tokens": len(logp), "policy/loss": loss.item() * len(logp), "policy/logp": logp.sum().item(),
+                             "policy/entropy": entropy.sum().item(), "policy/clip_frac": clipped.sum().item(),
+                             "policy/kl_old": kl_k3(logp, old_logps[j]).sum().item()})
+                if beta:
+                    sums["policy/kl_ref"] += kl_k3(logp, ref_logp).sum().item()
+        if packs:
+            norms.append(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm or math.inf).item())
+            if math.isfinite(norms[-1]):
+                optimizer.step()
+            else:
+                skipped += 1
     optimizer.zero_grad(set_to_none=True)
-    total = float(sums.pop("tokens", 0)) or 1.0
-    log = {k: float(v) / total for k, v in sums.items()}
-    return log | {"optim/grad_norm": sum(norms) / len(norms), "optim/lr": lr, "optim/skipped": skipped,
-                  "group/scored": len(scored) / len(groups)}
+    policy.lm.eval()
+    tokens = sums.pop("tokens", 0) or 1
+    return {name: total / tokens for name, total in sums.items()} | {
+        "optim/grad_norm": sum(norms) / max(1, len(norms)), "optim/skipped": skipped, "group/scored": len(keep) / len(groups)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -829,7 +842,7 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
 
 
 def write_atomically(path: str, write: Callable[[str], None]) -> None:
-    """write(temporary file), then rename: a kill at any moment leaves the old file or the new one, whole."""
+    """write(temporary path), then rename: a kill at any moment leaves the old file or the new one, whole."""
     tmp = path + ".tmp"
     write(tmp)
     with open(tmp, "rb+") as f:
@@ -841,84 +854,92 @@ def open_run(cfg: Config) -> str:
     """Make the run directory, or refuse to write over one."""
     out = cfg.out
     if not out:
-        stem = os.path.join("runs", os.path.splitext(os.path.basename(cfg.data))[0])
+        stem = os.path.join("runs", os.path.splitext(os.path.basename(cfg.data or cfg.cold_start_data))[0])
         out = next(p for p in chain([stem], (f"{stem}-{i}" for i in count(2))) if not os.path.exists(p))
     if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"--out {out}: is a file")
     if os.path.exists(out) and os.listdir(out):
-        raise UserError(f"--out {out}: already holds a run; go on with it by --resume, or choose another name")
+        raise UserError(f"--out {out}: already holds something; go on with that run by --resume {out}, or choose another name")
     os.makedirs(out, exist_ok=True)
     return out
 
 
 def save_weights(policy: Policy, out: str) -> None:
-    """out/adapter in PEFT's format (or out/model, a whole checkpoint, when all weights are trained), file by file."""
-    folder = os.path.join(out, "adapter" if hasattr(policy.model, "peft_config") else "model")
+    """out/adapter in PEFT's format; out/model, a whole checkpoint directory, when all weights are trained."""
+    lora = hasattr(policy.model, "peft_config")
+    folder = os.path.join(out, "adapter" if lora else "model")
     tmp = folder + ".tmp"
     shutil.rmtree(tmp, ignore_errors=True)
-    if hasattr(policy.model, "peft_config"):
-        policy.model.save_pretrained(tmp, selected_adapters=["default"])
-    else:
-        policy.model.save_pretrained(tmp)
-        policy.tokenizer.save_pretrained(tmp)
-        if policy.hear is not None:
-            policy.hear.save_pretrained(tmp)
+    policy.model.save_pretrained(tmp, **(dict(selected_adapters=["default"]) if lora else {}))
+    for part in (policy.tokenizer, policy.extractor):
+        if part is not None and not lora:
+            part.save_pretrained(tmp)
     os.makedirs(folder, exist_ok=True)
     for name in os.listdir(tmp):
         os.replace(os.path.join(tmp, name), os.path.join(folder, name))
     shutil.rmtree(tmp)
 
 
-def save_checkpoint(policy: Policy, optimizer, out: str, step: int, cursors: dict[str, int]) -> None:
-    """One file, renamed into place. There is no random state to keep: every draw is a function of (seed, cursor)."""
-    state = dict(step=step, cursors=cursors, weights=policy.trainable(), optimizer=optimizer.state_dict())
+def save_checkpoint(policy: Policy, optimizer, out: str, state: dict[str, int]) -> None:
+    """One file, renamed into place. There is no random state to keep: every draw is a function of the seed and `state`."""
+    content = dict(state=dict(state), weights=policy.trainable(), optimizer=optimizer.state_dict())
     os.makedirs(os.path.join(out, "checkpoint"), exist_ok=True)
-    write_atomically(os.path.join(out, "checkpoint", "state.pt"), lambda path: torch.save(state, path))
     save_weights(policy, out)
+    write_atomically(os.path.join(out, "checkpoint", "state.pt"), lambda path: torch.save(content, path))
 
 
-def load_checkpoint(policy: Policy, optimizer, out: str) -> tuple[int, dict[str, int]]:
-    path = os.path.join(out, "checkpoint", "state.pt")
-    state = torch.load(path, map_location=policy.device, weights_only=True)
-    for name, p in policy.trainable().items():
-        p.data.copy_(state["weights"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["cursors"]
+def load_checkpoint(policy: Policy, optimizer, out: str) -> dict[str, int]:
+    """Put a run back as its last checkpoint left it, its logs included.       -> state"""
+    def load(name):
+        return torch.load(os.path.join(out, name), map_location=policy.device, weights_only=True)
+
+    def fill(weights):
+        for name, p in policy.trainable().items():
+            p.data.copy_(weights[name])
+
+    if os.path.exists(os.path.join(out, "reference.pt")):
+        fill(load("reference.pt"))
+        freeze_reference(policy)
+    content = load("checkpoint/state.pt")
+    fill(content["weights"])
+    optimizer.load_state_dict(content["optimizer"])
+    for path in (os.path.join(out, "log.jsonl"), os.path.join(out, "rollouts.jsonl")):
+        if os.path.exists(path):  # what a killed run wrote after its last checkpoint is written again
+            with open(path, encoding="utf-8") as f:
+                lines = [x for x in f if x.endswith("\n") and json.loads(x)["step"] <= content["state"]["step"]]
+            write_atomically(path, lambda tmp: open(tmp, "w", encoding="utf-8").writelines(lines))  # noqa: B023
+    return content["state"]
 
 
-def cut_log(path: str, step: int) -> None:
-    """Drop what a killed run logged after its last checkpoint."""
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomically(path, lambda tmp: open(tmp, "w", encoding="utf-8").writelines(lines))
-
-
-def log_line(path: str, record: dict) -> None:
+def append(path: str, records: list[dict]) -> None:
     with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(record) + "\n")
-        f.flush()
+        f.writelines(json.dumps(r) + "\n" for r in records)
 
 
-def describe_machine() -> dict:
+def machine() -> dict:
     import transformers
 
-    def command(*words):
-        try:
-            return subprocess.run(words, capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)),
-                                  timeout=10).stdout.strip()
-        except OSError:
-            return ""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10,
+                                cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return dict(commit=command("git", "rev-parse", "HEAD"), python=sys.version.split()[0], torch=torch.__version__,
+    return dict(commit=commit, python=sys.version.split()[0], torch=torch.__version__,
                 transformers=transformers.__version__, hardware=card)
 
 
-def memory_gib() -> float:
+def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+CURVES = {"held-out accuracy": {"eval/accuracy": "greedy", "eval/accuracy_sampled": "sampled",
+                                "eval/accuracy_silence": "greedy, silence played"},
+          "reward": {"reward/mean": ""}, "KL to the reference, nats a token": {"policy/kl_ref": ""},
+          "entropy, nats a token": {"policy/entropy": ""}, "completion length, tokens": {"len/mean": ""}}
 
 
 def draw_curves(out: str) -> None:
@@ -929,26 +950,19 @@ def draw_curves(out: str) -> None:
 
     with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
         log = [json.loads(line) for line in f]
-    panels = [("held-out accuracy", ["eval/accuracy", "eval/accuracy_sampled", "eval/accuracy_silence"]),
-              ("reward", ["reward/mean"]), ("KL to the reference", ["policy/kl_ref"]),
-              ("entropy, nats a token", ["policy/entropy"]), ("completion length, tokens", ["len/mean"])]
-    panels = [(title, [k for k in keys if any(k in r for r in log)]) for title, keys in panels]
-    panels = [p for p in panels if p[1]]
-    fig, axes = plt.subplots(1, max(1, len(panels)), figsize=(3.4 * max(1, len(panels)), 3), squeeze=False)
-    names = {"eval/accuracy": "greedy", "eval/accuracy_sampled": "sampled", "eval/accuracy_silence": "greedy, silence"}
-    for ax, (title, keys) in zip(axes[0], panels):
-        for key in keys:
-            points = [(r["step"], r[key]) for r in log if key in r]
-            x, y = zip(*points)
-            if key.startswith("eval/"):
-                ax.plot(x, y, "o-", ms=3, label=names.get(key, key))
-                ax.set_ylim(0, 1.02)
-                ax.legend(fontsize=8)
-            else:
-                window = max(1, len(y) // 20)
-                smooth = [sum(y[max(0, i - window):i + 1]) / len(y[max(0, i - window):i + 1]) for i in range(len(y))]
-                ax.plot(x, y, lw=0.7, alpha=0.35, color="tab:blue")
-                ax.plot(x, smooth, color="tab:blue")
+    curves = {title: {k: v for k, v in keys.items() if any(k in r for r in log)} for title, keys in CURVES.items()}
+    curves = {title: keys for title, keys in curves.items() if keys} or {"nothing was logged": {}}
+    fig, axes = plt.subplots(1, len(curves), figsize=(3.5 * len(curves), 3), squeeze=False)
+    for ax, (title, keys) in zip(axes[0], curves.items()):
+        for key, label in keys.items():
+            x, y = zip(*((r["step"], r[key]) for r in log if key in r))
+            ax.plot(x, y, **(dict(marker="o", ms=3, label=label) if label else dict(lw=0.7, alpha=0.4)))
+            if not label:  # one value a step: draw a running mean over it
+                n = max(1, len(y) // 20)
+                ax.plot(x, [sum(y[max(0, i - n):i + 1]) / (i - max(0, i - n) + 1) for i in range(len(y))], color="tab:blue")
+        if title == "held-out accuracy":
+            ax.set_ylim(0, 1.02)
+            ax.legend(fontsize=8)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)
@@ -961,221 +975,182 @@ def draw_curves(out: str) -> None:
 # The loop
 
 
-def make_optimizer(policy: Policy, cfg: Config):
-    parameters = list(policy.trainable().values())
-    if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
-    import logging
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import bitsandbytes
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=cfg.lr, weight_decay=0.0)
-
-
-def open_data(cfg: Config):
-    """Everything that can be found wrong before the model loads. -> (train, its indices, held-out examples, cold data)"""
-    weights = {"data": "train", "eval_data": "train", "cold_start_data": "cold_start"}
+def open_data(cfg: Config) -> dict[str, Any]:
+    """Find what is wrong with the data before the model loads.       -> rl and cold: (Examples, indices); held: [Example]"""
     files, keys = {}, {}
-    for flag, purpose in weights.items():
+    for flag, purpose in (("data", "train"), ("eval_data", "train"), ("cold_start_data", "cold_start")):
         if path := getattr(cfg, flag):
             files[flag] = Examples(path)
-            keys[flag] = scan(files[flag], purpose)
-            if cfg.audio != "none":
-                count, problems = probe_audio(files[flag], cfg.max_audio_s)
-                if len(problems) > min(cfg.max_bad_audio, count // 100):
-                    raise DataError("\n".join(problems[:10]) + "\nMend or drop these lines; "
-                                    f"`python data.py check {path}` lists every problem")
-    train = files.get("data")
-    indices, held = list(range(len(train))) if train else [], []
-    if cfg.eval_size and "eval_data" in files:
-        held = list(islice(files["eval_data"], cfg.eval_size))
-    elif cfg.eval_size and train:
-        indices, split_off = held_out(keys["data"], cfg.eval_size)
-        held = [train[i] for i in split_off[:cfg.eval_size]]
-    return train, indices, held, files.get("cold_start_data")
-
-
-def train(cfg: Config, note: str = "") -> str:
-    """Run `cfg` from its start or from its last checkpoint.       -> the run directory"""
-    weights = parse_rewards(cfg.reward)
-    examples, indices, held, cold_examples = open_data(cfg)
-    out = cfg.out if cfg.resume else open_run(cfg)
-    log_path, rollouts_path = os.path.join(out, "log.jsonl"), os.path.join(out, "rollouts.jsonl")
-    torch.manual_seed(cfg.seed)  # LoRA's initial weights
-    policy = load_policy(cfg)
-    if policy.hear is None and cfg.audio != "none" and any(e.audio is not None for e in held):
-        raise UserError(f"--model {cfg.model}: this model cannot hear; use --audio none")
-    optimizer = make_optimizer(policy, cfg)
-    step, cursors = 0, {"rl": 0, "cold": 0}
-    reference_path = os.path.join(out, "reference.pt")
-    if cfg.resume:
-        if os.path.exists(reference_path):
-            own = {k: v.clone() for k, v in policy.trainable().items()}
-            for name, value in torch.load(reference_path, map_location=policy.device, weights_only=True).items():
-                policy.trainable()[name].data.copy_(value)
-            freeze_reference(policy)
-            del own
-        step, cursors = load_checkpoint(policy, optimizer, out)
-        for path in (log_path, rollouts_path):
-            cut_log(path, step)
-    else:
-        config = dict(config=asdict(cfg) | {"out": out, "resume": ""}, **describe_machine())
-        write_atomically(os.path.join(out, "config.json"), lambda p: json.dump(config, open(p, "w"), indent=1))
-    n_trained = sum(p.numel() for p in policy.trainable().values())
-    print(f"{out}: {note or cfg.data or cfg.cold_start_data}, {len(indices)} questions to train on, {len(held)} held out, "
-          f"{n_trained:,} trained parameters, {describe_machine()['hardware']}", flush=True)
-
-    stopping = []
-    handlers = {s: signal.signal(s, lambda s, frame: stopping.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        finished = loop(cfg, out, policy, optimizer, weights, step, cursors, stopping,
-                        (examples, indices, held, cold_examples))
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-    if finished:
-        draw_curves(out)
-    else:
-        print(f"stopped; go on with: python omni_grpo.py --resume {out}", flush=True)
-        sys.exit(0)
+            keys[flag] = data.scan(files[flag], purpose)
+            tried, problems = data.probe_audio(files[flag], cfg.max_audio_s) if cfg.audio != "none" else (0, [])
+            if len(problems) > min(cfg.max_bad_audio, tried // 100):  # one bad clip in a hundred is bad luck, more is not
+                raise DataError("\n".join(problems[:10]) + "\nmend or drop these lines; "
+                                f"`python data.py check {path}` lists every one")
+    out = {"rl": None, "cold": None, "held": []}
+    if "cold_start_data" in files:
+        out["cold"] = files["cold_start_data"], range(len(files["cold_start_data"]))
+    if "eval_data" in files:
+        out["held"] = list(islice(files["eval_data"], cfg.eval_size))
+    if "data" in files:
+        train, split_off = range(len(files["data"])), []
+        if cfg.eval_size and "eval_data" not in files:
+            train, split_off = data.held_out(keys["data"], cfg.eval_size)
+            out["held"] = [files["data"][i] for i in split_off[:cfg.eval_size]]
+        out["rl"] = files["data"], train
+    for phase, steps in (("rl", cfg.steps), ("cold", cfg.cold_start_steps)):
+        if steps and out[phase] is None:
+            raise UserError(f"--{'steps' if phase == 'rl' else 'cold_start_steps'} {steps}: needs "
+                            f"--{'data' if phase == 'rl' else 'cold_start_data'}")
     return out
 
 
-def loop(cfg, out, policy, optimizer, weights, step, cursors, stopping, data) -> bool:
-    """rollout -> reward -> advantage -> update -> log -> evaluate -> save.       -> False if it was told to stop"""
-    from tqdm import tqdm
+def make_optimizer(policy: Policy, cfg: Config):
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, weight_decay=0.0)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks CPU users for an optional kernel
+    import bitsandbytes
+    return bitsandbytes.optim.AdamW8bit(policy.trainable().values(), lr=cfg.lr, weight_decay=0.0)
 
-    examples, indices, held, cold_examples = data
-    last = cfg.cold_start_steps + cfg.steps
+
+def measure(policy: Policy, cfg: Config, held: list[Example], control: bool) -> dict[str, float]:
+    """Held-out accuracy for the log; with `control` also under silence: a gain that survives it is not hearing."""
+    if not held:
+        return {}
+    result = evaluate(policy, cfg, held, cfg.eval_samples)
+    if control and cfg.audio == "real" and any(e.audio is not None for e in held):
+        result["accuracy_silence"] = evaluate(policy, dataclasses.replace(cfg, audio="silence"), held)["accuracy"]
+    return {f"eval/{name}": value for name, value in result.items()}
+
+
+def train(cfg: Config) -> tuple[str, bool]:
+    """Run `cfg` from its start or its last checkpoint.       -> (run directory, did it come to its end?)"""
+    questions = open_data(cfg)
+    out = cfg.resume or open_run(cfg)
+    torch.manual_seed(cfg.seed)  # LoRA's initial weights; everything else is seeded where it is drawn
+    policy = load_policy(cfg)
+    held = questions["held"]
+    if policy.extractor is None and cfg.audio != "none" and any(e.audio is not None for e in held):
+        raise UserError(f"--model {cfg.model}: this model has no audio tower; use --audio none")
+    optimizer = make_optimizer(policy, cfg)
+    state = load_checkpoint(policy, optimizer, out) if cfg.resume else {"step": 0, "rl": 0, "cold": 0}
+    about = dict(config=asdict(cfg) | {"out": out, "resume": ""}, **machine())
+    write_atomically(os.path.join(out, "config.json"), lambda tmp: open(tmp, "w").write(json.dumps(about, indent=1)))
+    print(f"{out}: {cfg.model} on {about['hardware']}, {sum(p.numel() for p in policy.trainable().values()):,} trained "
+          f"parameters, {len(questions['rl'][1]) if questions['rl'] else 0} questions, {len(held)} held out", flush=True)
+    log_path, stopping = os.path.join(out, "log.jsonl"), []
+    handlers = {s: signal.signal(s, lambda s, frame: stopping.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if not cfg.resume:
+            save_checkpoint(policy, optimizer, out, state)
+        if not os.path.exists(log_path):
+            append(log_path, [{"step": 0, **measure(policy, cfg, held, control=True)}])
+        finished = loop(policy, optimizer, cfg, questions, out, state, stopping)
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    draw_curves(out)
+    return out, finished
+
+
+def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, state: dict[str, int], stopping: list) -> bool:
+    """rollout -> reward -> advantage -> update -> log -> evaluate -> save, until the last step or a signal."""
+    weights, held, last = parse_rewards(cfg.reward), questions["held"], cfg.cold_start_steps + cfg.steps
     log_path, rollouts_path = os.path.join(out, "log.jsonl"), os.path.join(out, "rollouts.jsonl")
-    bad, flat_steps, accuracy_now = 0, 0, float("nan")
-
-    def listen(tag, source, source_indices):
-        """Endless (cursor, example, mel), read by worker threads ahead of the step; bad clips are skipped."""
-        nonlocal bad
-        stream = draw(cfg, source, source_indices, cursors[tag], tag)
-        for (cursor, example), heard in ahead(stream, lambda item: hear(policy, item[1], cfg), cfg.workers,
-                                              2 * cfg.prompts_per_step):
-            cursors[tag] = cursor + 1
-            if isinstance(heard, DataError):
-                bad += 1
-                tqdm.write(f"skipped: {heard}")
-                if bad > cfg.max_bad_audio:
-                    raise UserError(f"more than --max_bad_audio {cfg.max_bad_audio} unreadable clips, last: {heard}")
-                continue
-            yield cursor, example, heard[0], heard[1]
-
-    def measure(final: bool) -> dict:
-        nonlocal accuracy_now
-        if not held:
-            return {}
-        result = {f"eval/{k}": v for k, v in evaluate(policy, cfg, held, cfg.eval_samples).items()}
-        if final and cfg.audio == "real" and held[0].audio is not None:  # a gain that survives silence is not hearing
-            deaf = evaluate(policy, dataclasses.replace(cfg, audio="silence"), held)
-            result["eval/accuracy_silence"] = deaf["accuracy"]
-        accuracy_now = result["eval/accuracy"]
-        return result
-
-    if step == 0:
-        log_line(log_path, {"step": 0, **measure(final=True)})
-        save_checkpoint(policy, optimizer, out, 0, dict(cursors))
-    bar = tqdm(total=last, initial=step, desc="GRPO", unit="step", dynamic_ncols=True)
-    sources = {"cold": (cold_examples, range(len(cold_examples or ()))), "rl": (examples, indices)}
-    tag, clips = None, None
-    while step < last and not stopping:
-        start = time.monotonic()
-        step += 1
+    phase, clips, bad, flat_steps, last_eval = None, None, [], 0, float("nan")
+    bar = tqdm(total=last, initial=state["step"], unit="step", dynamic_ncols=True)
+    while state["step"] < last and not stopping:
+        start, step = time.monotonic(), state["step"] + 1
         cold = step <= cfg.cold_start_steps
-        if tag != ("cold" if cold else "rl"):
-            if clips:
-                clips.close()
-            if not cold and (tag == "cold" or cfg.adapter or not cfg.lora_rank) and cfg.beta and not policy.reference:
-                write_atomically(os.path.join(out, "reference.pt"), lambda p: torch.save(policy.trainable(), p))
+        if phase != ("cold" if cold else "rl"):
+            phase = "cold" if cold else "rl"
+            clips = listen(policy, cfg, draw(cfg, *questions[phase], state[phase], phase), bad)
+            fresh = cfg.lora_rank and not cfg.adapter and not cfg.cold_start_steps  # then the adapter is switched off
+            if not (cold or fresh or policy.reference) and cfg.beta:
+                write_atomically(os.path.join(out, "reference.pt"), lambda tmp: torch.save(policy.trainable(), tmp))
                 freeze_reference(policy)
-            tag = "cold" if cold else "rl"
-            clips = listen(tag, *sources[tag])
 
-        # ---- rollout and reward
-        groups, drawn, cut = [], [], 0
-        for _ in range(1 if cold or not cfg.resample_uniform else 4):
-            batch = list(islice(clips, cfg.prompts_per_step - len(groups)))
-            cut += sum(c for *_, c in batch)
-            batch = [b[:3] for b in batch]
-            new = teacher_groups(policy, cfg, batch) if cold else sampled_groups(policy, cfg, batch, weights)
-            drawn += new
-            groups += [g for g in new if max(g.rewards) > min(g.rewards)] if cfg.resample_uniform and not cold else new
-            if len(groups) == cfg.prompts_per_step:
-                break
-        groups = groups or drawn[-1:]
+        # ---- rollout and reward; --resample_uniform draws again, three times at most, for groups without reward spread
+        groups, drawn = [], []
+        try:
+            for attempt in range(4):
+                batch = list(islice(clips, cfg.prompts_per_step - len(groups)))
+                new = teacher_groups(policy, cfg, batch) if cold else sampled_groups(policy, cfg, batch, weights)
+                drawn += new
+                keep_all = cold or not cfg.resample_uniform or attempt == 3
+                groups += [g for g in new if keep_all or max(g.rewards) > min(g.rewards)]
+                if len(groups) == cfg.prompts_per_step:
+                    break
+        except UserError:  # too many bad clips: the last step is whole, keep it
+            save_checkpoint(policy, optimizer, out, state)
+            raise
         rolled = time.monotonic()
 
         # ---- advantage and update
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
         lr *= 1 - (step - 1) / last if cfg.lr_schedule == "linear" else 1
-        record = {"step": step, **update(policy, optimizer, cfg, groups, cold, lr)}
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        record = {"step": step, **update(policy, optimizer, cfg, groups, cold), "optim/lr": lr}
+        state |= {"step": step, phase: batch[-1][0] + 1}
 
         # ---- log: one line a step, means over the whole step
-        completions = [c for g in drawn for c in g.completions]
+        rows = [c for g in drawn for c in g.completions]
         parts = [p for g in drawn for p in g.parts]
         record |= {f"reward/{name}": sum(p[name] for p in parts) / len(parts) for name in parts[0]}
-        record["reward/mean"] = sum(sum(g.rewards) for g in drawn) / len(completions)
-        record["group/frac_zero_std"] = sum(max(g.rewards) == min(g.rewards) for g in drawn) / len(drawn)
-        record["group/distinct"] = sum(len({tuple(c.ids) for c in g.completions}) for g in drawn) / len(drawn)
-        record["len/mean"] = sum(len(c.ids) for c in completions) / len(completions)
-        record["len/frac_truncated"] = sum(not c.finished for c in completions) / len(completions)
-        record |= {"audio/cut": cut, "audio/bad": bad}
+        record |= {"reward/mean": sum(sum(g.rewards) for g in drawn) / len(rows),
+                   "group/frac_zero_std": sum(max(g.rewards) == min(g.rewards) for g in drawn) / len(drawn),
+                   "group/distinct": sum(len({tuple(c.ids) for c in g.completions}) for g in drawn) / len(drawn),
+                   "len/mean": sum(len(c.ids) for c in rows) / len(rows),
+                   "len/frac_truncated": sum(not c.finished for c in rows) / len(rows),
+                   "audio/cut": sum(b[3] for b in batch), "audio/bad": len(bad), "mem/peak_gib": peak_memory_gib(),
+                   "time/rollout_s": rolled - start, "time/update_s": time.monotonic() - rolled}
         flat_steps = flat_steps + 1 if record["group/frac_zero_std"] == 1 and not cold else 0
         if flat_steps == 10:
-            tqdm.write("ten steps without reward spread in any group: there is nothing to learn from. All rewards 0: the "
-                       "answers are not recognised (read rollouts.jsonl) or the questions are too hard; all at the maximum: "
-                       "too easy. Try more --num_generations, another --prompt, other data.")
+            tqdm.write(NO_SPREAD)
         if step % cfg.log_rollouts == 0 and not cold:
-            log_rollouts(policy, cfg, rollouts_path, step, groups)
+            append(rollouts_path, rollout_records(policy, cfg, step, groups))
             tqdm.write(show(policy, groups[0], step))
 
-        # ---- evaluate
-        done = time.monotonic()
-        record |= {"time/rollout_s": rolled - start, "time/update_s": done - rolled, "mem/peak_gib": memory_gib()}
+        # ---- evaluate and save
         if step == last or step % cfg.eval_every == 0:
-            record |= measure(final=step == last)
-            record["time/eval_s"] = time.monotonic() - done
-        log_line(log_path, record)
+            start = time.monotonic()
+            record |= measure(policy, cfg, held, control=step == last) | {"time/eval_s": time.monotonic() - start}
+            last_eval = record.get("eval/accuracy", last_eval)
+        append(log_path, [record])
         bar.update()
-        bar.set_postfix(reward=f"{record['reward/mean']:.2f}", held_out=f"{accuracy_now:.2f}", refresh=False)
-
-        # ---- save
+        bar.set_postfix(reward=f"{record['reward/mean']:.2f}", held_out=f"{last_eval:.2f}", refresh=False)
         if step == last or step % cfg.save_every == 0 or stopping:
-            save_checkpoint(policy, optimizer, out, step, dict(cursors))
-            if step % cfg.eval_every == 0:
-                draw_curves(out)
+            save_checkpoint(policy, optimizer, out, state)
     bar.close()
-    if clips:
-        clips.close()
-    return step >= last
+    return state["step"] >= last
 
 
-def log_rollouts(policy: Policy, cfg: Config, path: str, step: int, groups: list[Group]) -> None:
+NO_SPREAD = ("ten steps without reward spread in any group: there is nothing to learn from. If reward/mean is 0, the answers "
+             "are not recognised (read rollouts.jsonl) or the questions are too hard; if it is at its maximum, they are too "
+             "easy. Try other data, another --prompt, or more --num_generations.")
+
+
+def rollout_records(policy: Policy, cfg: Config, step: int, groups: list[Group]) -> list[dict]:
     advantages = group_advantages(torch.tensor([g.rewards for g in groups]), cfg.scale).tolist()
-    for group, adv in zip(groups, advantages):
-        e = group.example
-        for completion, reward, parts, a in zip(group.completions, group.rewards, group.parts, adv):
-            log_line(path, dict(step=step, id=e.id, question=e.question, choices=e.choices, answer=e.answer,
-                                completion=text_of(policy, completion), reward=reward, parts=parts, advantage=a,
-                                tokens=len(completion.ids), finished=completion.finished))
+    return [dict(step=step, id=g.example.id, question=g.example.question, choices=g.example.choices, answer=g.example.answer,
+                 completion=text_of(policy, c), reward=reward, parts=parts, advantage=a, tokens=len(c.ids),
+                 finished=c.finished)
+            for g, adv in zip(groups, advantages) for c, reward, parts, a in zip(g.completions, g.rewards, g.parts, adv)]
 
 
 def show(policy: Policy, group: Group, step: int) -> str:
     e = group.example
-    said = [f"{text_of(policy, c)[:60]!r} {r:g}" for c, r in zip(group.completions, group.rewards)]
-    gold = e.choices[e.answer] if e.answer is not None else None
-    return f"step {step}: {e.question} {e.choices} gold: {gold!r} | " + ", ".join(dict.fromkeys(said))
+    said = collections.Counter(f"{text_of(policy, c)[:60]!r} ({r:g})" for c, r in zip(group.completions, group.rewards))
+    return (f"step {step}: {e.question} {e.choices} -> {e.choices[e.answer]!r}; sampled "
+            + ", ".join(f"{n} x {text}" for text, n in said.most_common()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo: a tiny Qwen2.5-Omni that hears and knows the answer format, but does not yet use the one for the other
 
-DEMO = dict(model="runs/tiny/base", data="runs/tiny/demo.jsonl", eval_data="runs/tiny/held_out.jsonl", steps=200,
-            prompts_per_step=8, lora_rank=16, lora_alpha=32, lr=1e-3, eval_every=25, eval_size=240, log_rollouts=25,
-            max_new_tokens=12)
+DEMO = dict(model="runs/tiny/base", data="runs/tiny/demo.jsonl", eval_data="runs/tiny/held_out.jsonl", eval_size=240,
+            steps=220, prompts_per_step=8, lora_rank=16, lora_alpha=32, lr=2e-3, lr_schedule="linear", eval_every=20,
+            log_rollouts=20, max_new_tokens=12)
 
 CHAT_TEMPLATE = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
@@ -1186,75 +1161,57 @@ You are a helpful assistant.<|im_end|>
 {% endif %}"""
 
 
-def make_demo(folder: str = "runs/tiny") -> None:
-    """Sounds, questions and a tiny base checkpoint, made once and from nothing; the base is taught by `train` itself."""
+def make_demo(folder: str = "runs/tiny") -> bool:
+    """Sounds, questions and a tiny base checkpoint, made once; the base is taught by `train` itself.       -> done?"""
     if os.path.exists(os.path.join(folder, "base", "config.json")):
-        return
-    print(f"making the tiny base and its sounds in {folder} (once, about two minutes)", flush=True)
+        return True
+    if os.path.exists(folder):
+        raise UserError(f"{folder}: is in the way of the demo, and holds no base model; remove it")
+    print(f"making sounds, questions and a tiny base model in {folder} (once)", flush=True)
     making = folder + ".making"
     shutil.rmtree(making, ignore_errors=True)
-    write_sounds(making, 960, 4, seed=1, name="demo", silent=0.15)
-    write_sounds(making, 240, 4, seed=2, name="held_out")
-    lessons = write_lessons(write_sounds(making, 1200, 4, seed=3, name="lessons"))
-    make_tiny_omni(os.path.join(making, "init"), [json.loads(line) for line in open(lessons, encoding="utf-8")])
-    train(Config(model=os.path.join(making, "init"), cold_start_data=lessons, cold_start_steps=250, steps=0, lora_rank=0,
-                 lr=2e-3, lr_schedule="linear", warmup_steps=20, prompts_per_step=32, reduce="token", gradient_checkpointing=False, out=os.path.join(making, "teach")),
-          "teaching the tiny base")
-    os.rename(os.path.join(making, "teach", "model"), os.path.join(making, "base"))
-    shutil.rmtree(os.path.join(making, "init"))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(making, folder)
+    data.write_sounds(making, 960, 4, seed=1, name="demo", silent=0.15)
+    data.write_sounds(making, 240, 4, seed=2, name="held_out")
+    lessons = data.write_lessons(data.write_sounds(making, 1200, 4, seed=3, name="lessons"))
+    make_tiny_omni(os.path.join(making, "init"), lessons)
+    taught, finished = train(Config(
+        model=os.path.join(making, "init"), cold_start_data=lessons, cold_start_steps=250, steps=0, lora_rank=0, lr=2e-3,
+        lr_schedule="linear", warmup_steps=20, prompts_per_step=32, reduce="token", gradient_checkpointing=False,
+        save_every=10**9, out=os.path.join(making, "teach")))
+    if finished:
+        os.rename(os.path.join(taught, "model"), os.path.join(making, "base"))
+        os.rename(making, folder)
+    return finished
 
 
-def write_lessons(path: str, n: int = 8000) -> str:
-    """A quarter of the lessons names a clip; in the others, some of them silent, every option is as good an answer as any:
-    the base learns to hear and to answer in the format, and nothing that connects the two."""
-    import soundfile
-
-    rng = random.Random(0)
-    with open(path, encoding="utf-8") as f:
-        clips = [json.loads(line) for line in f]
-    labels = sorted({clip["meta"]["label"] for clip in clips})
-    soundfile.write(os.path.join(os.path.dirname(path), "sounds", "silence.wav"), [0.0] * 10_000, 16_000)
-    with open(path, "w", encoding="utf-8") as f:
-        for _ in range(n):
-            clip, choices, kind = rng.choice(clips), rng.sample(labels, 4), rng.random()
-            lesson = dict(audio=clip["audio"], question=clip["question"], choices=choices, target=choices)
-            if kind < 0.25:
-                lesson = dict(audio=clip["audio"], question="Name the sound.", target=clip["meta"]["label"])
-            elif kind < 0.4:
-                lesson["audio"] = "sounds/silence.wav"
-            f.write(json.dumps(lesson) + "\n")
-    return path
-
-
-def make_tiny_omni(folder: str, rows: list[dict]) -> None:
-    """A checkpoint directory with Qwen2.5-Omni's real classes at about a million parameters, random weights."""
+def make_tiny_omni(folder: str, lessons: str) -> None:
+    """A checkpoint directory with Qwen2.5-Omni's real classes at 0.7 million parameters, random weights."""
     import tokenizers
     import transformers
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|IMAGE|>",
                "<|VIDEO|>"]
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    texts = [part["text"] for row in rows for part in chat(Example(**{"id": "", **row}), PROMPTS["answer"])[-1]["content"][1:]]
-    texts += [str(row["target"]) for row in rows] + ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    bpe = tokenizers.ByteLevelBPETokenizer()  # its words are those of the lessons, so prompts are short
+    chats = [data.chat(e, PROMPTS["think"], with_audio=False) for e in Examples(lessons)]
+    texts = [c[-1]["content"] for c in chats] + [*data.SOUNDS, "system\nYou are a helpful assistant.", "user\nassistant\n"]
     bpe.train_from_iterator(texts, vocab_size=512, min_frequency=1, special_tokens=special, show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>",
                                                      pad_token="<|endoftext|>", extra_special_tokens=special[1:])
     tokenizer.chat_template = CHAT_TEMPLATE
     ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
+    # wider initial weights than a large model's: at this size the usual 0.02 drowns the sound in the positions
     config = transformers.Qwen2_5OmniThinkerConfig(
         audio_config=dict(d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128, output_dim=128,
                           initializer_range=0.15),
         vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=128),
         text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-                         initializer_range=0.1, tie_word_embeddings=True, num_attention_heads=4, num_key_value_heads=2, eos_token_id=ids["<|im_end|>"],
-                         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])),
+                         num_attention_heads=4, num_key_value_heads=2, eos_token_id=ids["<|im_end|>"],
+                         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
+                         initializer_range=0.1, tie_word_embeddings=True),
         tie_word_embeddings=True, audio_token_index=ids["<|AUDIO|>"], audio_start_token_id=ids["<|audio_bos|>"],
         audio_end_token_id=ids["<|audio_eos|>"], image_token_index=ids["<|IMAGE|>"], video_token_index=ids["<|VIDEO|>"])
     torch.manual_seed(0)
-    model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
-    model.save_pretrained(folder)
+    transformers.Qwen2_5OmniThinkerForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300, return_attention_mask=True).save_pretrained(folder)
 
@@ -1266,7 +1223,7 @@ def make_tiny_omni(folder: str, rows: list[dict]) -> None:
 def parse_config(argv=None) -> tuple[Config, bool]:
     """Flags -> (Config, is it the demo?). With --resume the run's own config.json stands behind the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in dataclasses.fields(Config):
         text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
         if f.type is bool:
@@ -1274,43 +1231,43 @@ def parse_config(argv=None) -> tuple[Config, bool]:
         elif f.name == "resume":
             parser.add_argument("--resume", nargs="?", const="--out", metavar="RUN", help=text)
         else:
-            parser.add_argument(f"--{f.name}", type=f.type, choices=f.metadata["choices"], metavar=f.name.upper(), help=text)
+            parser.add_argument(f"--{f.name}", type=f.type, metavar=f.name.upper(), help=text)
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
         run = given["resume"] if given["resume"] != "--out" else given.get("out", "")
         if not run:
             raise UserError("--resume: name the run, --resume runs/NAME")
         if not os.path.exists(os.path.join(run, "checkpoint", "state.pt")):
-            raise UserError(f"--resume {run}: no checkpoint there")
+            raise UserError(f"--resume {run}: no checkpoint there; a run killed before its first one has to start again")
         with open(os.path.join(run, "config.json"), encoding="utf-8") as f:
             return Config(**json.load(f)["config"] | given | dict(out=run, resume=run)), False
-    demo = not (given.get("data") or given.get("cold_start_data"))
-    if not demo and not given.get("data"):
-        given.setdefault("steps", 0)
-    cfg = Config(**(DEMO if demo else {}) | given)
-    return cfg, demo
+    demo = not given.get("data") and not given.get("cold_start_data")
+    only_cold = {} if given.get("data") else {"steps": 0}
+    return Config(**(DEMO if demo else only_cold) | given), demo
 
 
 def main(argv=None) -> int:
     try:
         cfg, demo = parse_config(argv)
-        if demo:
-            make_demo()
-        out = train(cfg)
+        finished = make_demo() if demo else True
+        out, finished = train(cfg) if finished else ("", False)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    report(out)
-    return 0
-
-
-def report(out: str) -> None:
+    except torch.OutOfMemoryError as e:
+        print(f"error: out of memory ({str(e).split('. ')[0]}). In order of harmlessness: lower --pack_tokens, lower "
+              "--rollout_rows, use --gradient_checkpointing, --load_in_4bit, then lower --max_audio_s, --max_new_tokens, "
+              "--num_generations, --lora_rank. The last checkpoint is whole: go on with --resume.", file=sys.stderr)
+        return 1
+    if not finished:
+        print(f"stopped; go on with: python omni_grpo.py --resume {out}" if out else "stopped", flush=True)
+        return 0
     with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
         evaluations = [r for r in map(json.loads, f) if "eval/accuracy" in r]
-    print(f"{out}: " + ", ".join(sorted(os.listdir(out))))
     for r in evaluations[:1] + evaluations[1:][-1:]:
-        print(f"step {r['step']:>5}: " + ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in r.items() if "eval/" in k
-                                                   and "time" not in k))
+        print(f"step {r['step']:>4}: " + ", ".join(f"{k[5:]} {v:.3f}" for k, v in r.items() if k.startswith("eval/")))
+    print(f"{out}: " + ", ".join(sorted(os.listdir(out))))
+    return 0
 
 
 if __name__ == "__main__":

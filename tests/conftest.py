@@ -1,0 +1,49 @@
+import os
+import sys
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import data  # noqa: E402
+import omni_grpo as og  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with `base` (random weights), `demo.jsonl` and `sounds/`: the demo's, untaught."""
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    questions = data.write_sounds(folder, 24, 4, seed=1, name="demo")
+    lessons = data.write_lessons(data.write_sounds(folder, 12, 4, seed=3, name="lessons"), 50)
+    og.make_tiny_omni(os.path.join(folder, "base"), lessons)
+    return type("Tiny", (), dict(folder=folder, base=os.path.join(folder, "base"), questions=questions, lessons=lessons))
+
+
+@pytest.fixture(scope="session")
+def config(tiny):
+    """Config for the tiny base; keyword arguments change it."""
+    def make(**changes):
+        return og.Config(**dict(model=tiny.base, data=tiny.questions, lora_rank=4, lora_alpha=8, prompts_per_step=2,
+                                num_generations=3, max_new_tokens=6, lr=1e-3, steps=2, eval_size=0, workers=1) | changes)
+    return make
+
+
+@pytest.fixture
+def policy(config):
+    """The tiny base with an adapter that is not a no-op: LoRA's B is drawn at random."""
+    torch.manual_seed(0)
+    policy = og.load_policy(config())
+    with torch.no_grad():
+        for name, p in policy.trainable().items():
+            if "lora_B" in name:
+                p.normal_(0, 0.1)
+    return policy
+
+
+@pytest.fixture
+def prompts(policy, config, tiny):
+    """Three prompts with their examples; the clips differ in sound and length."""
+    examples = list(data.Examples(tiny.questions))[:3]
+    return examples, og.encode(policy, examples, [og.hear(policy, e, config())[0] for e in examples], config())
