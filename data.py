@@ -10,7 +10,7 @@ one row to the fields of `Example`. Reading a data set never touches audio and n
 import argparse
 import collections
 import json
-import mmap
+import math
 import os
 import sys
 import time
@@ -62,22 +62,33 @@ def own_row(row: dict) -> dict:
 def r1_aqa_row(row: dict) -> dict:
     """AVQA as R1-AQA ships it (arXiv 2503.11197): null choices are padding, and "video" in a question means the sound."""
     choices, answer = row["multi_choice"], row["answer"]
-    if isinstance(choices, list) and isinstance(answer, int) and 0 <= answer < len(choices) and None in choices:
-        if choices[answer] is None:
-            raise DataError('field "answer": it points at a null choice; drop the line or mend the answer')
-        answer -= choices[:answer].count(None)
+    if isinstance(choices, list):
+        if type(answer) is int and 0 <= answer < len(choices):  # True is an int too
+            if choices[answer] is None:
+                raise DataError('field "answer": it points at a null choice; drop the line or mend the answer')
+            answer -= choices[:answer].count(None)
         choices = [c for c in choices if c is not None]
     question = row["question_text"]
     if isinstance(question, str):
         question = question.replace("video", "audio")
     return dict(id=row.get("id"), audio=row["audio_path"], question=question, choices=choices, answer=answer,
-                meta={k: row[k] for k in row.keys() - {"id", "audio_path", "question_text", "multi_choice", "answer"}})
+                meta={k: v for k, v in row.items()
+                      if k not in ("id", "audio_path", "question_text", "multi_choice", "answer")})
 
 
 FORMATS = [  # name, the keys that give it away, row -> fields of Example
     ("R1-AQA", {"question_text", "multi_choice", "answer", "audio_path"}, r1_aqa_row),
     ("own", {"question"}, own_row),
 ]
+
+
+def parse(raw: bytes, where: str):
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise DataError(f"{where}: not UTF-8 text ({e.reason}); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: broken JSON ({e}); was the file cut off, or an object spread over several lines?") from None
 
 
 def make_example(row, convert, where: str, folder: str) -> Example:
@@ -87,45 +98,59 @@ def make_example(row, convert, where: str, folder: str) -> Example:
         raise DataError(f'{where}: field "{key}": {problem}')
 
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        raise DataError(f"{where}: expected a JSON object, found {row!r:.60}")
     try:
         fields = convert(row)
     except KeyError as e:
-        bad(e.args[0], f"missing; found only {sorted(row)}")
+        bad(e.args[0], f"missing; found only {sorted(row)!r:.300}")
     except DataError as e:
         raise DataError(f"{where}: {e}") from None
-    number = where.rpartition(":")[2]
-    example = Example(**{"id": None, "audio": None, **fields})
-    example.id = str(number if example.id is None else example.id)
+    # null is the same as missing
+    example = Example(**{"id": None, "audio": None, "question": None} | {k: v for k, v in fields.items() if v is not None})
+    example.id = str(where.rpartition(":")[2] if example.id is None else example.id)
     if not isinstance(example.question, str) or not example.question.strip():
         bad("question", f"expected a text, found {example.question!r:.60}")
-    if example.choices is None:
-        example.choices = []
     if not isinstance(example.choices, list) or not all(isinstance(c, str) and c.strip() for c in example.choices):
         bad("choices", f"expected a list of texts, found {example.choices!r:.80}")
     if len(example.choices) == 1:
-        bad("choices", f"only one choice, {example.choices[0]!r}: a question needs at least two")
+        bad("choices", f"only one choice, {example.choices[0]!r:.80}: a question needs at least two")
     n, answer = len(example.choices), example.answer
     if isinstance(answer, str):  # the answer's text instead of its index
         if answer not in example.choices:
-            bad("answer", f"{answer!r} is not among the choices {example.choices}")
+            bad("answer", f"{answer!r:.80} is not among the choices {example.choices!r:.300}")
         example.answer = example.choices.index(answer)
     elif isinstance(answer, bool) or not isinstance(answer, int | None):
-        bad("answer", f"expected the index or the text of a choice, found {answer!r}")
+        bad("answer", f"expected the index or the text of a choice, found {answer!r:.80}")
     elif answer is not None and not 0 <= answer < n:
-        bad("answer", f"{answer} is not among the {n} choices" + (f"; give an index from 0 to {n - 1}" if n else ""))
-    targets = example.target if isinstance(example.target, list) else [example.target]
-    if not targets or not all(isinstance(t, str | None) for t in targets) or example.target == [None]:
+        bad("answer", f"{answer!r:.80} is not among the {n} choices" + (f"; give an index from 0 to {n - 1}" if n else ""))
+    targets = [] if example.target is None else example.target if isinstance(example.target, list) else [example.target]
+    if example.target == [] or not all(isinstance(t, str) for t in targets):
         bad("target", f"expected a text or a list of texts, found {example.target!r:.60}")
+    for key, texts in (("question", [example.question]), ("choices", example.choices), ("target", targets)):
+        try:
+            " ".join(texts).encode()
+        except UnicodeEncodeError as e:  # JSON can write it, no tokenizer can read it
+            bad(key, f"holds {e.object[e.start]!a}, which is half a character; mend or drop the line")
     if not isinstance(example.meta, dict):
         bad("meta", f"expected an object, found {example.meta!r:.60}")
     if isinstance(example.audio, str):
         if not example.audio:
             bad("audio", "an empty path; give a file, or null for a text-only question")
-        example.audio = os.path.join(folder, os.path.expanduser(example.audio))
+        try:
+            example.audio = os.path.join(folder, os.path.expanduser(example.audio))
+        except ValueError:  # a NUL byte or half a character
+            bad("audio", f"expected a path, found {example.audio!r:.80}")
     elif not isinstance(example.audio, bytes | None):
         bad("audio", f"expected a path, found {example.audio!r:.60}")
     return example
+
+
+def no_file(path: str) -> str:
+    """What is wrong with a path that should be a file, "" if nothing is. A pipe or a device is no file: it could hang."""
+    if os.path.isfile(path):
+        return ""
+    what = "is a directory" if os.path.isdir(path) else "is not a regular file" if os.path.exists(path) else "no such file"
+    return f"{path:.1000}: {what}"
 
 
 class Examples(collections.abc.Sequence):
@@ -133,55 +158,53 @@ class Examples(collections.abc.Sequence):
 
     def __init__(self, path: str):
         self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
-        if os.path.isdir(path):
-            raise DataError(f"{path}: is a directory; --data wants a file of questions (JSONL)")
-        if not os.path.exists(path):
-            raise DataError(f"{path}: no such file")
-        if not os.path.getsize(path):
-            raise DataError(f"{path}: is empty")
         self.rows = None  # a JSON list is held whole, JSON lines are not
-        with open(path, "rb") as f:
-            if f.read(64).lstrip()[:1] == b"[":
-                f.seek(0)
-                try:
-                    self.rows = json.load(f)
-                except ValueError as e:
-                    raise DataError(f"{path}: broken JSON: {e}") from None
-        if self.rows is None:
-            self.starts, self.numbers = array("q"), array("q")  # byte offset and line number of every non-empty line
-            with open(path, "rb") as f:
-                start = 0
-                for number, line in enumerate(f, 1):
-                    if line.strip():
-                        self.starts.append(start)
-                        self.numbers.append(number)
-                    start += len(line)
+        if problem := no_file(path):
+            raise DataError(f"{problem}; expected a file of questions (JSONL)")
+        try:
             self.file = open(path, "rb")
-            self.bytes = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+            head = self.file.read(1024)
+        except OSError as e:
+            raise DataError(f"{path}: {e.strerror}") from None
+        if not head:
+            raise DataError(f"{path}: is empty; expected a file of questions (JSONL)")
+        self.file.seek(0)
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            self.rows = parse(self.file.read(), path)
+        else:
+            self.starts, self.numbers = array("q"), array("q")  # byte offset and line number of every non-empty line
+            start = 0
+            for number, line in enumerate(self.file, 1):
+                if line.strip():
+                    self.starts.append(start)
+                    self.numbers.append(number)
+                start += len(line)
+            self.starts.append(start)
         if not len(self):
             raise DataError(f"{path}: holds no question")
         first, where = self.raw(0)
-        keys = set(first) if isinstance(first, dict) else set()
+        if not isinstance(first, dict):
+            raise DataError(f"{where}: expected a JSON object, found {first!r:.60}")
         for self.format, signature, self.convert in FORMATS:
-            if signature <= keys:
+            if signature <= first.keys():
                 break
         else:
             known = "; ".join(f"{name}: {', '.join(sorted(signature))}" for name, signature, _ in FORMATS)
-            raise DataError(f"{where}: unknown format, keys {sorted(keys)}. Known formats and their keys: {known}")
+            raise DataError(f"{where}: unknown format, keys {sorted(first)!r:.300}. Known formats and their keys: {known}")
 
     def __len__(self):
-        return len(self.starts) if self.rows is None else len(self.rows)
+        return len(self.numbers) if self.rows is None else len(self.rows)
+
+    def where(self, i: int) -> str:
+        return f"{self.path}:{self.numbers[i]}" if self.rows is None else f"{self.path}:entry {i + 1}"
 
     def raw(self, i: int):
         """(row, "file:line") of example i."""
         if self.rows is not None:
-            return self.rows[i], f"{self.path}:{i + 1}"
-        where = f"{self.path}:{self.numbers[i]}"
-        end = self.starts[i + 1] if i + 1 < len(self.starts) else len(self.bytes)
-        try:
-            return json.loads(self.bytes[self.starts[i]:end]), where
-        except (ValueError, RecursionError) as e:
-            raise DataError(f"{where}: not a complete JSON line ({e}); was the file cut off?") from None
+            return self.rows[i], self.where(i)
+        # pread: threads may share it, and a file that shrank meanwhile is an error and not a crash
+        line = os.pread(self.file.fileno(), self.starts[i + 1] - self.starts[i], self.starts[i])
+        return parse(line, self.where(i)), self.where(i)
 
     def __getitem__(self, i: int) -> Example:
         row, where = self.raw(range(len(self))[i])
@@ -198,7 +221,7 @@ def scan(examples: Examples, purpose: str = "train", most: int = 10) -> array:
     for i in range(len(examples)):
         try:
             example = examples[i]
-            where = f"{examples.path}:{i + 1 if examples.rows is not None else examples.numbers[i]}"
+            where = examples.where(i)
             if purpose == "train" and (example.answer is None or not example.choices):
                 missing = "answer" if example.choices else "choices"
                 raise DataError(f'{where}: field "{missing}": missing, and training needs it')
@@ -207,10 +230,9 @@ def scan(examples: Examples, purpose: str = "train", most: int = 10) -> array:
             if isinstance(example.audio, str) and example.audio not in seen:
                 if len(seen) < 100_000:  # several questions a clip is usual; remembering them all is not worth it
                     seen[example.audio] = True
-                if not os.path.isfile(example.audio):
-                    what = "is a directory" if os.path.isdir(example.audio) else "no such file"
-                    raise DataError(f'{where}: field "audio": {example.audio}: {what}')
-            source = example.audio if isinstance(example.audio, str) else example.id
+                if problem := no_file(example.audio):
+                    raise DataError(f'{where}: field "audio": {problem}')
+            source = os.path.normpath(example.audio) if isinstance(example.audio, str) else example.id
             keys.append(zlib.crc32(source.encode("utf-8", "replace")))
         except DataError as e:
             keys.append(0)
@@ -229,7 +251,8 @@ def held_out(keys: array, n: int) -> tuple[list[int], list[int]]:
         return list(range(len(keys))), []
     mixed = [zlib.crc32(k.to_bytes(8, "little")) for k in keys]
     limit = sorted(mixed)[n - 1]
-    return [i for i, h in enumerate(mixed) if h > limit], [i for i, h in enumerate(mixed) if h <= limit]
+    train, held = [i for i, h in enumerate(mixed) if h > limit], [i for i, h in enumerate(mixed) if h <= limit]
+    return (train, held) if train else (held, [])  # one clip cannot be split
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,25 +271,25 @@ def load_audio(source: str | bytes, max_s: float = 30.0) -> tuple[np.ndarray, bo
     import soxr
 
     name = source if isinstance(source, str) else f"<{len(source)} bytes>"
-    try:
-        with soundfile.SoundFile(source if isinstance(source, str) else io.BytesIO(source)) as f:
+    if isinstance(source, str) and no_file(source):
+        raise AudioError(no_file(source))
+    try:  # by descriptor: from a name such as x.raw or x.au the library would guess a format
+        with soundfile.SoundFile(os.open(source, os.O_RDONLY) if isinstance(source, str) else io.BytesIO(source)) as f:
             wave = f.read(int(max_s * f.samplerate) + 1, dtype="float32", always_2d=True)
             rate_hz = f.samplerate
-    except (OSError, RuntimeError, TypeError) as e:  # soundfile's errors are RuntimeErrors
-        if isinstance(source, str) and not os.path.isfile(source):
-            raise AudioError(f"{name}: no such file") from None
+    except (OSError, RuntimeError) as e:  # soundfile's errors are RuntimeErrors
         raise AudioError(f"{name}: not a readable sound file ({str(e).rpartition(': ')[2].strip()})") from None
     if not len(wave):
         raise AudioError(f"{name}: is empty")
-    if not np.isfinite(wave).all():
-        raise AudioError(f"{name}: holds samples that are not finite numbers")
+    if not (np.abs(wave) < 1e9).all():  # full scale is 1; a channel mean or a spectrum of more could overflow
+        raise AudioError(f"{name}: holds samples that are not finite numbers, or absurdly large ones")
     cut = len(wave) > max_s * rate_hz
     wave = wave[:int(max_s * rate_hz)].mean(axis=1)
     if rate_hz != RATE_HZ:
         wave = soxr.resample(wave, rate_hz, RATE_HZ)
     if len(wave) < MIN_SAMPLES:
-        raise AudioError(f"{name}: too short, {len(wave) / RATE_HZ * 1000:.0f} ms; at least "
-                         f"{MIN_SAMPLES / RATE_HZ * 1000:.0f} ms are needed")
+        raise AudioError(f"{name}: too short, {len(wave) / RATE_HZ * 1000:.1f} ms; at least "
+                         f"{MIN_SAMPLES / RATE_HZ * 1000:.1f} ms are needed")
     return np.ascontiguousarray(wave, dtype=np.float32), cut
 
 
@@ -298,11 +321,11 @@ def probe_audio(examples: Examples, max_s: float, budget_s: float = 5.0) -> tupl
     edge = [*range(min(n, 32)), *range(max(32, n - 32), n)]
     order = [*edge, *range(32, max(32, n - 32))]
     problems, count, deadline = [], 0, time.monotonic() + budget_s
-    with_audio = (e for e in map(examples.__getitem__, order) if e.audio is not None)
-    for example, result in ahead(with_audio, lambda e: load_audio(e.audio, max_s)[0].shape, os.cpu_count() or 1, 16):
+    clips = ((i, audio) for i in order if (audio := examples[i].audio) is not None)
+    for (i, _), result in ahead(clips, lambda clip: load_audio(clip[1], max_s)[0].shape, os.cpu_count() or 1, 16):
         count += 1
         if isinstance(result, DataError):
-            problems.append(f"{examples.path}: example {example.id!r}: {result}")
+            problems.append(f'{examples.where(i)}: field "audio": {result}')
         if time.monotonic() > deadline and count >= min(len(edge), n):
             break
     return count, problems
@@ -453,11 +476,11 @@ def check(path: str, max_s: float) -> None:
     examples = Examples(path)
     scan(examples, "check", most=50)
     durations, cut, problems = [], 0, []
-    clips = (e for e in examples if e.audio is not None)
-    for example, result in tqdm(ahead(clips, lambda e: load_audio(e.audio, max_s), os.cpu_count() or 1, 32),
-                                total=len(examples), desc="clips", leave=False):
+    clips = ((i, e.audio) for i, e in enumerate(examples) if e.audio is not None)
+    for (i, _), result in tqdm(ahead(clips, lambda clip: load_audio(clip[1], max_s), os.cpu_count() or 1, 32),
+                               total=len(examples), desc="clips", leave=False):
         if isinstance(result, DataError):
-            problems.append(f"{path}: example {example.id!r}: {result}")
+            problems.append(f'{examples.where(i)}: field "audio": {result}')
         else:
             durations.append(len(result[0]) / RATE_HZ)
             cut += result[1]
@@ -476,6 +499,8 @@ def main(argv=None) -> int:
     sub.add_argument("file")
     sub.add_argument("--max_audio_s", type=float, default=30.0, help="seconds of a clip that are read")
     args = parser.parse_args(argv)
+    if not 0 < args.max_audio_s < math.inf:
+        parser.error(f"--max_audio_s {args.max_audio_s:g}: must be above 0")
     try:
         check(args.file, args.max_audio_s)
     except DataError as e:

@@ -37,6 +37,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, chain, count, islice
@@ -399,8 +400,6 @@ def load_policy(cfg: Config) -> Policy:
     import transformers
     from transformers.modeling_utils import AttentionInterface
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     AttentionInterface.register("packed", packed_attention)
     folder = find_model(cfg.model)
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -1007,7 +1006,6 @@ def open_data(cfg: Config) -> dict[str, Any]:
 def make_optimizer(policy: Policy, cfg: Config):
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, weight_decay=0.0)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks CPU users for an optional kernel
     import bitsandbytes
     return bitsandbytes.optim.AdamW8bit(policy.trainable().values(), lr=cfg.lr, weight_decay=0.0)
 
@@ -1118,7 +1116,8 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
             last_eval = record.get("eval/accuracy", last_eval)
         append(log_path, [record])
         bar.update()
-        bar.set_postfix(reward=f"{record['reward/mean']:.2f}", held_out=f"{last_eval:.2f}", refresh=False)
+        shown = {"logp": record.get("policy/logp", 0)} if cold else {"reward": record["reward/mean"]}
+        bar.set_postfix({k: f"{v:.2f}" for k, v in (shown | ({"held_out": last_eval} if held else {})).items()}, refresh=False)
         if step == last or step % cfg.save_every == 0 or stopping:
             save_checkpoint(policy, optimizer, out, state)
     bar.close()
@@ -1190,7 +1189,7 @@ def make_tiny_omni(folder: str, lessons: str) -> None:
     import transformers
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|IMAGE|>",
-               "<|VIDEO|>"]
+               "<|VIDEO|>", "<|vision_bos|>", "<|vision_eos|>"]
     bpe = tokenizers.ByteLevelBPETokenizer()  # its words are those of the lessons, so prompts are short
     chats = [data.chat(e, PROMPTS["think"], with_audio=False) for e in Examples(lessons)]
     texts = [c[-1]["content"] for c in chats] + [*data.SOUNDS, "system\nYou are a helpful assistant.", "user\nassistant\n"]
@@ -1209,7 +1208,8 @@ def make_tiny_omni(folder: str, lessons: str) -> None:
                          rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
                          initializer_range=0.1, tie_word_embeddings=True),
         tie_word_embeddings=True, audio_token_index=ids["<|AUDIO|>"], audio_start_token_id=ids["<|audio_bos|>"],
-        audio_end_token_id=ids["<|audio_eos|>"], image_token_index=ids["<|IMAGE|>"], video_token_index=ids["<|VIDEO|>"])
+        audio_end_token_id=ids["<|audio_eos|>"], image_token_index=ids["<|IMAGE|>"], video_token_index=ids["<|VIDEO|>"],
+        vision_start_token_id=ids["<|vision_bos|>"], vision_end_token_id=ids["<|vision_eos|>"])
     torch.manual_seed(0)
     transformers.Qwen2_5OmniThinkerForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -1246,9 +1246,20 @@ def parse_config(argv=None) -> tuple[Config, bool]:
     return Config(**(DEMO if demo else only_cold) | given), demo
 
 
+def quiet_libraries() -> None:
+    """The terminal belongs to the run: no notes about deprecations, optional kernels and shards."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
 def main(argv=None) -> int:
     try:
         cfg, demo = parse_config(argv)
+        quiet_libraries()
         finished = make_demo() if demo else True
         out, finished = train(cfg) if finished else ("", False)
     except UserError as e:

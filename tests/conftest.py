@@ -13,11 +13,17 @@ import omni_grpo as og  # noqa: E402
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with `base` (random weights), `demo.jsonl` and `sounds/`: the demo's, untaught."""
+    """A folder with `base`, `demo.jsonl` and `sounds/`: the demo's, smaller, the base taught just enough to name sounds at
+    random, so that rewards have spread and gradients are not zero."""
     folder = str(tmp_path_factory.mktemp("tiny"))
     questions = data.write_sounds(folder, 24, 4, seed=1, name="demo")
-    lessons = data.write_lessons(data.write_sounds(folder, 12, 4, seed=3, name="lessons"), 50)
-    og.make_tiny_omni(os.path.join(folder, "base"), lessons)
+    lessons = data.write_lessons(data.write_sounds(folder, 12, 4, seed=3, name="lessons"), 200)
+    og.quiet_libraries()
+    og.make_tiny_omni(os.path.join(folder, "init"), lessons)
+    taught, _ = og.train(og.Config(
+        model=os.path.join(folder, "init"), cold_start_data=lessons, cold_start_steps=40, steps=0, lora_rank=0, lr=2e-3,
+        prompts_per_step=8, reduce="token", gradient_checkpointing=False, save_every=1000, out=os.path.join(folder, "teach")))
+    os.rename(os.path.join(taught, "model"), os.path.join(folder, "base"))
     return type("Tiny", (), dict(folder=folder, base=os.path.join(folder, "base"), questions=questions, lessons=lessons))
 
 

@@ -34,6 +34,7 @@ def ragged_groups(policy, prompts, seed=0):
 def plain_logps(policy, prompt, completion, temperature):
     """One row through the library's own model and attention.       -> (trained tokens of this completion,)"""
     model, attention = policy.model.get_base_model(), policy.lm.config._attn_implementation
+    policy.lm.eval()  # no checkpointing: its recomputation would come after the attention is switched back
     policy.lm.set_attn_implementation("eager")
     logits = model(inputs_embeds=og.embed(policy, [prompt, completion])[None]).logits[0].float()
     policy.lm.set_attn_implementation(attention)
@@ -55,10 +56,11 @@ def test_packed_equals_one_by_one(policy, prompts, temperature):
     pack = og.make_pack(groups, [0, 3, 6])
     policy.lm.train()
     logps, _ = og.token_logps(policy, pack, temperature)
+    weight = torch.randn(len(logps), generator=torch.Generator().manual_seed(1))
+    ours = gradients(policy, (weight * logps).sum())
     plain = torch.cat([plain_logps(policy, g.prompt, c, temperature) for g in groups for c in g.completions])
     assert (logps - plain).abs().max() <= 1e-5
-    weight = torch.randn(len(plain), generator=torch.Generator().manual_seed(1))
-    ours, theirs = gradients(policy, (weight * logps).sum()), gradients(policy, (weight * plain).sum())
+    theirs = gradients(policy, (weight * plain).sum())
     for name in ours:
         assert (ours[name] - theirs[name]).abs().max() <= 1e-5 * max(1.0, theirs[name].abs().max()), name
 
