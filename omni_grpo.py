@@ -395,6 +395,18 @@ def find_model(name: str) -> str:
         raise UserError(f"--model {name}: not a local directory, and not to be had from the Hub ({reason})") from None
 
 
+@contextlib.contextmanager
+def blame(what: str):
+    """What goes wrong in here is a fault of the user's files: say so in one line."""
+    import safetensors
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as e:
+        raise UserError(f"{what}: {' '.join(str(e).split())[:300] or type(e).__name__}") from None
+
+
 def load_policy(cfg: Config) -> Policy:
     """Checkpoint directory or Hub id -> Policy, with a fresh LoRA adapter, --adapter, or all weights trainable."""
     import transformers
@@ -402,9 +414,6 @@ def load_policy(cfg: Config) -> Policy:
 
     AttentionInterface.register("packed", packed_attention)
     folder = find_model(cfg.model)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    family = FAMILIES.get(config.model_type, TEXT_ONLY)
-    config = family.config(config)
     cuda = torch.cuda.is_available()
     if cfg.load_in_4bit and not cuda:
         raise UserError("--load_in_4bit: needs a CUDA card")
@@ -415,38 +424,53 @@ def load_policy(cfg: Config) -> Policy:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=["lm_head", "audio_tower", "visual"])
-    model = getattr(transformers, family.model_class).from_pretrained(folder, config=config, **options)
+    with blame(f"--model {cfg.model}"):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        family = FAMILIES.get(config.model_type, TEXT_ONLY)
+        index = os.path.join(folder, "model.safetensors.index.json")
+        if os.path.exists(index):  # use_safetensors does not look at what the index names
+            with open(index, encoding="utf-8") as f:
+                if pickles := {x for x in json.load(f)["weight_map"].values() if not x.endswith(".safetensors")}:
+                    raise ValueError(f"its index names {sorted(pickles)[0]}, and only safetensors are loaded")
+        model, info = getattr(transformers, family.model_class).from_pretrained(
+            folder, config=family.config(config), output_loading_info=True, **options)
+        if missing := [n for n in sorted(info["missing_keys"]) if not n.startswith(family.drop)]:
+            raise ValueError(f"its files lack {len(missing)} of the model's weights, the first is {missing[0]}")
     return make_policy(cfg, model, family, folder)
 
 
 def make_policy(cfg: Config, model, family: Family, folder: str) -> Policy:
+    """Take a loaded model apart and put LoRA on it; `folder` holds its tokenizer and feature extractor."""
     import transformers
 
+    with blame(f"--model {cfg.model}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        template = os.path.join(folder, "chat_template.json")  # where processors used to keep it
+        if tokenizer.chat_template is None and os.path.exists(template):
+            with open(template, encoding="utf-8") as f:
+                tokenizer.chat_template = json.load(f)["chat_template"]
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(folder) if family.encode_audio else None
+        audio_id = family.audio_id(model.config)
+        stops = getattr(model.generation_config, "eos_token_id", None) or []
+        stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+        if tokenizer.chat_template is None:
+            raise ValueError("its tokenizer has no chat template")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer names no end-of-turn token")
+        if audio_id is not None and audio_id >= len(tokenizer):
+            raise ValueError(f"its tokenizer does not hold the audio placeholder, id {audio_id}; are its files there?")
     for path in family.drop if cfg.lora_rank else ():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, None)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    template = os.path.join(folder, "chat_template.json")  # where processors used to keep it
-    if tokenizer.chat_template is None and os.path.exists(template):
-        with open(template, encoding="utf-8") as f:
-            tokenizer.chat_template = json.load(f)["chat_template"]
-    stops = getattr(model.generation_config, "eos_token_id", None) or []
-    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
-    if not stops:
-        raise UserError(f"--model {cfg.model}: neither its tokenizer nor its generation_config names an end-of-turn token")
-    lm = model.get_submodule(family.lm)
+    encode_audio = family.encode_audio and torch.no_grad()(lambda mels, model=model: family.encode_audio(model, mels))
+    lm, head, embed_tokens = model.get_submodule(family.lm), model.get_output_embeddings(), model.get_input_embeddings()
     lm.set_attn_implementation("packed")
     model.requires_grad_(False)
-    encode_audio = None if family.encode_audio is None else torch.no_grad()(
-        lambda mels, model=model: family.encode_audio(model, mels))
-    head, embed_tokens = model.get_output_embeddings(), model.get_input_embeddings()
     if cfg.lora_rank:
         import peft
         if cfg.adapter:
-            try:
+            with blame(f"--adapter {cfg.adapter}"):
                 model = peft.PeftModel.from_pretrained(model, cfg.adapter, is_trainable=True)
-            except (ValueError, OSError, RuntimeError) as e:
-                raise UserError(f"--adapter {cfg.adapter}: {e}") from None
         else:
             linear = sorted({name.rpartition(".")[2] for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear)})
             pattern = rf"{re.escape(family.lm)}\..*\b({'|'.join(linear)})"  # cannot match the audio tower
@@ -459,9 +483,7 @@ def make_policy(cfg: Config, model, family: Family, folder: str) -> Policy:
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # renamed in 5.2x
         enable({"use_reentrant": False})
     model.eval()
-    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder) if encode_audio else None
-    return Policy(model, lm, head, embed_tokens, tokenizer, extractor, encode_audio,
-                  family.audio_id(getattr(model, "config", None)), sorted(stops))
+    return Policy(model, lm, head, embed_tokens, tokenizer, extractor, encode_audio, audio_id, sorted(stops))
 
 
 def freeze_reference(policy: Policy) -> None:
@@ -935,38 +957,44 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-CURVES = {"held-out accuracy": {"eval/accuracy": "greedy", "eval/accuracy_sampled": "sampled",
-                                "eval/accuracy_silence": "greedy, silence played"},
-          "reward": {"reward/mean": ""}, "KL to the reference, nats a token": {"policy/kl_ref": ""},
-          "entropy, nats a token": {"policy/entropy": ""}, "completion length, tokens": {"len/mean": ""}}
+CURVES = [("A", "held-out accuracy", {"eval/accuracy": "greedy", "eval/accuracy_sampled": "sampled",
+                                      "eval/accuracy_silence": "greedy, silence played"}),
+          ("B", "reward", {"reward/mean": None}), ("C", "entropy, nats a token", {"policy/entropy": None}),
+          ("D", "KL to the reference, nats a token", {"policy/kl_ref": None}),
+          ("E", "completion length, tokens", {"len/mean": None})]
 
 
 def draw_curves(out: str) -> None:
     """log.jsonl -> curves.png"""
     import matplotlib
     matplotlib.use("Agg")
+    import numpy as np
     from matplotlib import pyplot as plt
 
     with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
         log = [json.loads(line) for line in f]
-    curves = {title: {k: v for k, v in keys.items() if any(k in r for r in log)} for title, keys in CURVES.items()}
-    curves = {title: keys for title, keys in curves.items() if keys} or {"nothing was logged": {}}
-    fig, axes = plt.subplots(1, len(curves), figsize=(3.5 * len(curves), 3), squeeze=False)
-    for ax, (title, keys) in zip(axes[0], curves.items()):
+    fig, axes = plt.subplot_mosaic("AABC;AADE", figsize=(13, 5))
+    for place, title, keys in CURVES:
+        ax = axes[place]
         for key, label in keys.items():
-            x, y = zip(*((r["step"], r[key]) for r in log if key in r))
-            ax.plot(x, y, **(dict(marker="o", ms=3, label=label) if label else dict(lw=0.7, alpha=0.4)))
-            if not label:  # one value a step: draw a running mean over it
+            x, y = np.array([(r["step"], r[key]) for r in log if key in r]).reshape(-1, 2).T
+            if label and len(x):
+                ax.plot(x, y, "o-", ms=4, label=label)
+            elif len(x):  # one value a step: a running median over it, and single outliers do not set the scale
                 n = max(1, len(y) // 20)
-                ax.plot(x, [sum(y[max(0, i - n):i + 1]) / (i - max(0, i - n) + 1) for i in range(len(y))], color="tab:blue")
-        if title == "held-out accuracy":
+                ax.plot(x, y, lw=0.7, alpha=0.4, color="tab:blue")
+                ax.plot(x, [np.median(y[max(0, i - n):i + n + 1]) for i in range(len(y))], color="tab:blue")
+                low, high = np.nanpercentile(y, [1, 98])
+                ax.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+        if place == "A":
             ax.set_ylim(0, 1.02)
-            ax.legend(fontsize=8)
+            if ax.lines:
+                ax.legend()
         ax.set_title(title, fontsize=10)
-        ax.set_xlabel("step")
         ax.grid(alpha=0.3)
+    fig.supxlabel("step", fontsize=10)
     fig.tight_layout()
-    write_atomically(os.path.join(out, "curves.png"), lambda tmp: fig.savefig(tmp, dpi=110, format="png"))
+    write_atomically(os.path.join(out, "curves.png"), lambda tmp: fig.savefig(tmp, dpi=100, format="png"))
     plt.close(fig)
 
 

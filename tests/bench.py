@@ -105,7 +105,8 @@ def scoring(repeats: int) -> None:
 
                 a, b = by_turns(run_repeated, run_shared, repeats=repeats)
                 bound = g * (s + t) / (s + g * t)
-                print(f"| {s} | {t} | {g} | {a:.3f} | {b:.3f} | {a / b:.2f} x | {bound:.2f} x | {a / b / bound:.2f} |", flush=True)
+                print(f"| {s} | {t} | {g} | {a:.3f} | {b:.3f} | {a / b:.2f} x | {bound:.2f} x | {a / b / bound:.2f} |",
+                      flush=True)
 
 
 def step(args) -> None:
@@ -130,8 +131,10 @@ def step(args) -> None:
         sync()
         heard = time.perf_counter()
         at_once = max(1, cfg.rollout_rows // args.generations)
-        done = [c for i in range(0, len(prompts), at_once) for c in og.rollout(
-            policy, prompts[i:i + at_once], args.generations, 1.0, args.new_tokens, list(range(i, i + len(prompts[i:i + at_once]))))]
+        done = []
+        for i in range(0, len(prompts), at_once):
+            part = prompts[i:i + at_once]
+            done += og.rollout(policy, part, args.generations, 1.0, args.new_tokens, list(range(i, i + len(part))))
         sync()
         rolled = time.perf_counter()
         groups = [og.Group(None, p, c, torch.rand(args.generations).round().tolist()) for p, c in zip(prompts, done)]

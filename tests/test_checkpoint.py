@@ -184,19 +184,25 @@ def examples(tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def padded(published, examples):
+    """The library's features of the clips, as its processor asks for them: padded to 300 s, with a mask."""
+    extractor = transformers.WhisperFeatureExtractor.from_pretrained(published.folder)
+    heard = [extractor(soundfile.read(e.audio, dtype="float32")[0], sampling_rate=16_000, return_tensors="pt",
+                       padding="max_length", return_attention_mask=True) for e in examples]
+    assert all(h["input_features"].shape == (1, 128, 30_000) for h in heard)
+    return heard
+
+
 def library(folder):
     """The library's own class as its own loader makes it, vision included."""
     return transformers.Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
-def library_logits(model, folder, example, completion=()):
-    """The library's path: features padded to 300 s, ids with as many placeholders as its processor would write.  -> (S, V)"""
+def library_logits(model, folder, example, heard, completion=()):
+    """The library's path: its features, and ids with as many placeholders as its processor would write.       -> (S, V)"""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder)
-    heard = extractor(soundfile.read(example.audio, dtype="float32")[0], sampling_rate=16_000, return_tensors="pt",
-                      padding="max_length", return_attention_mask=True)
-    assert heard["input_features"].shape == (1, 128, 30_000)
     frames = int(heard["attention_mask"].sum())
     placeholders = "<|AUDIO|>" * (((frames - 1) // 2 + 1 - 2) // 2 + 1)
     text = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|audio_bos|>" + placeholders
@@ -242,8 +248,7 @@ def test_the_fixture_is_the_published_layout(published):
     """Guards the rest: published names, several shards, other ids than the published ones, room above the tokenizer."""
     index = read(published, "model.safetensors.index.json")["weight_map"]
     assert len(set(index.values())) == 3
-    parts = {n.split(".")[0] for n in index}
-    assert parts == {"thinker", "talker", "token2wav"}
+    assert {n.split(".")[0] for n in index} == {"thinker", "talker", "token2wav"}
     for name in """
             thinker.model.embed_tokens.weight thinker.model.layers.0.self_attn.q_proj.bias thinker.model.norm.weight
             thinker.lm_head.weight thinker.audio_tower.audio_bos_eos_token.weight thinker.audio_tower.conv1.weight
@@ -276,14 +281,14 @@ def test_every_weight_of_the_thinker_is_the_file_s(published, omni):
 
 
 def test_only_what_hears_and_answers_is_loaded(omni):
-    names = [n for n, _ in omni.model.named_parameters()] + [n for n, m in omni.model.named_modules() if m is not None]
+    names = [n for n, _ in omni.model.named_parameters()] + [n for n, _ in omni.model.named_modules()]
     assert any("audio_tower" in n for n in names)
     for absent in ("talker", "token2wav", "visual"):
         assert not any(absent in n for n in names), absent
     assert all("lora_" in n for n in omni.trainable())
 
 
-def test_tied_by_default_is_not_tied(published, cfg, tmp_path):
+def test_head_is_not_tied_either_way(published, cfg, tmp_path):
     """The head is the file's, whether or not the language model's configuration says so."""
     config = read(published, "config.json")
     config["thinker_config"]["text_config"]["tie_word_embeddings"] = False
@@ -318,19 +323,19 @@ def test_incomplete_weights_are_refused(published, tmp_path, missing):
     cfg = variant(published, tmp_path / "incomplete", shards(published))
     safetensors.torch.save_file({n: w for n, w in published.weights.items() if n != missing},
                                 os.path.join(cfg.model, "model.safetensors"), metadata={"format": "pt"})
-    with pytest.raises(og.UserError, match="weight"):
+    with pytest.raises(og.UserError, match=missing.removeprefix("thinker.").removeprefix("model.")):
         og.load_policy(cfg)
 
 
 def test_a_lost_or_torn_shard_is_refused(published, tmp_path):
-    """A download that stopped: an error for the user, with the file's name where the library knows it."""
+    """A download that stopped is the user's to mend."""
     shard = "model-00002-of-00003.safetensors"
     lost, torn = (variant(published, tmp_path / name, [shard]) for name in ("lost", "torn"))
     with open(os.path.join(published.folder, shard), "rb") as whole, open(os.path.join(torn.model, shard), "wb") as half:
         half.write(whole.read()[:100_000])
     with pytest.raises(og.UserError, match=shard):
         og.load_policy(lost)
-    with pytest.raises(og.UserError, match=torn.model):
+    with pytest.raises(og.UserError):
         og.load_policy(torn)
 
 
@@ -404,14 +409,14 @@ def test_without_generation_config_the_tokenizer_ends_a_turn(published, tmp_path
 # ---- what is computed
 
 
-def test_prompts_are_the_library_s(published, omni, cfg, examples):
+def test_prompts_are_the_library_s(published, omni, cfg, examples, padded):
     """Clips of 1, 10 and 29.99 s in one pack: the logits of every position are those of the library's own audio path."""
     prompts = prompts_of(omni, examples, cfg)
     model = library(published.folder)
-    for example, prompt, seconds, ours in zip(examples, prompts, SECONDS, our_logits(omni, prompts)):
+    for example, heard, prompt, seconds, ours in zip(examples, padded, prompts, SECONDS, our_logits(omni, prompts)):
         frames = -(-round(seconds * 16_000) // 160)
         assert len(prompt.audio[0][1]) == ((frames - 1) // 2 + 1 - 2) // 2 + 1
-        theirs = library_logits(model, published.folder, example)
+        theirs = library_logits(model, published.folder, example, heard)
         assert ours.shape == theirs.shape == (len(prompt.ids), 384)
         assert (ours - theirs).abs().max() <= 1e-5
         start, audio = prompt.audio[0]
@@ -419,7 +424,7 @@ def test_prompts_are_the_library_s(published, omni, cfg, examples):
         assert (deaf - theirs)[-1].abs().max() > 1e-2  # and they do depend on what is heard
 
 
-def test_saved_adapter_fits_the_library_s_class(published, omni, cfg, examples, tmp_path):
+def test_saved_adapter_fits_the_library_s_class(published, omni, cfg, examples, padded, tmp_path):
     """PEFT puts it on the unmodified class, vision and all: the same log-probabilities."""
     with torch.no_grad():
         for name, p in omni.trainable().items():
@@ -434,7 +439,7 @@ def test_saved_adapter_fits_the_library_s_class(published, omni, cfg, examples, 
         ours, _ = og.token_logps(omni, og.make_pack([group], [0]), 1.0)
 
     def scored(model):
-        logits = library_logits(model, published.folder, examples[1], completion)[-len(completion) - 1:-1]
+        logits = library_logits(model, published.folder, examples[1], padded[1], completion)[-len(completion) - 1:-1]
         return F.log_softmax(logits, dim=-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
     bare = scored(base)
@@ -443,7 +448,7 @@ def test_saved_adapter_fits_the_library_s_class(published, omni, cfg, examples, 
     assert (ours - bare).abs().max() > 1e-2
 
 
-def test_full_fine_tuning_goes_round(published, omni, examples, cfg, tmp_path):
+def test_full_fine_tuning_goes_round(published, omni, cfg, examples, padded, tmp_path):
     """--lora_rank 0 saves a checkpoint that loads here and in the library's class, with the weights it was given."""
     whole = og.load_policy(og.Config(model=published.folder, lora_rank=0))
     with torch.no_grad():
@@ -457,4 +462,4 @@ def test_full_fine_tuning_goes_round(published, omni, examples, cfg, tmp_path):
     assert prompts[0][0].ids == prompts[1][0].ids
     ours, saved = our_logits(omni, prompts[0])[0], our_logits(again, prompts[1])[0]
     assert (1.5 * ours - saved).abs().max() <= 1e-5
-    assert (library_logits(library(folder), folder, examples[0]) - saved).abs().max() <= 1e-5
+    assert (library_logits(library(folder), folder, examples[0], padded[0]) - saved).abs().max() <= 1e-5

@@ -36,7 +36,11 @@ def plain_logps(policy, prompt, completion, temperature):
     model, attention = policy.model.get_base_model(), policy.lm.config._attn_implementation
     policy.lm.eval()  # no checkpointing: its recomputation would come after the attention is switched back
     policy.lm.set_attn_implementation("eager")
-    logits = model(inputs_embeds=og.embed(policy, [prompt, completion])[None]).logits[0].float()
+    x = torch.nn.Embedding.from_pretrained(policy.embed_tokens.weight)(torch.tensor(prompt.ids + completion.ids))
+    for offset, part in ((0, prompt), (len(prompt.ids), completion)):
+        for start, audio in part.audio:
+            x[offset + start:offset + start + len(audio)] = audio
+    logits = model(inputs_embeds=x[None]).logits[0].float()
     policy.lm.set_attn_implementation(attention)
     at = len(prompt.ids)
     logps = F.log_softmax(logits[at - 1:-1] / temperature, dim=-1)
@@ -91,6 +95,18 @@ def test_rollout_does_not_depend_on_its_company(policy, prompts):
     alone = [og.rollout(policy, [p], 3, 1.0, 6, [s])[0] for p, s in zip(tokens, [1, 2, 3])]
     assert [[c.ids for c in g] for g in together] == [[c.ids for c in g] for g in alone]
     assert len({tuple(c.ids) for g in together for c in g}) > 5  # and they are really drawn
+
+
+def test_every_sampled_token_has_its_own_draw(policy, prompts):
+    """All logits equal: 3 x 8 x 6 tokens are then independent and uniform over the vocabulary; repeats are rare."""
+    with torch.no_grad():
+        policy.embed_tokens.weight.data = policy.embed_tokens.weight.data.clone()
+        policy.head.weight.data = torch.zeros_like(policy.head.weight)
+    policy.stop_ids.clear()
+    done = og.rollout(policy, prompts[1], 8, 1.0, 6, [1, 2, 3])
+    ids = [i for g in done for c in g for i in c.ids]
+    assert len(ids) == 144 and len(set(ids)) > 100
+    assert abs(sum(ids) / 144 / len(policy.head.weight) - 0.5) < 0.1
 
 
 def test_greedy_rollout_is_the_library_s(policy, tiny, config):

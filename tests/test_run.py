@@ -48,7 +48,8 @@ def flags(cfg):
 
 @pytest.fixture(scope="module")
 def base_run(config, tmp_path_factory):
-    cfg = config(steps=3, eval_size=4, eval_every=2, log_rollouts=1, save_every=2, out=str(tmp_path_factory.mktemp("r") / "run"))
+    cfg = config(steps=3, eval_size=4, eval_every=2, log_rollouts=1, save_every=2,
+                 out=str(tmp_path_factory.mktemp("runs") / "run"))
     return cfg, og.train(cfg)[0]
 
 
@@ -110,7 +111,8 @@ def test_the_reward_is_learned(tiny, config, tmp_path):
     import reward
     reward.REWARDS["short"] = lambda text, example: float(len(text) % 2 == 0)
     try:
-        cfg = config(steps=25, num_generations=8, reward="short=1", lr=1e-2, beta=0.0, max_new_tokens=3, out=str(tmp_path / "run"))
+        cfg = config(steps=25, num_generations=8, reward="short=1", lr=1e-2, beta=0.0, max_new_tokens=3,
+                     out=str(tmp_path / "run"))
         log = read(os.path.join(og.train(cfg)[0], "log.jsonl"))[1:]
     finally:
         del reward.REWARDS["short"]
@@ -152,18 +154,15 @@ def test_resume_keeps_the_reference(start, base_run, tiny, config, tmp_path, mon
     changes = {"cold start": dict(cold_start_data=tiny.lessons, cold_start_steps=2, steps=2),
                "adapter": dict(adapter=os.path.join(base_run[1], "adapter"), steps=4),
                "full": dict(lora_rank=0, steps=4)}[start]
-    cfg = config(save_every=1, beta=0.1, **changes)
+    cfg = config(save_every=1, beta=0.1, prompts_per_step=4, num_generations=6, **changes)
     whole, _ = og.train(og.Config(**vars(cfg) | dict(out=str(tmp_path / "whole"))))
     half = str(tmp_path / "half")
-    shutil.copytree(whole, half)
-    os.remove(os.path.join(half, "checkpoint", "state.pt"))
     save = og.save_checkpoint
 
     def save_until_3(policy, optimizer, out, state):
         if state["step"] <= 3:
             save(policy, optimizer, out, state)
     monkeypatch.setattr(og, "save_checkpoint", save_until_3)
-    shutil.rmtree(half)
     og.train(og.Config(**vars(cfg) | dict(out=half)))
     monkeypatch.setattr(og, "save_checkpoint", save)
     og.main(["--resume", half])
@@ -171,17 +170,23 @@ def test_resume_keeps_the_reference(start, base_run, tiny, config, tmp_path, mon
     assert read(os.path.join(half, "log.jsonl"))[-1]["policy/kl_ref"] > 0
 
 
-DIE_IN_SAVE = """
-import os, sys
+DIE = """
+import os, signal, sys
 sys.path.insert(0, {root!r})
-import omni_grpo, signal
-replace, seen = os.replace, []
-def dying(a, b):
+import omni_grpo, torch
+replace, save, seen = os.replace, torch.save, []
+def dying_replace(a, b):
     seen.append(b)
-    if len(seen) == {n}:
+    if len(seen) == {n_replace}:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(a, b)
-os.replace = dying
+def dying_save(content, path):
+    seen.append(path)
+    save(content, path)
+    if len(seen) >= {n_save}:
+        os.truncate(path, os.path.getsize(path) // 2)  # as much as had reached the disk
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace, torch.save = dying_replace, dying_save
 sys.exit(omni_grpo.main(sys.argv[1:]))
 """
 
@@ -193,21 +198,22 @@ def run(*words, code=None):
 
 
 def test_kill_at_any_moment(config, tmp_path):
-    """kill -9 while a checkpoint is written and at random moments, resumed each time: equal to the run never killed."""
+    """kill -9 between the files of a checkpoint, in the middle of writing one, and at a random moment, resumed each time:
+    equal to the run never killed."""
     cfg = config(steps=10, save_every=2, log_rollouts=3, prompts_per_step=4)
     whole, _ = og.train(og.Config(**vars(cfg) | dict(out=str(tmp_path / "whole"))))
     out = str(tmp_path / "killed")
-    first = run(*flags(og.Config(**vars(cfg) | dict(out=out))), code=DIE_IN_SAVE.format(root=ROOT, n=random.randint(6, 12)))
+    first = run(*flags(og.Config(**vars(cfg) | dict(out=out))), code=DIE.format(root=ROOT, n_replace=random.randint(8, 14),
+                                                                                n_save=99))
     assert first.wait(120) == -signal.SIGKILL
-    for _ in range(2):
-        process = run("--resume", out)
-        before = len(read(os.path.join(out, "log.jsonl")))
-        deadline = time.monotonic() + 60
-        while len(read_loosely(out)) <= before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(random.random() * 0.3)
-        process.kill()
-        process.wait()
+    second = run("--resume", out, code=DIE.format(root=ROOT, n_replace=99, n_save=2))
+    assert second.wait(120) == -signal.SIGKILL
+    third, before = run("--resume", out), len(read_loosely(out))
+    while len(read_loosely(out)) <= before and third.poll() is None:
+        time.sleep(0.02)
+    time.sleep(random.random() * 0.3)
+    third.kill()
+    third.wait()
     last = run("--resume", out)
     assert last.wait(120) == 0, last.stderr.read()
     assert any(r.get("optim/grad_norm", 0) > 1e-3 for r in timeless(whole))
@@ -255,7 +261,8 @@ def test_every_option_takes_a_step(changes, config, tiny, tmp_path):
     assert finished and log[-1]["step"] == 1
     if changes.get("order") == "easy_to_hard":
         cfg = config(data=questions, **changes)
-        served = [e.meta["pass_rate"] for _, (_, e) in zip(range(24), og.draw(cfg, data.Examples(questions), range(24), 0, "rl"))]
+        stream = og.draw(cfg, data.Examples(questions), range(24), 0, "rl")
+        served = [next(stream)[1].meta["pass_rate"] for _ in range(24)]
         assert served == sorted(served, reverse=True)
     if changes.get("audio") == "none":
         assert not any("AUDIO" in r for r in map(str, log))

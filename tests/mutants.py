@@ -1,0 +1,92 @@
+"""Break the code on purpose and see a test die:  python tests/mutants.py
+
+Every mutant is one replacement in one file. A mutant that survives all tests named beside it is printed, and the exit
+code says so. It takes some minutes; it is not part of the test suite.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MATH, MODEL, RUN = "tests/test_math.py", "tests/test_model.py", "tests/test_run.py"
+
+MUTANTS = [  # what, old, new, the tests that must die
+    ("loss sign", "return -(weight * torch.minimum(", "return (weight * torch.minimum(", MATH),
+    ("min becomes max", "torch.minimum(ratio * adv", "torch.maximum(ratio * adv", MATH),
+    ("no clip", "clipped = ratio.clamp(1 - clip_low, 1 + clip_high)", "clipped = ratio", MATH),
+    ("clip bounds swapped", "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)", MATH),
+    ("ratio inverted", "log_ratio = logp - old_logp", "log_ratio = old_logp - logp", MATH),
+    ("sample std", "unbiased=False", "unbiased=True", MATH),
+    ("mean over the batch", "rewards.mean(dim=1, keepdim=True)", "rewards.mean()", MATH),
+    ("always scaled", 'if scale == "std":', "if True:", MATH),
+    ("no uniform mask", "return adv.masked_fill(uniform(rewards)[:, None], 0.0)", "return adv", MATH),
+    ("no eps", "unbiased=False) + eps)", "unbiased=False))", MATH),
+    ("row length not divided", "1 / (rows * lengths.clamp(min=1))", "torch.ones_like(lengths) / rows", MATH),
+    ("k3 flipped", "d = (ref_logp.float() - logp.float())", "d = (logp.float() - ref_logp.float())", MATH),
+    ("k3 by exp", "return torch.expm1(d) - d", "return torch.exp(d) - 1 - d", MATH),
+    ("sequence ratio is a sum", "log_ratio = (total / count)[row]", "log_ratio = total[row]", MATH),
+    ("sampler ignores the temperature", "logits.float() / (temperature or 1.0)", "logits.float()", MATH),
+    ("sampler is off by one", "right=True)\n    return ids[:, 0]", "right=False)\n    return ids[:, 0]", MATH),
+    ("scorer ignores the temperature", "policy.head(hidden).float() / temperature", "policy.head(hidden).float()", MODEL),
+    ("first token predicted by itself", "torch.where(trained == 0, split - 1, at + trained - 1)", "at + trained - 1", MODEL),
+    ("shifted by one", "split - 1, at + trained - 1)", "split, at + trained)", MODEL),
+    ("forced tokens trained", "torch.tensor(completion.sampled, dtype=torch.bool)",
+     "torch.ones(len(completion.ids), dtype=torch.bool)", MODEL),
+    ("completions see each other", "own = (owner[:, None] == owner[None, :]) &", "own = (owner[:, None] >= -1) &", MODEL),
+    ("completions see later tokens", "& (order[:, None] >= order[None, :])", "& (order[:, None] >= -1)", MODEL),
+    ("positions run on", "torch.arange(size, size + length)", "torch.arange(at - start, at - start + length)", MODEL),
+    ("audio rows swapped", "return list(flat.split(sizes))", "return list(flat.split(sizes))[::-1]", MODEL),
+    ("audio left out of scoring", "x[at + start:at + start + len(audio)] = audio.to(x.dtype)", "pass", MODEL),
+    ("sampled placeholder swallowed", "x, at = F.embedding(",
+     "ids = ids.masked_fill(ids == policy.audio_id, 0); x, at = F.embedding(", MODEL),
+    ("end of turn dropped", "            row.ids.append(ids[r])",
+     "            if ids[r] in policy.stop_ids: live.discard(r); continue\n            row.ids.append(ids[r])", MODEL),
+    ("loss per pack", "a, w = adv[pack.row], weight[pack.row]",
+     "a, w = adv[pack.row], weight[pack.row] / weight[pack.row].sum()", MODEL),
+    ("KL without weight", "(w * kl_k3(logp, ref_logp)).sum()", "kl_k3(logp, ref_logp).mean()", MODEL),
+    ("reference is the policy", "with policy.model.disable_adapter():", "if True:", MODEL),
+    ("old policy refreshed", "if old_logps[j] is None:", "if True:", MODEL),
+    ("LoRA everywhere", r"pattern = rf\"{re.escape(family.lm)}\..*\b(".replace('\\"', '"'), r'pattern = rf".*\b(', MODEL),
+    ("padding seen in decoding", "F.pad(slot >= longest - sizes[:, None]", "F.pad(slot >= -1 + 0 * sizes[:, None]", MODEL),
+    ("u shared by rows", "draw = torch.tensor([min(n", "draw = torch.tensor([0 * min(n", MODEL),
+    ("non-finite step taken", "if math.isfinite(norms[-1]):", "if True:", MODEL),
+    ("order forgets the seed", "random.Random(seed_of(cfg.seed, phase, epoch))", "random.Random()", RUN),
+    ("log not cut on resume", "<= content[\"state\"][\"step\"]]", "<= 10**9]", RUN),
+    ("optimizer not restored", "optimizer.load_state_dict(content[\"optimizer\"])", "pass", RUN),
+    ("cursor not restored", "state |= {\"step\": step, phase: batch[-1][0] + 1}", "state |= {\"step\": step}", RUN),
+    ("checkpoint written in place", "    tmp = path + \".tmp\"\n", "    tmp = path\n", RUN),
+]
+
+
+def main() -> int:
+    with open(os.path.join(ROOT, "omni_grpo.py"), encoding="utf-8") as f:
+        source = f.read()
+    wanted, survivors = sys.argv[1:], []
+    for what, old, new, tests in MUTANTS:
+        if wanted and what not in wanted:
+            continue
+        if source.count(old) != 1:
+            survivors.append(f"{what}: its text stands {source.count(old)} times in omni_grpo.py")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("data.py", "reward.py", "tests"):
+                path = os.path.join(ROOT, name)
+                (shutil.copytree if os.path.isdir(path) else shutil.copy)(path, os.path.join(folder, name))
+            with open(os.path.join(folder, "omni_grpo.py"), "w", encoding="utf-8") as f:
+                f.write(source.replace(old, new))
+            done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests], cwd=folder,
+                                  capture_output=True, text=True)
+        died = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        print(f"{'died' if died else 'SURVIVED'}: {what}" + (f" ({died[0].split(' - ')[0].split('::')[-1]})" if died else ""),
+              flush=True)
+        if not died:
+            survivors.append(what)
+    print(f"{len(survivors)} survived" + "".join(f"\n  {s}" for s in survivors))
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
