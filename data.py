@@ -56,6 +56,9 @@ class Example:
 
 
 def own_row(row: dict) -> dict:
+    """`audio` must be there, or null on purpose: a misspelt key must not become training on text alone."""
+    if "audio" not in row:
+        raise DataError('field "audio": missing; give a path, or null for a question without sound')
     return {k: row[k] for k in ("id", "audio", "question", "choices", "answer", "target", "meta") if k in row}
 
 

@@ -30,6 +30,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -127,8 +128,10 @@ class Config:
                  ("max_audio_s", 0 < self.max_audio_s <= 300, "the audio front end hears at most 300 s"),
                  ("clip_low", 0 <= self.clip_low <= 1, "the ratio floor 1 - clip_low must lie in [0, 1]"),
                  ("model", bool(self.model), "name a directory or a Hub id"),
+                 ("seed", 0 <= self.seed < 2**63, "must lie in [0, 2**63)"),
+                 ("adapter", not self.adapter or self.lora_rank > 0, "--lora_rank 0 has no use for an adapter"),
                  ("prompt", self.prompt in PROMPTS, f"unknown{nearest(self.prompt, PROMPTS)}")]
-        rules += [(k, getattr(self, k) >= 1, "must be at least 1") for k in
+        rules += [(k, 1 <= getattr(self, k) < 2**31, "must be at least 1") for k in
                   ("prompts_per_step", "updates_per_rollout", "save_every", "eval_every", "eval_samples", "log_rollouts",
                    "pack_tokens", "rollout_rows", "workers", "lora_alpha")]
         rules += [(k, 0 <= getattr(self, k) < math.inf, "must be 0 or more") for k in
@@ -395,6 +398,16 @@ def find_model(name: str) -> str:
         raise UserError(f"--model {name}: not a local directory, and not to be had from the Hub ({reason})") from None
 
 
+def quiet_libraries() -> None:
+    """The terminal belongs to the run: no notes about deprecations, optional kernels and shards."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
 @contextlib.contextmanager
 def blame(what: str):
     """What goes wrong in here is a fault of the user's files: say so in one line."""
@@ -403,7 +416,8 @@ def blame(what: str):
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as e:
+    except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, safetensors.SafetensorError,
+            pickle.UnpicklingError) as e:
         raise UserError(f"{what}: {' '.join(str(e).split())[:300] or type(e).__name__}") from None
 
 
@@ -412,6 +426,7 @@ def load_policy(cfg: Config) -> Policy:
     import transformers
     from transformers.modeling_utils import AttentionInterface
 
+    quiet_libraries()
     AttentionInterface.register("packed", packed_attention)
     folder = find_model(cfg.model)
     cuda = torch.cuda.is_available()
@@ -526,6 +541,8 @@ def hear(policy: Policy, example: Example, cfg: Config) -> tuple[Tensor | None, 
     """
     if example.audio is None or cfg.audio == "none":
         return None, False
+    if policy.extractor is None:
+        raise UserError(f"--model {cfg.model}: this model has no audio tower; use --audio none")
     wave, cut = data.load_audio(example.audio, cfg.max_audio_s)
     if cfg.audio == "silence":
         wave[:] = 0
@@ -714,11 +731,7 @@ def draw(cfg: Config, examples: Examples, indices: list[int], cursor: int, phase
     """Endless (cursor, Example): the question at place `cursor` of this run is a function of the seed alone."""
     n, epoch, order = len(indices), -1, None
     if cfg.order == "easy_to_hard" and phase == "rl":
-        rates = {i: examples[i].meta.get("pass_rate") for i in indices}
-        for i, rate in rates.items():
-            if not isinstance(rate, int | float):
-                raise DataError(f'{examples.raw(i)[1]}: --order easy_to_hard needs a number "pass_rate" in meta')
-        order = sorted(indices, key=lambda i: -rates[i])
+        order = sorted(indices, key=lambda i: -examples[i].meta["pass_rate"])
     while True:
         if cursor // n != epoch and (cfg.order == "shuffled" or phase == "cold"):
             epoch = cursor // n
@@ -881,7 +894,8 @@ def open_run(cfg: Config) -> str:
         raise UserError(f"--out {out}: is a file")
     if os.path.exists(out) and os.listdir(out):
         raise UserError(f"--out {out}: already holds something; go on with that run by --resume {out}, or choose another name")
-    os.makedirs(out, exist_ok=True)
+    with blame(f"--out {out}"):
+        os.makedirs(out, exist_ok=True)
     return out
 
 
@@ -977,14 +991,14 @@ def draw_curves(out: str) -> None:
     for place, title, keys in CURVES:
         ax = axes[place]
         for key, label in keys.items():
-            x, y = np.array([(r["step"], r[key]) for r in log if key in r]).reshape(-1, 2).T
+            x, y = np.array([(r["step"], r[key]) for r in log if math.isfinite(r.get(key, math.nan))]).reshape(-1, 2).T
             if label and len(x):
                 ax.plot(x, y, "o-", ms=4, label=label)
             elif len(x):  # one value a step: a running median over it, and single outliers do not set the scale
                 n = max(1, len(y) // 20)
                 ax.plot(x, y, lw=0.7, alpha=0.4, color="tab:blue")
                 ax.plot(x, [np.median(y[max(0, i - n):i + n + 1]) for i in range(len(y))], color="tab:blue")
-                low, high = np.nanpercentile(y, [1, 98])
+                low, high = np.percentile(y, [1, 98])
                 ax.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
         if place == "A":
             ax.set_ylim(0, 1.02)
@@ -1024,6 +1038,11 @@ def open_data(cfg: Config) -> dict[str, Any]:
             train, split_off = data.held_out(keys["data"], cfg.eval_size)
             out["held"] = [files["data"][i] for i in split_off[:cfg.eval_size]]
         out["rl"] = files["data"], train
+    if cfg.order == "easy_to_hard" and out["rl"]:
+        for i in out["rl"][1]:
+            rate = files["data"][i].meta.get("pass_rate")
+            if not isinstance(rate, int | float) or not math.isfinite(rate):
+                raise DataError(f'{files["data"].where(i)}: field "meta": --order easy_to_hard needs a number "pass_rate"')
     for phase, steps in (("rl", cfg.steps), ("cold", cfg.cold_start_steps)):
         if steps and out[phase] is None:
             raise UserError(f"--{'steps' if phase == 'rl' else 'cold_start_steps'} {steps}: needs "
@@ -1051,14 +1070,13 @@ def measure(policy: Policy, cfg: Config, held: list[Example], control: bool) -> 
 def train(cfg: Config) -> tuple[str, bool]:
     """Run `cfg` from its start or its last checkpoint.       -> (run directory, did it come to its end?)"""
     questions = open_data(cfg)
+    find_model(cfg.model)  # before a directory is made for a run that cannot be
     out = cfg.resume or open_run(cfg)
     torch.manual_seed(cfg.seed)  # LoRA's initial weights; everything else is seeded where it is drawn
-    policy = load_policy(cfg)
-    held = questions["held"]
-    if policy.extractor is None and cfg.audio != "none" and any(e.audio is not None for e in held):
-        raise UserError(f"--model {cfg.model}: this model has no audio tower; use --audio none")
+    policy, held = load_policy(cfg), questions["held"]
     optimizer = make_optimizer(policy, cfg)
-    state = load_checkpoint(policy, optimizer, out) if cfg.resume else {"step": 0, "rl": 0, "cold": 0}
+    with blame(f"--resume {out}"):
+        state = load_checkpoint(policy, optimizer, out) if cfg.resume else {"step": 0, "rl": 0, "cold": 0}
     about = dict(config=asdict(cfg) | {"out": out, "resume": ""}, **machine())
     write_atomically(os.path.join(out, "config.json"), lambda tmp: open(tmp, "w").write(json.dumps(about, indent=1)))
     print(f"{out}: {cfg.model} on {about['hardware']}, {sum(p.numel() for p in policy.trainable().values()):,} trained "
@@ -1216,6 +1234,7 @@ def make_tiny_omni(folder: str, lessons: str) -> None:
     import tokenizers
     import transformers
 
+    quiet_libraries()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|IMAGE|>",
                "<|VIDEO|>", "<|vision_bos|>", "<|vision_eos|>"]
     bpe = tokenizers.ByteLevelBPETokenizer()  # its words are those of the lessons, so prompts are short
@@ -1248,10 +1267,15 @@ def make_tiny_omni(folder: str, lessons: str) -> None:
 # Command line
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # the message alone, not under forty lines of usage
+        raise UserError(f"{message} (--help lists the flags)")
+
+
 def parse_config(argv=None) -> tuple[Config, bool]:
     """Flags -> (Config, is it the demo?). With --resume the run's own config.json stands behind the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in dataclasses.fields(Config):
         text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
         if f.type is bool:
@@ -1267,27 +1291,20 @@ def parse_config(argv=None) -> tuple[Config, bool]:
             raise UserError("--resume: name the run, --resume runs/NAME")
         if not os.path.exists(os.path.join(run, "checkpoint", "state.pt")):
             raise UserError(f"--resume {run}: no checkpoint there; a run killed before its first one has to start again")
-        with open(os.path.join(run, "config.json"), encoding="utf-8") as f:
-            return Config(**json.load(f)["config"] | given | dict(out=run, resume=run)), False
+        with blame(f"--resume {run}: config.json"), open(os.path.join(run, "config.json"), encoding="utf-8") as f:
+            saved = json.load(f)["config"]
+            for name in {"lora_rank", "lora_alpha", "optimizer"} & given.keys():
+                if given[name] != saved[name]:
+                    raise UserError(f"--{name} {given[name]}: cannot be changed on --resume, the run has {saved[name]}")
+            return Config(**saved | given | dict(out=run, resume=run)), False
     demo = not given.get("data") and not given.get("cold_start_data")
     only_cold = {} if given.get("data") else {"steps": 0}
     return Config(**(DEMO if demo else only_cold) | given), demo
 
 
-def quiet_libraries() -> None:
-    """The terminal belongs to the run: no notes about deprecations, optional kernels and shards."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
 def main(argv=None) -> int:
     try:
         cfg, demo = parse_config(argv)
-        quiet_libraries()
         finished = make_demo() if demo else True
         out, finished = train(cfg) if finished else ("", False)
     except UserError as e:

@@ -6,6 +6,7 @@ what a model wrote and never executes it. This file needs no torch.
 """
 
 import difflib
+import math
 import re
 import unicodedata
 
@@ -202,6 +203,8 @@ def parse_rewards(spec: str) -> dict[str, float]:
             weights[name] = float(weight or 1)
         except ValueError:
             raise ValueError(f"reward {name!r}: weight {weight!r} is not a number") from None
+        if not math.isfinite(weights[name]):
+            raise ValueError(f"reward {name!r}: weight {weight!r} is not finite")
     return weights
 
 

@@ -141,6 +141,13 @@ def test_what_is_not_a_file(refused, tmp_path):
 
 
 BAD_FLAGS = {  # arguments: (the message begins with; and holds)
+    "--reward accuracy=nan": ("--reward accuracy=nan: ", "is not finite"),
+    "--seed -1": ("--seed -1: ", ""),
+    "--seed 99999999999999999999": ("--seed 99999999999999999999: ", ""),
+    "--prompts_per_step 99999999999999999999": ("--prompts_per_step 99999999999999999999: ", ""),
+    "--adapter TMP/run --lora_rank 0": ("--adapter TMP/run: ", "--lora_rank 0"),
+    "--out TMP/file/x": ("--out TMP/file/x: ", "Not a directory"),
+    "--order easy_to_hard": ("", 'field "meta": --order easy_to_hard needs a number "pass_rate"'),
     "--num_generations 1": ("--num_generations 1: ", "at least 2"),
     "--temperature 0": ("--temperature 0.0: ", "above 0"),
     "--temperature nan": ("--temperature nan: ", "above 0"),

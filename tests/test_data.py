@@ -21,7 +21,7 @@ from data import AudioError, DataError, Example, Examples
 
 ROOT = os.path.dirname(os.path.abspath(data.__file__))
 BOM = b"\xef\xbb\xbf"
-ROW = dict(question="What is it?", choices=["dog", "cat", "rain"], answer=1)
+ROW = dict(audio=None, question="What is it?", choices=["dog", "cat", "rain"], answer=1)
 R1_ROW = dict(id=7, question_text="What is in the video?", multi_choice=["dog", None, "cat", "rain"], answer=2,
               audio_path="a.wav", video_name="v", question_type="Is")
 
@@ -72,13 +72,15 @@ def test_paths_are_relative_to_the_file(read, tmp_path, monkeypatch):
 
 def test_answer_is_an_index_or_a_text(read):
     choices = ["1", "0", "cat"]
-    examples = read(lines(*({"question": "?", "choices": choices, "answer": a} for a in (2, "cat", 0, "0", "1"))))
+    rows = ({"audio": None, "question": "?", "choices": choices, "answer": a} for a in (2, "cat", 0, "0", "1"))
+    examples = read(lines(*rows))
     assert [e.answer for e in examples] == [2, 2, 0, 1, 0]
 
 
 def test_null_is_the_same_as_missing(read):
     nulls = dict.fromkeys(("id", "audio", "choices", "answer", "target", "meta"))
-    assert list(read(lines({"question": "Why?"} | nulls))) == list(read(lines({"question": "Why?"}))) == [
+    bare = {"audio": None, "question": "Why?"}
+    assert list(read(lines(bare | nulls))) == list(read(lines(bare))) == [
         Example("1", None, "Why?", [], None, None, {})]
 
 
@@ -154,7 +156,7 @@ def test_unknown_format_lists_the_known_ones(refusal):
 
 def test_a_later_line_of_another_format(refusal):
     assert 'questions.jsonl:2: field "multi_choice": missing; found only' in refusal(lines(R1_ROW | {"audio_path": None}, ROW))
-    assert 'questions.jsonl:2: field "question": expected a text' in refusal(lines(ROW, R1_ROW))
+    assert 'questions.jsonl:2: field "audio": missing' in refusal(lines(ROW, R1_ROW))
 
 
 # ---- what is refused
@@ -194,9 +196,9 @@ def test_bad_field(refusal, change, message):
     (lines(ROW, ROW).decode().encode("utf-16-le"), "questions.jsonl:1: "),
     ('{"question": "é"}'.encode("latin-1"), "not UTF-8 text"), (b'{"question": "\xed\xa0\x80"}', "not UTF-8 text"),
     (bytes(range(256)) * 99, "questions.jsonl:1: "), (b"\0" * 999, "questions.jsonl:1: "), (b"[" * 10**5, "broken JSON"),
-    (lines(ROW, b'{"question":' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "questions.jsonl:2: broken JSON"),
-    (lines(ROW, b'{"question": "?", "answer": 1' + b"0" * 5000 + b"}"), "questions.jsonl:2: broken JSON"),
-    (lines(ROW, b'{"question": "?", "answer": 1e400}'), 'questions.jsonl:2: field "answer"'),
+    (lines(ROW, b'{"audio": null, "question":' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "questions.jsonl:2: broken JSON"),
+    (lines(ROW, b'{"audio": null, "question": "?", "answer": 1' + b"0" * 5000 + b"}"), "questions.jsonl:2: broken JSON"),
+    (lines(ROW, b'{"audio": null, "question": "?", "answer": 1e400}'), 'questions.jsonl:2: field "answer"'),
     (json.dumps({"x" * 10**7: 1}).encode(), "unknown format")], ids=lambda x: f"{x!r:.25}" if isinstance(x, bytes) else "")
 def test_bad_file(refusal, content, message):
     assert message in refusal(content)
@@ -241,7 +243,7 @@ def test_damaged_files_give_examples_or_data_errors(read):
 
 
 def test_scan_wants_what_its_purpose_needs(refusal, read):
-    no_choices, no_answer = {"question": "?"}, {"question": "?", "choices": ["a", "b"]}
+    no_choices, no_answer = {"audio": None, "question": "?"}, {"audio": None, "question": "?", "choices": ["a", "b"]}
     assert refusal(lines(ROW, no_choices), "train").startswith('questions.jsonl:2: field "choices": missing')
     assert refusal(lines(ROW, no_answer), "train").startswith('questions.jsonl:2: field "answer": missing')
     assert refusal(lines(ROW), "cold_start").startswith('questions.jsonl:1: field "target": missing')
