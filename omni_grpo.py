@@ -1194,8 +1194,8 @@ def show(policy: Policy, group: Group, step: int) -> str:
 # The demo: a tiny Qwen2.5-Omni that hears and knows the answer format, but does not yet use the one for the other
 
 DEMO = dict(model="runs/tiny/base", data="runs/tiny/demo.jsonl", eval_data="runs/tiny/held_out.jsonl", eval_size=240,
-            steps=220, prompts_per_step=8, lora_rank=16, lora_alpha=32, lr=2e-3, lr_schedule="linear", eval_every=20,
-            log_rollouts=20, max_new_tokens=12)
+            steps=300, prompts_per_step=8, lora_rank=16, lora_alpha=32, lr=2e-3, lr_schedule="linear", eval_every=25,
+            log_rollouts=25, max_new_tokens=12)
 
 CHAT_TEMPLATE = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>

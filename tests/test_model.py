@@ -69,6 +69,17 @@ def test_packed_equals_one_by_one(policy, prompts, temperature):
         assert (ours[name] - theirs[name]).abs().max() <= 1e-5 * max(1.0, theirs[name].abs().max()), name
 
 
+def test_scoring_leaves_its_inputs_alone(policy, prompts):
+    """Embeddings are filled in, in a copy: neither the table, nor the prompts, nor a second call sees it."""
+    groups = ragged_groups(policy, prompts)
+    table, audio = policy.embed_tokens.weight.clone(), [a.clone() for g in groups for _, a in g.prompt.audio]
+    pack = og.make_pack(groups, [0, 3, 6])
+    first, _ = og.token_logps(policy, pack, 1.0)
+    assert torch.equal(og.token_logps(policy, pack, 1.0)[0], first)
+    assert torch.equal(policy.embed_tokens.weight, table)
+    assert all(torch.equal(a, b) for a, (_, b) in zip(audio, (x for g in groups for x in g.prompt.audio)))
+
+
 def test_pack_rows_and_targets(policy, prompts):
     groups = ragged_groups(policy, prompts)
     pack = og.make_pack(groups, [0, 3, 6])

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 import data
@@ -266,6 +268,25 @@ def test_every_option_takes_a_step(changes, config, tiny, tmp_path):
         assert served == sorted(served, reverse=True)
     if changes.get("audio") == "none":
         assert not any("AUDIO" in r for r in map(str, log))
+
+
+def test_recordings_of_every_kind_train(config, tiny, tmp_path):
+    """wav, flac, ogg and mp3, 8 to 96 kHz, one to six channels, long and short, one named wrongly: nothing to convert."""
+    rng = np.random.default_rng(0)
+    kinds = [("a.wav", 8000, 1, "PCM_16"), ("b.flac", 44_100, 2, "PCM_24"), ("c.ogg", 48_000, 2, "VORBIS"),
+             ("d.mp3", 22_050, 1, "MPEG_LAYER_III"), ("e.wav", 96_000, 6, "FLOAT"), ("f.wav", 16_000, 1, "PCM_U8")]
+    rows = []
+    for i, (name, rate_hz, channels, subtype) in enumerate(kinds):
+        wave = 0.1 * rng.standard_normal((int(rate_hz * (0.03, 12.0, 1.0, 0.5, 2.5, 31.0)[i]), channels))
+        soundfile.write(tmp_path / name, wave, rate_hz, subtype)
+        rows.append(dict(audio=name, question="What is this?", choices=["beep", "hum"], answer=i % 2))
+    (tmp_path / "b.flac").rename(tmp_path / "wrong.mp3")
+    rows[1]["audio"] = "wrong.mp3"
+    questions = tmp_path / "own.jsonl"
+    questions.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    out, finished = og.train(config(data=str(questions), steps=2, prompts_per_step=6, out=str(tmp_path / "run")))
+    log = read(os.path.join(out, "log.jsonl"))
+    assert finished and log[-1]["audio/bad"] == 0 and log[-1]["audio/cut"] == 1
 
 
 def test_silence_is_silent_and_none_is_text(policy, config, tiny):
