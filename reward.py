@@ -101,9 +101,10 @@ def resolve_part(text: str, choices: list[str]) -> int | None:
 
 def short_answer(text: str, keys: dict, n: int) -> set:
     """{index} if the text is nothing but a choice, a letter, or both; both but disagreeing: two indices."""
-    read = words(text)
-    while read and read not in keys and read[0] in FILLER:
-        read = read[1:]
+    read, start, longest = words(text), 0, max(map(len, keys), default=0)
+    while start < len(read) and read[start] in FILLER and not (len(read) - start <= longest and read[start:] in keys):
+        start += 1
+    read = read[start:]
     if read in keys:
         return {keys[read]}
     if len(read) == 1 and len(read[0]) == 1 and read[0].isascii() and read[0].isalpha():
