@@ -867,7 +867,7 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
     optimizer.zero_grad(set_to_none=True)
     policy.lm.eval()
     tokens = sums.pop("tokens", 0) or 1
-    return {name: total / tokens for name, total in sums.items()} | {
+    return {"policy/loss": 0.0, "policy/clip_frac": 0.0, "policy/kl_old": 0.0} | {n: x / tokens for n, x in sums.items()} | {
         "optim/grad_norm": sum(norms) / max(1, len(norms)), "optim/skipped": skipped, "group/scored": len(keep) / len(groups)}
 
 
@@ -889,7 +889,8 @@ def open_run(cfg: Config) -> str:
     out = cfg.out
     if not out:
         stem = os.path.join("runs", os.path.splitext(os.path.basename(cfg.data or cfg.cold_start_data))[0])
-        out = next(p for p in chain([stem], (f"{stem}-{i}" for i in count(2))) if not os.path.exists(p))
+        names = chain([stem], (f"{stem}-{i}" for i in count(2)))
+        out = next(p for p in names if not os.path.exists(p) or os.path.isdir(p) and not os.listdir(p))
     if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"--out {out}: is a file")
     if os.path.exists(out) and os.listdir(out):
@@ -1082,7 +1083,13 @@ def train(cfg: Config) -> tuple[str, bool]:
     print(f"{out}: {cfg.model} on {about['hardware']}, {sum(p.numel() for p in policy.trainable().values()):,} trained "
           f"parameters, {len(questions['rl'][1]) if questions['rl'] else 0} questions, {len(held)} held out", flush=True)
     log_path, stopping = os.path.join(out, "log.jsonl"), []
-    handlers = {s: signal.signal(s, lambda s, frame: stopping.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number, frame):
+        if stopping:  # asked twice: at once, and back to the last checkpoint
+            raise KeyboardInterrupt
+        stopping.append(number)
+
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         if not cfg.resume:
             save_checkpoint(policy, optimizer, out, state)
@@ -1100,7 +1107,9 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
     """rollout -> reward -> advantage -> update -> log -> evaluate -> save, until the last step or a signal."""
     weights, held, last = parse_rewards(cfg.reward), questions["held"], cfg.cold_start_steps + cfg.steps
     log_path, rollouts_path = os.path.join(out, "log.jsonl"), os.path.join(out, "rollouts.jsonl")
-    phase, clips, bad, flat_steps, last_eval = None, None, [], 0, float("nan")
+    phase, clips, bad, flat_steps, saved = None, None, [], 0, state["step"]
+    with open(log_path, encoding="utf-8") as f:
+        last_eval = [r["eval/accuracy"] for r in map(json.loads, f) if "eval/accuracy" in r][-1:]
     bar = tqdm(total=last, initial=state["step"], unit="step", dynamic_ncols=True)
     while state["step"] < last and not stopping:
         start, step = time.monotonic(), state["step"] + 1
@@ -1159,14 +1168,18 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
         if step == last or step % cfg.eval_every == 0:
             start = time.monotonic()
             record |= measure(policy, cfg, held, control=step == last) | {"time/eval_s": time.monotonic() - start}
-            last_eval = record.get("eval/accuracy", last_eval)
+            last_eval = [record["eval/accuracy"]] if held else []
         append(log_path, [record])
         bar.update()
-        shown = {"logp": record.get("policy/logp", 0)} if cold else {"reward": record["reward/mean"]}
-        bar.set_postfix({k: f"{v:.2f}" for k, v in (shown | ({"held_out": last_eval} if held else {})).items()}, refresh=False)
-        if step == last or step % cfg.save_every == 0 or stopping:
+        shown = {"logp": record["policy/logp"]} if cold else {"reward": record["reward/mean"]}
+        shown |= {"held_out": last_eval[0]} if last_eval else {}
+        bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()}, refresh=False)
+        if step == last or step % cfg.save_every == 0:
             save_checkpoint(policy, optimizer, out, state)
+            saved = step
     bar.close()
+    if saved != state["step"]:  # stopped by a signal
+        save_checkpoint(policy, optimizer, out, state)
     return state["step"] >= last
 
 
@@ -1315,6 +1328,9 @@ def main(argv=None) -> int:
               "--rollout_rows, use --gradient_checkpointing, --load_in_4bit, then lower --max_audio_s, --max_new_tokens, "
               "--num_generations, --lora_rank. The last checkpoint is whole: go on with --resume.", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped at once; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     if not finished:
         print(f"stopped; go on with: python omni_grpo.py --resume {out}" if out else "stopped", flush=True)
         return 0
