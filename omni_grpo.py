@@ -337,8 +337,8 @@ class Family:
     """How to find the parts of a model class. To add a family, add one entry to FAMILIES."""
 
     model_class: str
-    lm: str  # path of the language model: embeddings in, hidden states out
-    drop: tuple[str, ...] = ()  # paths of parts that audio and text never use
+    lm: tuple[str, ...]  # path of the language model, embeddings in, hidden states out; the first that exists
+    drop: tuple[str, ...] = ()  # paths of parts that audio and text never use, where they exist
     config: Callable = lambda config: config  # the part of the checkpoint's configuration that the class takes
     encode_audio: Callable | None = None  # (model, mels [(bins, frames)]) -> [(n, H)]
     audio_id: Callable = lambda config: None  # id of the audio placeholder
@@ -355,10 +355,11 @@ def omni_audio(model, mels: list[Tensor]) -> list[Tensor]:
     return list(flat.split(sizes))
 
 
-OMNI = Family("Qwen2_5OmniThinkerForConditionalGeneration", "model.language_model", ("model.visual",),
+# transformers moved the language model and the towers in 5.2x: both layouts are found
+OMNI = Family("Qwen2_5OmniThinkerForConditionalGeneration", ("model.language_model", "model"), ("model.visual", "visual"),
               lambda config: getattr(config, "thinker_config", config), omni_audio, lambda config: config.audio_token_id)
 FAMILIES = {"qwen2_5_omni": OMNI, "qwen2_5_omni_thinker": OMNI}
-TEXT_ONLY = Family("AutoModelForCausalLM", "model")  # any causal language model of the usual make
+TEXT_ONLY = Family("AutoModelForCausalLM", ("model",))  # any causal language model of the usual make
 
 
 @dataclass
@@ -474,11 +475,12 @@ def make_policy(cfg: Config, model, family: Family, folder: str) -> Policy:
             raise ValueError("its tokenizer names no end-of-turn token")
         if audio_id is not None and audio_id >= len(tokenizer):
             raise ValueError(f"its tokenizer does not hold the audio placeholder, id {audio_id}; are its files there?")
-    for path in family.drop if cfg.lora_rank else ():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, None)
+    modules = dict(model.named_modules())
+    for parent, _, name in (path.rpartition(".") for path in family.drop if path in modules and cfg.lora_rank):
+        setattr(modules[parent], name, None)
     encode_audio = family.encode_audio and torch.no_grad()(lambda mels, model=model: family.encode_audio(model, mels))
-    lm, head, embed_tokens = model.get_submodule(family.lm), model.get_output_embeddings(), model.get_input_embeddings()
+    lm_path = next(path for path in family.lm if path in modules)
+    lm, head, embed_tokens = modules[lm_path], model.get_output_embeddings(), model.get_input_embeddings()
     lm.set_attn_implementation("packed")
     model.requires_grad_(False)
     if cfg.lora_rank:
@@ -488,7 +490,7 @@ def make_policy(cfg: Config, model, family: Family, folder: str) -> Policy:
                 model = peft.PeftModel.from_pretrained(model, cfg.adapter, is_trainable=True)
         else:
             linear = sorted({name.rpartition(".")[2] for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear)})
-            pattern = rf"{re.escape(family.lm)}\..*\b({'|'.join(linear)})"  # cannot match the audio tower
+            pattern = rf"{re.escape(lm_path)}\..*\b({'|'.join(linear)})"  # cannot match the audio tower
             model = peft.get_peft_model(model, peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
                                                                target_modules=pattern, task_type="CAUSAL_LM"))
     else:
@@ -677,8 +679,8 @@ def rollout(policy: Policy, prompts: list[Tokens], num_generations: int, tempera
 
     live, sampled = set(range(len(rows))), [0] * len(rows)
     for _ in range(room):
-        draw = torch.tensor([min(n, max_new_tokens - 1) for n in sampled], device=device)
-        ids, logps = sample(logits, u.gather(1, draw[:, None])[:, 0], temperature)
+        nth = torch.tensor([min(n, max_new_tokens - 1) for n in sampled], device=device)
+        ids, logps = sample(logits, u.gather(1, nth[:, None])[:, 0], temperature)
         ids, logps = ids.tolist(), logps.tolist()
         forced = {}
         for r in sorted(live):

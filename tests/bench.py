@@ -40,13 +40,14 @@ def random_policy(big: bool, rank: int = 16) -> og.Policy:
     with torch.device(device):
         model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
-    model.model.visual = None
     model.requires_grad_(False)
-    lm = model.model.language_model
+    modules = dict(model.named_modules())
+    lm_path = next(path for path in og.OMNI.lm if path in modules)
+    lm = modules[lm_path]
     lm.set_attn_implementation("packed")
     encode_audio = torch.no_grad()(lambda mels: og.omni_audio(model, mels))
     head, embed_tokens = model.get_output_embeddings(), model.get_input_embeddings()
-    pattern = r"model\.language_model\..*\b(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    pattern = lm_path.replace(".", r"\.") + r"\.layers\..*\b(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern))
     enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
     enable({"use_reentrant": False})
