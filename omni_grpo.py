@@ -425,10 +425,8 @@ def blame(what: str):
 def load_policy(cfg: Config) -> Policy:
     """Checkpoint directory or Hub id -> Policy, with a fresh LoRA adapter, --adapter, or all weights trainable."""
     import transformers
-    from transformers.modeling_utils import AttentionInterface
 
     quiet_libraries()
-    AttentionInterface.register("packed", packed_attention)
     folder = find_model(cfg.model)
     cuda = torch.cuda.is_available()
     if cfg.load_in_4bit and not cuda:
@@ -456,7 +454,7 @@ def load_policy(cfg: Config) -> Policy:
 
 
 def make_policy(cfg: Config, model, family: Family, folder: str) -> Policy:
-    """Take a loaded model apart and put LoRA on it; `folder` holds its tokenizer and feature extractor."""
+    """A loaded model, taken apart, with its tokenizer and feature extractor from `folder`."""
     import transformers
 
     with blame(f"--model {cfg.model}"):
@@ -475,6 +473,15 @@ def make_policy(cfg: Config, model, family: Family, folder: str) -> Policy:
             raise ValueError("its tokenizer names no end-of-turn token")
         if audio_id is not None and audio_id >= len(tokenizer):
             raise ValueError(f"its tokenizer does not hold the audio placeholder, id {audio_id}; are its files there?")
+    policy = take_apart(cfg, model, family)
+    return dataclasses.replace(policy, tokenizer=tokenizer, extractor=extractor, audio_id=audio_id, stop_ids=sorted(stops))
+
+
+def take_apart(cfg: Config, model, family: Family) -> Policy:
+    """Drop what is never used, put LoRA on the language model, pack its attention; the text side is left to make_policy."""
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register("packed", packed_attention)
     modules = dict(model.named_modules())
     for parent, _, name in (path.rpartition(".") for path in family.drop if path in modules and cfg.lora_rank):
         setattr(modules[parent], name, None)
@@ -500,7 +507,7 @@ def make_policy(cfg: Config, model, family: Family, folder: str) -> Policy:
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # renamed in 5.2x
         enable({"use_reentrant": False})
     model.eval()
-    return Policy(model, lm, head, embed_tokens, tokenizer, extractor, encode_audio, audio_id, sorted(stops))
+    return Policy(model, lm, head, embed_tokens, None, None, encode_audio, None, [])
 
 
 def freeze_reference(policy: Policy) -> None:

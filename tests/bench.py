@@ -26,11 +26,9 @@ VISION = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2)
 
 def random_policy(big: bool, rank: int = 16) -> og.Policy:
     """Qwen2.5-Omni's thinker with random weights and LoRA: at its published 7B size (the library's defaults), or small."""
-    import peft
     import transformers
-    from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register("packed", og.packed_attention)
+    og.quiet_libraries()
     config = transformers.Qwen2_5OmniThinkerConfig(
         text_config=dict(tie_word_embeddings=False) if big else SMALL, audio_config={} if big else SMALL_AUDIO,
         vision_config=VISION | dict(out_hidden_size=3584 if big else 384))
@@ -40,19 +38,7 @@ def random_policy(big: bool, rank: int = 16) -> og.Policy:
     with torch.device(device):
         model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
-    model.requires_grad_(False)
-    modules = dict(model.named_modules())
-    lm_path = next(path for path in og.OMNI.lm if path in modules)
-    lm = modules[lm_path]
-    lm.set_attn_implementation("packed")
-    encode_audio = torch.no_grad()(lambda mels: og.omni_audio(model, mels))
-    head, embed_tokens = model.get_output_embeddings(), model.get_input_embeddings()
-    pattern = lm_path.replace(".", r"\.") + r"\.layers\..*\b(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern))
-    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    model.eval()
-    return og.Policy(model, lm, head, embed_tokens, None, None, encode_audio, 0, [])
+    return og.take_apart(og.Config(lora_rank=rank, lora_alpha=rank), model, og.OMNI)
 
 
 def sync():
