@@ -1,21 +1,32 @@
 """Audio question answering data: one `Example` per question, read lazily, checked before anything expensive starts.
 
-    python data.py check FILE        read every line and every sound, list what is wrong
+    python data.py check FILE           read every line and every sound, list what is wrong
+    python data.py convert FILE         any known format -> our JSONL
+    python data.py folder DIR           a folder of sounds -> multiple-choice questions
+    python data.py generate CAPTIONS    captions -> a language model's questions about them (AVQA-GPT, VGGS-GPT)
+    python data.py filter FILE          keep what a policy can learn from
 
-A data set is a file whose rows are recognised by their keys (`FORMATS`): our own JSONL, whose keys are the fields of
-`Example`, and R1-AQA's JSONL. To add a format, add one entry to FORMATS: the keys that give it away, and a function from
-one row to the fields of `Example`. Reading a data set never touches audio and never needs torch.
+A data set is a file of rows, recognised by their keys (`FORMATS`): our own JSONL, whose keys are the fields of `Example`,
+what the field trains and evaluates on, and tables of captions or labels. To add a format, add one entry: the keys that
+give it away, and a function from one row to the fields of `Example`. Reading never touches audio and never needs torch.
 """
 
 import argparse
 import collections
+import csv
+import dataclasses
+import functools
+import io
 import json
 import math
 import os
+import random
+import re
 import sys
 import time
 import zlib
 from array import array
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -47,70 +58,51 @@ class Example:
     """One question. `answer` is an index into `choices`; `target` the completion(s) to imitate in a cold start."""
 
     id: str
-    audio: str | bytes | None  # path (absolute once read), file content, or None for a text-only question
+    audio: "str | bytes | Embedded | list | None"  # path (absolute once read), content, several of them, or None: text only
     question: str
     choices: list[str] = field(default_factory=list)
     answer: int | None = None
     target: str | list[str] | None = None
     meta: dict = field(default_factory=dict)
 
-
-def own_row(row: dict) -> dict:
-    """`audio` must be there, or null on purpose: a misspelt key must not become training on text alone."""
-    if "audio" not in row:
-        raise DataError('field "audio": missing; give a path, or null for a question without sound')
-    return {k: row[k] for k in ("id", "audio", "question", "choices", "answer", "target", "meta") if k in row}
+    @property
+    def clips(self) -> list:
+        """The clips of the question, in the order in which they are heard."""
+        return [] if self.audio is None else self.audio if isinstance(self.audio, list) else [self.audio]
 
 
-def r1_aqa_row(row: dict) -> dict:
-    """AVQA as R1-AQA ships it (arXiv 2503.11197): null choices are padding, and "video" in a question means the sound."""
-    choices, answer = row["multi_choice"], row["answer"]
-    if isinstance(choices, list):
-        if type(answer) is int and 0 <= answer < len(choices):  # True is an int too
-            if choices[answer] is None:
-                raise DataError('field "answer": it points at a null choice; drop the line or mend the answer')
-            answer -= choices[:answer].count(None)
-        choices = [c for c in choices if c is not None]
-    question = row["question_text"]
-    if isinstance(question, str):
-        question = question.replace("video", "audio")
-    return dict(id=row.get("id"), audio=row["audio_path"], question=question, choices=choices, answer=answer,
-                meta={k: v for k, v in row.items()
-                      if k not in ("id", "audio_path", "question_text", "multi_choice", "answer")})
+class Embedded:
+    """A clip inside a parquet or Hub data set. Its bytes are read when they are asked for, and not before."""
+
+    def __init__(self, table, row: int, column: str):
+        self.table, self.row, self.column = table, row, column
+
+    def child(self, name: str):
+        value = self.table[self.row].column(self.column)[0]  # a view of the memory map, nothing is copied
+        if not hasattr(value, "keys"):  # a plain column of bytes
+            return value.as_py() if name == "bytes" else None
+        return value[name].as_py()
+
+    @property
+    def path(self) -> str:
+        return self.child("path") or ""
+
+    def read(self) -> str | bytes:
+        return self.child("bytes") or self.path
+
+    def __repr__(self):
+        return f"<clip of row {self.row + 1}{self.path and ': ' + self.path}>"
 
 
-FORMATS = [  # name, the keys that give it away, row -> fields of Example
-    ("R1-AQA", {"question_text", "multi_choice", "answer", "audio_path"}, r1_aqa_row),
-    ("own", {"question"}, own_row),
-]
-
-
-def parse(raw: bytes, where: str):
-    try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as e:
-        raise DataError(f"{where}: not UTF-8 text ({e.reason}); save the file as UTF-8") from None
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{where}: broken JSON ({e}); was the file cut off, or an object spread over several lines?") from None
-
-
-def make_example(row, convert, where: str, folder: str) -> Example:
-    """One raw row -> a valid Example. Raises DataError with `where` (file:line), the field and the remedy."""
+def make_example(fields: dict, where: str) -> Example:
+    """The fields of one question -> a valid Example. Raises DataError with `where` (file:line), the field and the remedy."""
 
     def bad(key, problem):
         raise DataError(f'{where}: field "{key}": {problem}')
 
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, found {row!r:.60}")
-    try:
-        fields = convert(row)
-    except KeyError as e:
-        bad(e.args[0], f"missing; found only {sorted(row)!r:.300}")
-    except DataError as e:
-        raise DataError(f"{where}: {e}") from None
     # null is the same as missing
     example = Example(**{"id": None, "audio": None, "question": None} | {k: v for k, v in fields.items() if v is not None})
-    example.id = str(where.rpartition(":")[2] if example.id is None else example.id)
+    example.id = str(re.split(":| ", where)[-1] if example.id is None else example.id)
     if not isinstance(example.question, str) or not example.question.strip():
         bad("question", f"expected a text, found {example.question!r:.60}")
     if not isinstance(example.choices, list) or not all(isinstance(c, str) and c.strip() for c in example.choices):
@@ -129,23 +121,278 @@ def make_example(row, convert, where: str, folder: str) -> Example:
     targets = [] if example.target is None else example.target if isinstance(example.target, list) else [example.target]
     if example.target == [] or not all(isinstance(t, str) for t in targets):
         bad("target", f"expected a text or a list of texts, found {example.target!r:.60}")
-    for key, texts in (("question", [example.question]), ("choices", example.choices), ("target", targets)):
-        try:
-            " ".join(texts).encode()
-        except UnicodeEncodeError as e:  # JSON can write it, no tokenizer can read it
-            bad(key, f"holds {e.object[e.start]!a}, which is half a character; mend or drop the line")
+    try:
+        " ".join([example.question, *example.choices, *targets]).encode()
+    except UnicodeEncodeError as e:  # JSON can write it, no tokenizer can read it
+        half = e.object[e.start]
+        key = "question" if half in example.question else "choices" if half in "".join(example.choices) else "target"
+        bad(key, f"holds {half!a}, which is half a character; mend or drop the line")
     if not isinstance(example.meta, dict):
         bad("meta", f"expected an object, found {example.meta!r:.60}")
-    if isinstance(example.audio, str):
-        if not example.audio:
+    if example.audio == []:
+        bad("audio", "an empty list; give a path, or null for a text-only question")
+    for clip in example.clips:
+        if clip == "":
             bad("audio", "an empty path; give a file, or null for a text-only question")
-        try:
-            example.audio = os.path.join(folder, os.path.expanduser(example.audio))
-        except ValueError:  # a NUL byte or half a character
-            bad("audio", f"expected a path, found {example.audio!r:.80}")
-    elif not isinstance(example.audio, bytes | None):
-        bad("audio", f"expected a path, found {example.audio!r:.60}")
+        if not isinstance(clip, str | bytes | Embedded):
+            bad("audio", f"expected a path, found {clip!r:.60}")
     return example
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats: the keys that give a row away, and how it becomes the fields of an Example. A converter takes out (pops) what
+# it carries over as it is; what is left of the row is kept in `meta`, so that nothing gets lost.
+
+
+def own(row: dict) -> dict:
+    """`audio` must be there, or null on purpose: a misspelt key must not become training on text alone."""
+    if "audio" not in row:
+        raise DataError('field "audio": missing; give a path, or null for a question without sound')
+    fields = {k: row.pop(k) for k in ("id", "audio", "question", "choices", "answer", "target") if k in row}
+    meta = row.pop("meta", None)
+    return fields | {"meta": meta if not isinstance(meta, dict | None) else row | (meta or {})}
+
+
+def text(row: dict, key: str, pop: bool = True) -> str:
+    value = row.pop(key) if pop else row[key]
+    if not isinstance(value, str):
+        raise DataError(f'field "{key}": expected a text, found {value!r:.60}')
+    return value
+
+
+def bare(choices: list[str], answer) -> tuple[list[str], object]:
+    """(["(A) dog", "(B) cat"], "(B) cat" or "B") -> (["dog", "cat"], 1). Letters go if all choices have theirs in order."""
+    found = [re.match(rf"\s*\(?{chr(65 + i)}[).:]\s*(?=\S)", c) for i, c in enumerate(choices)]
+    if choices and all(found):
+        answer = choices.index(answer) if answer in choices else answer
+        choices = [c[m.end():] for c, m in zip(choices, found)]
+    if isinstance(answer, str) and answer not in choices:
+        letter = re.fullmatch(r"\s*\(?([A-Z])[).:]?\s*", answer)
+        if letter and ord(letter[1]) - 65 < len(choices):
+            answer = ord(letter[1]) - 65
+    return choices, answer
+
+
+def multiple_choice(row: dict, question="question", choices="choices", answer="answer", **fields) -> dict:
+    """What most benchmarks share. A blank answer is one that the benchmark withholds."""
+    asked, options, gold = text(row, question), row.pop(choices), row.pop(answer, None)
+    if isinstance(options, str):  # some parquet copies hold the list as JSON
+        options = parse(options.encode("utf-8", "replace"), f'field "{choices}"')
+    if not isinstance(options, list) or not all(isinstance(c, str) for c in options):
+        raise DataError(f'field "{choices}": expected a list of texts, found {options!r:.80}')
+    options, gold = bare(options, gold)
+    return dict(id=row.pop("id", None), question=asked, choices=options, answer=None if gold == "" else gold) | fields
+
+
+def avqa(row: dict) -> dict:
+    """AVQA, as released and as R1-AQA ships it (arXiv 2503.11197): null choices are padding, "video" means the sound."""
+    choices, answer = row.pop("multi_choice"), row.pop("answer")
+    if isinstance(choices, list):
+        if type(answer) is int and 0 <= answer < len(choices):  # True is an int too
+            if choices[answer] is None:
+                raise DataError('field "answer": it points at a null choice; drop the line or mend the answer')
+            answer -= choices[:answer].count(None)
+        choices = [c for c in choices if c is not None]
+    asked = text(row, "question_text", pop=False)
+    if "video" not in asked:
+        del row["question_text"]
+    audio = row.pop("audio_path") if "audio_path" in row else text(row, "video_name", pop=False)
+    return dict(id=row.pop("id", None), audio=audio, question=asked.replace("video", "audio"), choices=choices, answer=answer)
+
+
+def avqa_processed(row: dict) -> dict:
+    """gijs/avqa-processed: the choices stand in the question, "Q\nChoices:\nA. dog\nB. cat", the answer is "B. cat"."""
+    asked, _, listed = row.pop("question").partition("\nChoices:\n")
+    choices, answer = bare([line for line in listed.split("\n") if line.strip()], row.pop("answer"))
+    return dict(id=row.pop("id", None), audio=row.pop("audio"), question=asked, choices=choices, answer=answer)
+
+
+def mmau(row: dict) -> dict:
+    audio = text(row, "audio_id")
+    return {"id": os.path.splitext(os.path.basename(audio))[0]} | {
+        k: v for k, v in multiple_choice(row, audio=audio).items() if v is not None}
+
+
+def mmau_hub(row: dict) -> dict:
+    """MMAU's parquet: the question is the instruction, the rest is packed into other_attributes."""
+    more = row.pop("other_attributes", None)
+    row |= parse(more.encode(), 'field "other_attributes"') if isinstance(more, str) else more or {}
+    return multiple_choice(row, question="instruction", audio=row.pop("context") if "context" in row else row.pop("audio"))
+
+
+def mmau_version(rows: list[dict]) -> str:
+    """Which MMAU test-mini this is: scores on its versions are not comparable. Raises DataError on the broken ones."""
+    lost = sum(1 for r in rows if r.get("answer") and isinstance(r.get("choices"), list) and r["answer"] not in r["choices"])
+    if lost > 20:
+        raise DataError(f"{lost} answers are not among their choices, as in MMAU's files of 15 and 16 May 2025, whose answers "
+                        "were mapped wrongly; take the current file of the benchmark")
+    if all(r.get("answer") in (None, "") for r in rows):
+        return "answers withheld"
+    meld = sum(r.get("dataset") == "meld" for r in rows)
+    return "unknown version" if len(rows) != 1000 else {70: "v05.15.25", 43: "original"}.get(meld, "unknown version")
+
+
+def mmau_pro_skip(row: dict) -> str:
+    if row.get("category") in ("open", "instruction following") or not row.get("choices"):
+        return "not multiple choice (open answer or instruction following)"
+    return "" if row.get("answer") in row["choices"] else "the answer is not among the choices"
+
+
+def choice_columns(row: dict) -> dict:
+    """MMSU and AIR-Bench: one column a choice, null where there are fewer; AIR-Bench's folders are named by task and source."""
+    choices = [c for c in (row.pop(f"choice_{letter}", None) for letter in "abcdefgh") if c not in (None, "")]
+    row["choices"] = choices
+    if "path" in row:
+        audio = f"{row['task_name']}_{row['dataset_name']}/{text(row, 'path')}"
+    else:
+        audio = row.pop("audio") if row.get("audio") else row.pop("audio_path")
+    return multiple_choice(row, answer="answer_gt", audio=audio) | {"id": row.pop("uniq_id", None) or row.pop("id", None)}
+
+
+def arc(row: dict) -> dict:
+    """ARC in the Hub's columns or in AI2's nesting; the labels are letters or numbers."""
+    if isinstance(row["question"], dict):
+        stem, choices = row["question"]["stem"], row.pop("question")["choices"]
+        labels, choices = [c["label"] for c in choices], [c["text"] for c in choices]
+    else:
+        stem, labels, choices = row.pop("question"), row["choices"]["label"], row.pop("choices")["text"]
+    key = row.pop("answerKey")
+    if key and key not in labels:
+        raise DataError(f'field "answerKey": {key!r:.40} is not among the labels {labels!r:.80}')
+    return dict(id=row.pop("id", None), question=stem, choices=choices, answer=labels.index(key) if key else None)
+
+
+def countdown(row: dict) -> dict:
+    """TinyZero's task. The numbers and the target go to `meta`, for the reward."""
+    nums, target = row["nums"], row["target"]
+    if not isinstance(nums, list) or not nums or not all(type(n) is int for n in [*nums, target]):
+        raise DataError(f'field "nums": expected a list of integers and an integer target, found {nums!r:.60}, {target!r:.40}')
+    return dict(id=row.pop("id", None), question=f"Using the numbers {nums}, create an equation that equals {target}. You can "
+                "use basic arithmetic operations (+, -, *, /) and each number can only be used once.")
+
+
+def music_avqa(row: dict) -> dict:
+    """Slots of the question are filled in order; choices come from the answers to other questions of the same type."""
+    values, asked = iter(parse(row["templ_values"].encode(), 'field "templ_values"')), row["question_content"]
+    asked = re.sub(r"<\w+>", lambda slot: str(next(values, slot[0])), asked)
+    return dict(id=row.pop("question_id", None), audio=str(row["video_id"]), question=asked, answer=text(row, "anser"))
+
+
+def music_avqa_skip(row: dict) -> str:
+    kind = parse(row["type"].encode(), 'field "type"')[0]
+    return "deleted by its authors" if row.get("question_deleted") else "" if kind == "Audio" else "cannot be heard: " + kind
+
+
+def clotho_aqa(rows: list[dict]) -> dict:
+    """Three annotators a question: the majority's answer."""
+    answers = [r["answer"].strip().lower() for r in rows]
+    answer, votes = collections.Counter(answers).most_common(1)[0]
+    return dict(audio=rows[0]["file_name"], question=rows[0]["QuestionText"], answer=answer,
+                choices=["yes", "no"] if answer in ("yes", "no") else None,
+                meta=dict(answers=answers, confidence=[r.get("confidence") for r in rows], agreement=votes / len(rows)))
+
+
+def clotho_aqa_skip(rows: list[dict]) -> str:
+    votes = collections.Counter(r["answer"].strip().lower() for r in rows).most_common(1)[0][1]
+    return "" if votes > len(rows) / 2 else "the annotators disagree"
+
+
+CLIP = "audio|audio_path|audio_file|file_name|filename|file|wav|clip|path|youtube_id|ytid"
+CAPTION = "captions|caption|caption_1|description"
+LABEL = "label|labels|class|category"
+
+
+def clip_of(row: dict):
+    """The clip of a row of captions or labels; YouTube ids carry their start second, as VGGSound's files do."""
+    key = next(k for k in CLIP.split("|") if k in row)
+    start = next((row[k] for k in ("start_s", "start_time", "start", "start_seconds") if row.get(k) not in (None, "")), None)
+    if start is None or key.lower() not in ("youtube_id", "ytid"):
+        return row[key]
+    return f"{row[key]}_{int(float(start)):06d}"
+
+
+def captions(rows: list[dict]) -> dict:
+    """All captions of one clip: material for `generate`; as a cold start, lessons in describing."""
+    found = [v for row in rows for k, v in row.items() if re.fullmatch(r"captions?(_?\d+)?|description", k) and v]
+    found = [c for v in found for c in (v if isinstance(v, list) else [v])]
+    if not found or not all(isinstance(c, str) for c in found):
+        raise DataError(f'field "captions": expected texts, found {found!r:.60}')
+    meta = {k: v for k, v in rows[0].items() if not re.fullmatch(r"captions?(_?\d+)?|description|id|meta", k)}
+    inner = rows[0].get("meta")
+    return dict(id=rows[0].get("id"), audio=clip_of(rows[0]), question="Describe the sound.", target=found,
+                meta=meta | (inner if isinstance(inner, dict) else {}) | {"captions": found})
+
+
+def label(row: dict) -> dict:
+    key = next(k for k in LABEL.split("|") if k in row)
+    return dict(id=row.pop("id", None), audio=clip_of(row), question="Which sound is heard in this clip?",
+                answer=" ".join(text(row, key, pop=False).split()))
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a kind of file becomes questions. Readers that are given `group` get all rows of a question as a list."""
+
+    keys: str  # the columns that give it away; "a|b" is either
+    convert: Callable  # row -> fields of Example, taking out of the row what it carries over unchanged
+    is_it: Callable = lambda row: True  # where the columns alone do not tell
+    skip: Callable | None = None  # row -> why it is no question for us, or ""
+    group: Callable | None = None  # rows with the same key are one question
+    pool: Callable | None = None  # row -> kinds: distractors come from the answers of its first kind, then of the next
+    about: Callable | None = None  # all rows -> the version of the file; raises DataError on a broken one
+    find: bool = True  # audio is looked for by its name, too; our own paths mean what they say
+
+
+FORMATS = {
+    "R1-AQA": Format("question_text multi_choice answer audio_path", avqa),
+    "AVQA": Format("question_text multi_choice answer video_name", avqa),
+    "MMAU": Format("audio_id question choices answer", mmau, about=mmau_version),
+    "MMAU (Hub)": Format("instruction choices answer context|audio", mmau_hub),
+    "MMAU-Pro": Format("audio_path question choices answer task_identifier", skip=mmau_pro_skip,
+                       convert=lambda row: multiple_choice(row, audio=row.pop("audio_path"))),
+    "MMAR": Format("audio_path question choices answer modality",
+                   lambda row: multiple_choice(row, audio=row.pop("audio_path"))),
+    "AudioMCQ": Format("audio_path question choices answer", lambda row: multiple_choice(row, audio=row.pop("audio_path"))),
+    "AIR-Bench": Format("path question choice_a choice_b answer_gt task_name dataset_name", choice_columns),
+    "MMSU": Format("question choice_a choice_b answer_gt audio|audio_path", choice_columns),
+    "ARC": Format("question answerKey", arc),
+    "Countdown": Format("nums target", countdown),
+    "MUSIC-AVQA": Format("video_id question_content templ_values anser type", music_avqa, skip=music_avqa_skip,
+                         pool=lambda row: parse(row["type"].encode(), 'field "type"')[1:]),
+    "Clotho-AQA": Format("file_name QuestionText answer", clotho_aqa, skip=clotho_aqa_skip, pool=lambda rows: [""],
+                         group=lambda row: (row["file_name"], row["QuestionText"])),
+    "avqa-processed": Format("question answer audio", avqa_processed,
+                             is_it=lambda row: "\nChoices:\n" in str(row["question"])),
+    "Hub": Format("audio question choices answer", lambda row: multiple_choice(row, audio=row.pop("audio")),
+                  is_it=lambda row: isinstance(row["audio"], Embedded)),
+    "own": Format("question", own, find=False),
+    "captions": Format(f"{CLIP} {CAPTION}", captions, group=clip_of),
+    "labels": Format(f"{CLIP} {LABEL}", label, pool=lambda row: [row.get("family") or "", ""]),
+}
+
+
+def format_of(row: dict, where: str) -> str:
+    """The name of the first format that the row fits. Raises DataError listing the known ones."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, found {row!r:.60}")
+    for name, known in FORMATS.items():
+        if all(any(key in row for key in either.split("|")) for either in known.keys.split()) and known.is_it(row):
+            return name
+    listed = "; ".join(f"{name}: {known.keys}" for name, known in FORMATS.items())
+    raise DataError(f"{where}: unknown format, keys {sorted(map(str, row))!r:.300}. Known formats and their keys: {listed}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: rows of JSON lines, a JSON list, CSV, parquet or a folder of sounds, each found again when it is asked for
+
+
+def parse(raw: bytes, where: str):
+    try:
+        return json.loads(raw.decode().removeprefix("\ufeff"))  # ten times faster than the codec utf-8-sig
+    except UnicodeDecodeError as e:
+        raise DataError(f"{where}: not UTF-8 text ({e.reason}); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: broken JSON ({e}); was the file cut off, or an object spread over several lines?") from None
 
 
 def no_file(path: str) -> str:
@@ -156,62 +403,363 @@ def no_file(path: str) -> str:
     return f"{path:.1000}: {what}"
 
 
-class Examples(collections.abc.Sequence):
-    """A data file as a sequence of Example, parsed on access: a million lines cost eight bytes each."""
+class TextRows:
+    """Rows of a text file, parsed on access: a million of them cost 24 bytes each."""
 
     def __init__(self, path: str):
-        self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
-        self.rows = None  # a JSON list is held whole, JSON lines are not
+        self.path, self.starts, self.stops, self.numbers = path, array("q"), array("q"), array("q")
         if problem := no_file(path):
             raise DataError(f"{problem}; expected a file of questions (JSONL)")
         try:
             self.file = open(path, "rb")
-            head = self.file.read(1024)
+            head = self.file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         except OSError as e:
             raise DataError(f"{path}: {e.strerror}") from None
-        if not head:
-            raise DataError(f"{path}: is empty; expected a file of questions (JSONL)")
         self.file.seek(0)
-        if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-            self.rows = parse(self.file.read(), path)
+        if not head:
+            if os.path.getsize(path):
+                raise DataError(f"{path}: holds no question")
+            raise DataError(f"{path}: is empty; expected a file of questions (JSONL)")
+        if head[:2] == b"\x1f\x8b":
+            raise DataError(f"{path}: is compressed; unpack it first (gunzip)")
+        first = head.partition(b"\n")[0].decode("utf-8", "replace")
+        self.entry, self.parse = "", parse
+        if head[:1] == b"[":
+            self.entry = "entry "
+            self.index_list()
+        elif head[:1] == b"{" or not re.search("[,;\t]", first) or re.fullmatch(r'"[^"]*"\s*', first):
+            self.index_lines()
         else:
-            self.starts, self.numbers = array("q"), array("q")  # byte offset and line number of every non-empty line
-            start = 0
-            for number, line in enumerate(self.file, 1):
-                if line.strip():
-                    self.starts.append(start)
-                    self.numbers.append(number)
-                start += len(line)
-            self.starts.append(start)
-        if not len(self):
-            raise DataError(f"{path}: holds no question")
-        first, where = self.raw(0)
-        if not isinstance(first, dict):
-            raise DataError(f"{where}: expected a JSON object, found {first!r:.60}")
-        for self.format, signature, self.convert in FORMATS:
-            if signature <= first.keys():
-                break
-        else:
-            known = "; ".join(f"{name}: {', '.join(sorted(signature))}" for name, signature, _ in FORMATS)
-            raise DataError(f"{where}: unknown format, keys {sorted(first)!r:.300}. Known formats and their keys: {known}")
+            self.index_csv(max(",;\t", key=first.count))
+
+    def add(self, start: int, stop: int, number: int):
+        self.starts.append(start)
+        self.stops.append(stop)
+        self.numbers.append(number)
+
+    def index_lines(self):
+        start = 0
+        for number, line in enumerate(self.file, 1):
+            if not line.isspace():
+                self.add(start, start + len(line), number)
+            start += len(line)
+
+    def index_list(self):
+        """Every entry is parsed once to find its end, and forgotten."""
+        raw = self.file.read()
+        try:
+            whole = raw.decode("utf-8")
+            del raw
+            decode, blank = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+            at, byte, seen = whole.index("[") + 1, 0, 0  # `byte` is where character number `seen` lies in the file
+            at = blank.match(whole, at).end()
+            while whole[at] != "]":
+                _, stop = decode(whole, at)
+                start = byte = byte + len(whole[seen:at].encode())
+                byte, seen = byte + len(whole[at:stop].encode()), stop
+                self.add(start, byte, len(self) + 1)
+                at = blank.match(whole, stop).end()
+                if whole[at] == ",":
+                    at = blank.match(whole, at + 1).end()
+                elif whole[at] != "]":
+                    raise ValueError(f"entry {len(self)} is followed by {whole[at]!r} and not by a comma")
+            if blank.match(whole, at + 1).end() != len(whole):
+                raise ValueError("text after the closing bracket")
+        except UnicodeDecodeError as e:
+            raise DataError(f"{self.path}: not UTF-8 text ({e.reason}); save the file as UTF-8") from None
+        except (ValueError, IndexError, RecursionError) as e:
+            why = "it ends too soon" if isinstance(e, IndexError) else e
+            raise DataError(f"{self.path}: broken JSON ({why}) after entry {len(self)}; was the file cut off?") from None
+
+    def index_csv(self, delimiter: str):
+        """A record may span lines. A header is a first line that names a known column; VGGSound's files have none."""
+        at, start = 0, 0
+
+        def lines():
+            nonlocal at
+            for line in self.file:
+                at += len(line)
+                yield line.decode("utf-8")
+
+        def parse_record(raw: bytes, where: str) -> dict:
+            try:
+                record = next(csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), delimiter=delimiter))
+            except (StopIteration, UnicodeDecodeError, csv.Error) as e:
+                raise DataError(f"{where}: not a CSV record ({e})") from None
+            if len(record) != len(self.header):
+                raise DataError(f"{where}: {len(record)} fields, expected the {len(self.header)} columns {self.header!r:.300}")
+            return dict(zip(self.header, record))
+
+        reader = csv.reader(lines(), delimiter=delimiter)
+        try:
+            for record in reader:
+                if any(cell.strip() for cell in record):
+                    self.add(start, at, reader.line_num)
+                start = at
+        except UnicodeDecodeError as e:
+            raise DataError(f"{self.path}:{reader.line_num + 1}: not UTF-8 text ({e.reason}); save the file as UTF-8") from None
+        except csv.Error as e:
+            raise DataError(f"{self.path}:{reader.line_num}: not a CSV record ({e}); is a quote left open?") from None
+        self.header, self.parse = [], parse_record
+        if len(self):
+            raw = os.pread(self.file.fileno(), self.stops[0], 0).decode("utf-8-sig")
+            record = [cell.strip() for cell in next(csv.reader(io.StringIO(raw.lstrip(), newline=""), delimiter=delimiter))]
+            if len(record) == 4 and record[1].isdigit() and record[3] in ("train", "test"):
+                self.header = ["youtube_id", "start_s", "label", "split"]
+            elif len(record) == 2 and re.search(r"\.(mp4|mkv|webm|wav|flac|mp3|ogg)$", record[0]):
+                self.header = ["clip", "label"]
+            else:
+                self.header = record
+                del self.starts[0], self.stops[0], self.numbers[0]
 
     def __len__(self):
-        return len(self.numbers) if self.rows is None else len(self.rows)
+        return len(self.starts)
 
     def where(self, i: int) -> str:
-        return f"{self.path}:{self.numbers[i]}" if self.rows is None else f"{self.path}:entry {i + 1}"
+        return f"{self.path}:{self.entry}{self.numbers[i]}"
 
-    def raw(self, i: int):
-        """(row, "file:line") of example i."""
-        if self.rows is not None:
-            return self.rows[i], self.where(i)
+    def __getitem__(self, i: int):
         # pread: threads may share it, and a file that shrank meanwhile is an error and not a crash
-        line = os.pread(self.file.fileno(), self.starts[i + 1] - self.starts[i], self.starts[i])
-        return parse(line, self.where(i)), self.where(i)
+        return self.parse(os.pread(self.file.fileno(), self.stops[i] - self.starts[i], self.starts[i]), self.where(i))
+
+
+class TableRows:
+    """Rows of a parquet file, a saved data set or a Hub id ("org/name[/config][:split]"), through `datasets`."""
+
+    def __init__(self, source: str):
+        self.path = source
+        try:
+            import datasets
+        except ImportError:
+            raise DataError(f"{source}: parquet and Hub data sets need the package datasets (pip install datasets)") from None
+        name, _, split = source.partition(":") if not os.path.exists(source) else (source, "", "")
+        try:
+            datasets.disable_progress_bars()
+            if os.path.isfile(source):
+                rows = datasets.load_dataset("parquet", data_files=source, split="train")
+            elif os.path.exists(os.path.join(source, "state.json")):
+                rows = datasets.load_from_disk(source)
+            elif os.path.isdir(source):
+                rows = datasets.load_dataset(source, split="train")
+            else:
+                org, name, *config = name.split("/")
+                rows = datasets.load_dataset(f"{org}/{name}", *config, split=split or "train")
+        except Exception as e:  # the library raises what its storage raises
+            raise DataError(f"{source}: could not be loaded ({type(e).__name__}: {e!s:.300}); expected a file, or a Hub id as "
+                            "org/name[/config][:split]") from None
+        self.table = rows.with_format("arrow")
+        self.clips = {name for name, kind in rows.features.items() if isinstance(kind, datasets.Audio)
+                      or isinstance(kind, dict) and set(kind) == {"bytes", "path"}
+                      or getattr(kind, "dtype", "") in ("binary", "large_binary")}
+
+    def __len__(self):
+        return len(self.table)
+
+    def where(self, i: int) -> str:
+        return f"{self.path}:row {i + 1}"
+
+    def __getitem__(self, i: int) -> dict:
+        row = self.table[i]
+        return {name: (Embedded(self.table, i, name) if row.column(name)[0].is_valid else None) if name in self.clips
+                else row.column(name)[0].as_py() for name in row.column_names}
+
+
+class FolderRows:
+    """Sounds sorted in folders, or named after what they are: "dog/1.wav" and "dog_bark_01.wav" are labelled.
+
+    Of animals/dog/1.wav the label is "dog" and the family "animals"; of dog_bark_01.wav they are "dog bark" and "dog".
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        names = sorted(os.path.relpath(os.path.join(folder, name), path) for folder, _, files in os.walk(path)
+                       for name in files if name.lower().endswith(SOUND_FILES))
+        if not names:
+            raise DataError(f"{path}: is a directory, and holds neither sounds ({', '.join(SOUND_FILES)}) nor a data set")
+        self.rows = [self.label(name) for name in names]
+        if len({row["label"] for row in self.rows}) < 2:
+            raise DataError(f"{path}: the names of its {len(names)} sounds do not tell them apart; sort them in folders named "
+                            "after what is heard, or write a CSV with the columns audio,label")
+
+    @staticmethod
+    def label(name: str) -> dict:
+        folders = [words for part in name.split(os.sep)[:-1] if (words := plain_words(part)) and words not in NOT_A_LABEL]
+        words = folders[-1] if folders else plain_words(os.path.splitext(os.path.basename(name))[0])
+        return {"audio": name, "label": words, "family": folders[-2] if len(folders) > 1 else words.split(" ")[0]}
+
+    def __len__(self):
+        return len(self.rows)
+
+    def where(self, i: int) -> str:
+        return f"{self.path}:{self.rows[i]['audio']}"
+
+    def __getitem__(self, i: int) -> dict:
+        return dict(self.rows[i])
+
+
+SOUND_FILES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff")
+NOT_A_LABEL = {"audio", "audios", "clips", "data", "sounds", "samples", "wav", "wavs", "train", "test", "val", "validation"}
+
+
+def plain_words(name: str) -> str:
+    """"Dog-bark_01b" -> "dog bark": what is left without numbers and single letters"""
+    return " ".join(w for w in re.split(r"[\W\d_]+", name.lower()) if len(w) > 1)
+
+
+def stem_of(name: str) -> str:
+    """A clip's name without folder, ending and zero-padding: AVQA says "id_000030" and its file is "id_30.wav"."""
+    name = re.sub(r"\.(wav|flac|ogg|mp3|opus|aiff?|mp4|mkv|webm|m4a)$", "", os.path.basename(name), flags=re.IGNORECASE)
+    return re.sub(r"_0*(\d+)$", r"_\1", name)
+
+
+@functools.lru_cache(maxsize=256)
+def sounds_in(folder: str) -> dict[str, str]:
+    """stem -> file, of the sounds of a folder"""
+    try:
+        return {stem_of(e.name): e.path for e in os.scandir(folder) if e.name.lower().endswith(SOUND_FILES)}
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.lru_cache(maxsize=16)
+def folders_in(folder: str) -> list[str]:
+    try:
+        return sorted(e.path for e in os.scandir(folder) if e.is_dir())
+    except (OSError, ValueError):
+        return []
+
+
+def below(name: str, folder: str) -> str:
+    return os.path.join(folder, os.path.expanduser(name) if name[:1] == "~" else name)
+
+
+def locate(name: str, folder: str) -> str:
+    """Where the clip lies that a data set calls `name`: there; or below a folder of `folder`; or, whatever its ending and
+    its zero-padding, beside the path, in `folder` or in one of its folders, if only one file is called so."""
+    path = below(name, folder)
+    if os.path.isfile(path):
+        return path
+    places = folders_in(folder)
+    for place in places:
+        if os.path.isfile(os.path.join(place, name)):
+            return os.path.join(place, name)
+    found = {file for place in (os.path.dirname(path), folder, *places) if (file := sounds_in(place).get(stem_of(name)))}
+    return found.pop() if len(found) == 1 else path
+
+
+def with_distractors(answer: str, kinds: list[str], pools: dict, seed: str, n: int = 4) -> list[str]:
+    """n choices in random order: the answer and others of its first kind, then of the next. The same for the same seed."""
+    rng, choices = random.Random(seed), [answer]
+    for kind in kinds:
+        others = rng.sample(pools[kind], min(len(pools[kind]), n + len(choices)))
+        choices += [c for c in others if c not in choices][:n - len(choices)]
+    rng.shuffle(choices)
+    return choices
+
+
+class Examples(collections.abc.Sequence):
+    """A data set as a sequence of Example, each made when it is asked for.
+
+    source: a file of a known format (JSON lines, a JSON list, CSV, parquet), a folder of sounds, or a Hub id.
+    audio_dir: where relative audio paths start; "" is the folder of the file.
+    Attributes: format, version (a benchmark's, or ""), skipped (Counter of reasons).
+    """
+
+    def __init__(self, source: str, audio_dir: str = ""):
+        self.path = source
+        self.folder = os.path.abspath(audio_dir or (source if os.path.isdir(source) else os.path.dirname(source)))
+        self.rows = open_rows(source)
+        if not len(self.rows):
+            raise DataError(f"{source}: holds no question")
+        self.format = format_of(self.rows[0], self.rows.where(0))
+        self.known, self.skipped, self.pools, self.n_choices = FORMATS[self.format], collections.Counter(), {}, 4
+        self.items = range(len(self.rows))  # of every question: its row, or the tuple of its rows
+        if self.known.group:
+            groups = {}
+            for i in self.items:
+                groups.setdefault(self.ask(self.known.group, i), []).append(i)
+            self.items = list(map(tuple, groups.values()))
+        if self.known.skip:
+            reasons = [self.ask(self.known.skip, item) for item in self.items]
+            self.skipped.update(filter(None, reasons))
+            self.items = [item for item, reason in zip(self.items, reasons) if not reason]
+            if not self.items:
+                raise DataError(f"{source}: {self.format} format, and no question that can be used: {dict(self.skipped)}")
+        if self.known.pool:
+            pools = collections.defaultdict(set)
+            for item in self.items:
+                answer = self.ask(lambda row: self.known.convert(row)["answer"], item)
+                for kind in self.ask(self.known.pool, item):
+                    pools[kind].add(answer)
+            self.pools = {kind: sorted(answers) for kind, answers in pools.items()}
+        try:
+            self.version = self.known.about([self.rows[i] for i in self.items]) if self.known.about else ""
+        except DataError as e:
+            raise DataError(f"{source}: {e}") from None
+
+    def ask(self, function: Callable, item):
+        """function(row or rows), whose every fault is a DataError that names the line"""
+        rows = [self.rows[i] for i in item] if isinstance(item, tuple) else self.rows[item]
+        where = functools.partial(self.rows.where, item[0] if isinstance(item, tuple) else item)
+        row = rows[0] if isinstance(item, tuple) else rows
+        if not isinstance(row, dict):
+            raise DataError(f"{where()}: expected a JSON object, found {row!r:.60}")
+        try:
+            return function(rows)
+        except KeyError as e:
+            raise DataError(f'{where()}: field "{e.args[0]}": missing; found only {sorted(map(str, row))!r:.300}') from None
+        except DataError as e:
+            raise DataError(f"{where()}: {e}") from None
+        except (TypeError, ValueError, AttributeError, IndexError, StopIteration) as e:  # a value of an unexpected kind
+            raise DataError(f"{where()}: not a row of {self.format} format ({e}); found {row!r:.300}") from None
+
+    def __len__(self):
+        return len(self.items)
+
+    def __str__(self):
+        skipped = "".join(f"; {n} skipped: {reason}" for reason, n in self.skipped.most_common(4))
+        version = f" {self.version}" if self.version else ""
+        return f"{self.path}: {self.format} format{version}, {len(self)} examples{skipped}"
+
+    def where(self, i: int) -> str:
+        item = self.items[i]
+        return self.rows.where(item[0] if isinstance(item, tuple) else item)
 
     def __getitem__(self, i: int) -> Example:
-        row, where = self.raw(range(len(self))[i])
-        return make_example(row, self.convert, where, self.folder)
+        i = range(len(self))[i]
+        where, item = self.where(i), self.items[i]
+        fields = self.ask(self.convert, item)
+        if self.pools and not fields.get("choices"):
+            kinds = self.ask(self.known.pool, item)
+            fields["choices"] = with_distractors(fields["answer"], kinds, self.pools, f"{i} {fields['answer']}", self.n_choices)
+        example = make_example(fields, where)
+        find = locate if self.known.find else below
+        try:
+            if isinstance(example.audio, str):
+                example.audio = find(example.audio, self.folder)
+            elif isinstance(example.audio, list):
+                example.audio = [find(clip, self.folder) if isinstance(clip, str) else clip for clip in example.audio]
+        except ValueError:  # a NUL byte or half a character
+            raise DataError(f'{where}: field "audio": expected a path, found {example.audio!r:.80}') from None
+        return example
+
+    def convert(self, row) -> dict:
+        """What the converter leaves of a row is its `meta`."""
+        fields = self.known.convert(row)
+        return fields if "meta" in fields else fields | {"meta": row}
+
+
+def open_rows(source: str):
+    if os.path.isdir(source):
+        holds = [name for _, _, files in os.walk(source) for name in files]
+        return (TableRows if "state.json" in holds or any(n.endswith(".parquet") for n in holds) else FolderRows)(source)
+    if os.path.isfile(source):
+        with open(source, "rb") as f:
+            return (TableRows if f.read(4) == b"PAR1" else TextRows)(source)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:\w+)?", source) and not re.search(r"\.\w+$", source) \
+            and not os.path.isdir(source.split("/")[0]):
+        return TableRows(source)
+    return TextRows(source)  # which says what is wrong
 
 
 def scan(examples: Examples, purpose: str = "train", most: int = 10) -> array:
@@ -224,19 +772,18 @@ def scan(examples: Examples, purpose: str = "train", most: int = 10) -> array:
     for i in range(len(examples)):
         try:
             example = examples[i]
-            where = examples.where(i)
             if purpose == "train" and (example.answer is None or not example.choices):
                 missing = "answer" if example.choices else "choices"
-                raise DataError(f'{where}: field "{missing}": missing, and training needs it')
+                raise DataError(f'{examples.where(i)}: field "{missing}": missing, and training needs it')
             if purpose == "cold_start" and example.target is None:
-                raise DataError(f'{where}: field "target": missing, and a cold start needs the text to imitate')
-            if isinstance(example.audio, str) and example.audio not in seen:
-                if len(seen) < 100_000:  # several questions a clip is usual; remembering them all is not worth it
-                    seen[example.audio] = True
-                if problem := no_file(example.audio):
-                    raise DataError(f'{where}: field "audio": {problem}')
-            source = os.path.normpath(example.audio) if isinstance(example.audio, str) else example.id
-            keys.append(zlib.crc32(source.encode("utf-8", "replace")))
+                raise DataError(f'{examples.where(i)}: field "target": missing, and a cold start needs the text to imitate')
+            for clip in example.clips:
+                if isinstance(clip, str) and clip not in seen:
+                    if len(seen) < 100_000:  # several questions a clip is usual; remembering them all is not worth it
+                        seen[clip] = True
+                    if problem := no_file(clip):
+                        raise DataError(f'{examples.where(i)}: field "audio": {problem}')
+            keys.append(clip_key(example))
         except DataError as e:
             keys.append(0)
             problems.append(str(e))
@@ -245,6 +792,16 @@ def scan(examples: Examples, purpose: str = "train", most: int = 10) -> array:
     if problems:
         raise DataError("\n".join(problems) + ("\n..." if len(problems) == most else ""))
     return keys
+
+
+def clip_key(example: Example) -> int:
+    """A hash of the first clip, or of the id of a question without one: questions with the same key belong together."""
+    clip, *_ = example.clips or [example.id]
+    if isinstance(clip, Embedded):
+        clip = clip.path or str(clip.row)
+    elif example.clips and ("/." in clip or "//" in clip):  # one file, however its path is spelt
+        clip = os.path.normpath(clip)
+    return zlib.crc32(clip.encode("utf-8", "replace"))
 
 
 def held_out(keys: array, n: int) -> tuple[list[int], list[int]]:
@@ -262,38 +819,48 @@ def held_out(keys: array, n: int) -> tuple[list[int], list[int]]:
 # Audio
 
 
-def load_audio(source: str | bytes, max_s: float = 30.0) -> tuple[np.ndarray, bool]:
+def load_audio(source: str | bytes | Embedded, max_s: float = 30.0) -> tuple[np.ndarray, bool]:
     """A wav, flac, ogg or mp3, whatever its name -> (float32 mono samples at 16 kHz, was it cut at max_s?).
 
     Channels are averaged and then resampled with soxr; only the first max_s seconds are decoded.
     Raises AudioError with the path and the reason.
     """
-    import io
-
-    import soundfile
     import soxr
 
-    name = source if isinstance(source, str) else f"<{len(source)} bytes>"
+    wave, rate_hz, seconds = read_audio(source, max_s)
+    wave = wave.mean(axis=1)
+    if rate_hz != RATE_HZ:
+        wave = soxr.resample(wave, rate_hz, RATE_HZ)
+    return np.ascontiguousarray(wave, dtype=np.float32), seconds > max_s
+
+
+def read_audio(source: str | bytes | Embedded, max_s: float) -> tuple[np.ndarray, int, float]:
+    """-> (samples (n, channels) of the first max_s seconds, rate in Hz, seconds of the whole clip). Raises AudioError."""
+    import soundfile
+
+    name = source if isinstance(source, str) else f"<{len(source)} bytes>" if isinstance(source, bytes) else repr(source)
+    source = source.read() if isinstance(source, Embedded) else source
     if isinstance(source, str) and no_file(source):
-        raise AudioError(no_file(source))
+        video = next((f"; extract the sound: ffmpeg -i {video} {source}" for end in (".mp4", ".mkv", ".webm", ".m4a")
+                      if os.path.isfile(video := os.path.splitext(source)[0] + end)), "")
+        raise AudioError(no_file(source) + video)
     try:  # by descriptor: from a name such as x.raw or x.au the library would guess a format
         with soundfile.SoundFile(os.open(source, os.O_RDONLY) if isinstance(source, str) else io.BytesIO(source)) as f:
             wave = f.read(int(max_s * f.samplerate) + 1, dtype="float32", always_2d=True)
             rate_hz = f.samplerate
+            seconds = max(len(wave), f.frames if f.frames < 2**62 else 0) / rate_hz  # some headers do not know
     except (OSError, RuntimeError) as e:  # soundfile's errors are RuntimeErrors
         raise AudioError(f"{name}: not a readable sound file ({str(e).rpartition(': ')[2].strip()})") from None
     if not len(wave):
         raise AudioError(f"{name}: is empty")
     if not (np.abs(wave) < 1e9).all():  # full scale is 1; a channel mean or a spectrum of more could overflow
         raise AudioError(f"{name}: holds samples that are not finite numbers, or absurdly large ones")
-    cut = len(wave) > max_s * rate_hz
-    wave = wave[:int(max_s * rate_hz)].mean(axis=1)
-    if rate_hz != RATE_HZ:
-        wave = soxr.resample(wave, rate_hz, RATE_HZ)
-    if len(wave) < MIN_SAMPLES:
-        raise AudioError(f"{name}: too short, {len(wave) / RATE_HZ * 1000:.1f} ms; at least "
+    if len(wave) > max_s * rate_hz:
+        wave = wave[:int(max_s * rate_hz)]
+    if len(wave) * RATE_HZ < (MIN_SAMPLES - 0.5) * rate_hz:
+        raise AudioError(f"{name}: too short, {len(wave) / rate_hz * 1000:.1f} ms; at least "
                          f"{MIN_SAMPLES / RATE_HZ * 1000:.1f} ms are needed")
-    return np.ascontiguousarray(wave, dtype=np.float32), cut
+    return wave, rate_hz, seconds
 
 
 def ahead(items, work, workers: int, depth: int):
@@ -318,13 +885,13 @@ def ahead(items, work, workers: int, depth: int):
                 future.cancel()
 
 
-def probe_audio(examples: Examples, max_s: float, budget_s: float = 5.0) -> tuple[int, list[str]]:
+def probe_audio(examples: Examples, max_s: float, budget_s: float = 3.0) -> tuple[int, list[str]]:
     """Decode clips for budget_s seconds, first and last lines first.      -> (number decoded, problems)"""
     n = len(examples)
     edge = [*range(min(n, 32)), *range(max(32, n - 32), n)]
     order = [*edge, *range(32, max(32, n - 32))]
     problems, count, deadline = [], 0, time.monotonic() + budget_s
-    clips = ((i, audio) for i in order if (audio := examples[i].audio) is not None)
+    clips = ((i, clip) for i in order for clip in examples[i].clips)
     for (i, _), result in ahead(clips, lambda clip: load_audio(clip[1], max_s)[0].shape, os.cpu_count() or 1, 16):
         count += 1
         if isinstance(result, DataError):
@@ -361,8 +928,8 @@ def chat(example: Example, prompt: Template, with_audio: bool = True) -> list[di
     """Messages for a chat template. Options are written as R1-AQA writes them, a Python list."""
     options = f" Please choose the answer from the following options: {example.choices}." if example.choices else ""
     content = [{"type": "text", "text": example.question + options + prompt.ending}]
-    if with_audio and example.audio is not None:
-        content.insert(0, {"type": "audio", "audio": "clip"})  # what to play is placed later, by position
+    if with_audio:
+        content = [{"type": "audio", "audio": "clip"} for _ in example.clips] + content  # what to play is placed later
     system = [{"role": "system", "content": prompt.system}] if prompt.system else []
     return [*system, {"role": "user", "content": content if len(content) > 1 else content[0]["text"]}]
 
@@ -472,44 +1039,301 @@ def write_lessons(path: str, n: int = 8000) -> str:
 # Command line
 
 
-def check(path: str, max_s: float) -> None:
-    """Read every line and every clip of a data file and say what is in it."""
+def progress(items, total: int, what: str):
     from tqdm import tqdm
 
-    examples = Examples(path)
-    scan(examples, "check", most=50)
-    durations, cut, problems = [], 0, []
-    clips = ((i, e.audio) for i, e in enumerate(examples) if e.audio is not None)
-    for (i, _), result in tqdm(ahead(clips, lambda clip: load_audio(clip[1], max_s), os.cpu_count() or 1, 32),
-                               total=len(examples), desc="clips", leave=False):
+    return tqdm(items, total=total, desc=what, unit="", leave=False, disable=None)  # None: silent where nobody looks
+
+
+def listen_to(clip, max_s: float) -> dict:
+    wave, rate_hz, seconds = read_audio(clip, max_s)
+    return dict(seconds=seconds, rate_hz=rate_hz, channels=wave.shape[1], hash=zlib.crc32(np.ascontiguousarray(wave)),
+                silent=not wave.any())
+
+
+def plain(question: str) -> str:
+    return " ".join(re.findall(r"\w+", question.lower()))
+
+
+def survey(examples: Examples, max_s: float) -> dict:
+    """Read every line and every clip of a data set, with all cores. Lines are "file:line" or "file:entry n".
+
+    -> problems and notes (texts), heard {clip: what listen_to says}, questions and lines by clip, and counts
+    """
+    found = dict(problems=[], notes=[], choices=collections.Counter(), answers=collections.Counter(),
+                 asked=collections.defaultdict(list), lines={})
+    problems, ids, pairs, blank = found["problems"], {}, {}, []
+    for i in progress(range(len(examples)), len(examples), "lines"):
+        where = examples.where(i)
+        try:
+            example = examples[i]
+        except DataError as e:
+            problems.append(str(e))
+            continue
+        options = [plain(c) or c for c in example.choices]
+        found["choices"][len(options)] += 1
+        found["answers"][example.answer] += 1
+        if example.answer is None:
+            blank.append(where)
+        elif options.count(options[example.answer]) > 1:
+            problems.append(f'{where}: field "choices": the answer {example.choices[example.answer]!r:.80} stands among them '
+                            "twice, so a right answer can be counted as wrong; drop one or the line")
+        elif len(set(options)) < len(options):
+            found["notes"].append(f'{where}: field "choices": two are the same, {example.choices!r:.200}')
+        if (first := ids.setdefault(example.id, where)) != where:
+            problems.append(f'{where}: field "id": {example.id!r:.80} is also the id of {first}; give each its own')
+        names = tuple(str(c) for c in example.clips)
+        pair = hash((names, plain(example.question), *sorted(options)))
+        if (first := pairs.setdefault(pair, where)) != where:
+            found["notes"].append(f"{where}: the same clip and question as {first}")
+        found["asked"][hash((plain(example.question), *sorted(options)))].append(where)
+        for name, clip in zip(names, example.clips):
+            found["lines"].setdefault(name, (where, clip))
+    if len(blank) < sum(found["choices"].values()):
+        problems += [f'{w}: field "answer": missing, while other lines have one; give it or drop the line' for w in blank]
+    found["heard"], clips = {}, found["lines"].items()
+    results = ahead(clips, lambda item: listen_to(item[1][1], max_s), os.cpu_count() or 1, 64)
+    for (name, (where, _)), result in progress(results, len(clips), "clips"):
         if isinstance(result, DataError):
-            problems.append(f'{examples.where(i)}: field "audio": {result}')
-        else:
-            durations.append(len(result[0]) / RATE_HZ)
-            cut += result[1]
-    answers = collections.Counter(e.answer for e in examples)
-    print(f"{path}: {examples.format} format, {len(examples)} examples, {len(durations)} clips heard, "
-          f"{sum(durations) / 3600:.2f} h, {cut} cut at {max_s:g} s")
-    print("answer positions: " + ", ".join(f"{k}: {v}" for k, v in sorted(answers.items(), key=str)))
-    if problems:
-        raise DataError("\n".join(problems))
+            remedy = "mend the path, or give --audio_dir" if "no such file" in str(result) else "replace it or drop the line"
+            problems.append(f'{where}: field "audio": {result}; {remedy}')
+            continue
+        found["heard"][name] = result
+        if result["seconds"] > max_s:
+            found["notes"].append(f'{where}: field "audio": lasts {result["seconds"]:.1f} s, cut at {max_s:g} s; --max_audio_s')
+        if result["silent"]:
+            found["notes"].append(f'{where}: field "audio": is silent')
+    return found
+
+
+def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = "", report: str = "") -> int:
+    """Say what is in a data file and what is wrong with it.       -> 0, or 2 if there is a problem"""
+    examples = Examples(path, audio_dir)
+    found = survey(examples, max_s)
+    heard, problems = found["heard"], found["problems"]
+    seconds = sorted(h["seconds"] for h in heard.values())
+    count = {key: dict(collections.Counter(h[key] for h in heard.values()).most_common()) for key in ("rate_hz", "channels")}
+    same = collections.Counter(h["hash"] for h in heard.values() if not h["silent"])
+    facts = dict(file=path, format=examples.format, version=examples.version, examples=len(examples),
+                 skipped=dict(examples.skipped), clips=len(heard), hours=round(sum(seconds) / 3600, 4),
+                 seconds=[round(f(seconds), 3) for f in (min, lambda s: s[len(s) // 2], max)] if seconds else [],
+                 cut=sum(s > max_s for s in seconds), **count, choices=dict(sorted(found["choices"].items())),
+                 answers={str(k): v for k, v in sorted(found["answers"].items(), key=str)},
+                 same_sound=sum(n - 1 for n in same.values()))
+    if against:
+        other = survey(Examples(against, audio_dir), max_s)
+        sounds = {h["hash"] for h in other["heard"].values() if not h["silent"]}
+        named = {stem_of(n) for n in other["lines"].keys() - other["heard"].keys()}  # not at hand: go by the name
+        named = {stem for stem in named if len(stem) >= 8}  # and only by one that is a name, not by "12"
+        shared = [where for name, (where, _) in found["lines"].items()
+                  if stem_of(name) in named or name in heard and heard[name]["hash"] in sounds]
+        asked = [where for key, lines in found["asked"].items() if key in other["asked"] for where in lines]
+        problems += [f"{w}: its clip is also in {against}; drop the line, or the score will mean little" for w in shared]
+        found["notes"] += [f"{w}: the same question and choices as in {against}" for w in asked]
+        facts |= dict(against=against, shared_clips=len(shared), shared_questions=len(asked))
+    facts |= dict(problems=problems, notes=found["notes"])
+    print(f"{examples}, {len(heard)} clips heard, {facts['hours']:.2f} h")
+    if seconds:
+        print("  {:16}{:g} shortest, {:g} median, {:g} longest; {} cut at {:g}".format("seconds", *facts["seconds"],
+                                                                                      facts["cut"], max_s))
+    for key in ("rate_hz", "channels", "choices", "answers", "same_sound", "shared_clips", "shared_questions"):
+        if key in facts:
+            value = facts[key]
+            print(f"  {key:16}" + (", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else f"{value}"))
+    for title, lines, most in (("notes", found["notes"], 20), ("problems", problems, 200)):
+        print(f"  {title:16}{len(lines)}", *lines[:most], sep="\n    ")
+        if len(lines) > most:
+            print(f"    ... and {len(lines) - most} more; --report FILE.json has them all")
+    if report:
+        with open(report, "w", encoding="utf-8") as f:
+            json.dump(facts, f, indent=1)
+    return 2 if problems else 0
+
+
+def write_examples(out: str, examples, total: int) -> int:
+    """Examples -> our JSONL at `out`, which must be new; clips from inside a data set are written beside it. -> lines"""
+    if os.path.exists(out):
+        raise UserError(f"--out {out}: exists; remove it or give another name")
+    folder, stem = os.path.dirname(os.path.abspath(out)), os.path.splitext(os.path.basename(out))[0]
+    os.makedirs(folder, exist_ok=True)
+    n, part = 0, f"{out}.part"
+    with open(part, "w", encoding="utf-8") as f:
+        for example in progress(examples, total, "lines"):
+            row = asdict(dataclasses.replace(example, audio=None, meta={}))
+            paths = []
+            for k, clip in enumerate(example.clips):
+                if isinstance(clip, Embedded) and isinstance(clip.read(), bytes):
+                    name = re.sub(r"[^\w.-]", "_", example.id)[:80] + (f"_{k}" if k else "")
+                    clip = write_clip(os.path.join(folder, f"{stem}_audio", f"{n:07d}_{name}"), clip.read())
+                path = os.path.abspath(clip.path if isinstance(clip, Embedded) else clip)
+                paths.append(os.path.relpath(path, folder) if path.startswith(os.path.join(folder, "")) else path)
+            row["audio"] = paths if isinstance(example.audio, list) else paths[0] if paths else None
+            row["meta"] = {k: None if isinstance(v, Embedded) else v for k, v in example.meta.items()}
+            f.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            n += 1
+    os.replace(part, out)
+    return n
+
+
+def write_clip(path: str, content: bytes) -> str:
+    """Its ending tells what it is and not what it was called."""
+    kinds = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff": ".mp3"}
+    path += next((end for magic, end in kinds.items() if content.startswith(magic)), ".wav")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(content)
+    return path
+
+
+def convert(path: str, out: str, audio_dir: str = "", drop_bad: bool = False) -> None:
+    """Any known format -> our JSONL. With drop_bad, lines that cannot be read or whose clip is missing are left out."""
+    examples, bad = Examples(path, audio_dir), []
+
+    def good():
+        for i in range(len(examples)):
+            try:
+                example = examples[i]
+                lost = [no_file(c) for c in example.clips if isinstance(c, str) and no_file(c)]
+                if lost and drop_bad:
+                    raise DataError(f'{examples.where(i)}: field "audio": {lost[0]}')
+                yield example
+            except DataError as e:
+                bad.append(str(e))
+                if not drop_bad and len(bad) == 10:
+                    break
+
+    n = write_examples(out, good(), len(examples))
+    if bad and not drop_bad:
+        os.remove(out)
+        raise DataError("\n".join(bad) + "\nmend these lines, or leave them out with --drop_bad")
+    print(examples)
+    print(f"{out}: {n} examples" + (f"; {len(bad)} left out, the first: {bad[0]}" if bad else ""))
+
+
+def folder(path: str, out: str, eval_size: int = -1, n_choices: int = 4) -> None:
+    """A folder of sounds -> questions to train on, and in OUT_eval.jsonl those to hold out (-1: a tenth). Files with the
+    same content fall on the same side."""
+    examples = Examples(path)
+    if examples.format != "labels" or not os.path.isdir(path):
+        raise DataError(f"{path}: expected a folder of sounds, found {examples.format} format; use convert")
+    examples.n_choices = n_choices
+    keys = array("L")
+    for example in progress(examples, len(examples), "clips"):
+        with open(example.audio, "rb") as f:
+            keys.append(zlib.crc32(f.read()))
+    train, held = held_out(keys, len(keys) // 10 if eval_size < 0 else eval_size)
+    stem, end = os.path.splitext(out)
+    for name, indices in ((out, train), (f"{stem}_eval{end}", held)):
+        if indices:
+            n = write_examples(name, (examples[i] for i in indices), len(indices))
+            print(f"{name}: {n} questions on {len({keys[i] for i in indices})} clips")
+    print(f"{len(examples.pools[''])} labels, {len(examples.pools) - 1} families")
+
+
+def keep(path: str, out: str, pass_rate: str = "", drop_answerable_without_audio: float | None = None,
+         where: list[str] = (), most: int = 0, seed: int = 0) -> None:
+    """Filter by what `eval.py --samples` measured: columns pass_rate, pass_rate_silence and pass_rate_none of `meta`.
+
+    Keeps questions that are sometimes right (Step-Audio-R1: 3 to 6 of 8 samples), and drops those that are as right
+    without the sound (AudioMCQ's strong audio contribution).
+    """
+    low, _, high = (pass_rate or "0..1").partition("..")
+    try:
+        low, high = float(low), float(high)
+        wanted = [condition.split("=", 1) for condition in where]
+        if not all(len(w) == 2 for w in wanted):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--pass_rate {pass_rate} --where {where}: expected LOW..HIGH and KEY=VALUE") from None
+    examples, dropped = Examples(path), collections.Counter()
+
+    def rate(example, i, key):
+        value = example.meta.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise DataError(f'{examples.where(i)}: field "meta": expected a number "{key}" from 0 to 1, found {value!r:.40}; '
+                            "python eval.py --samples 8 writes it")
+        return value
+
+    def reason(example, i) -> str:
+        if pass_rate and not low <= rate(example, i, "pass_rate") <= high:
+            return "pass_rate below" if rate(example, i, "pass_rate") < low else "pass_rate above"
+        if drop_answerable_without_audio is not None:
+            keys = [k for k in ("pass_rate_silence", "pass_rate_none") if k in example.meta] or ["pass_rate_silence"]
+            if max(rate(example, i, key) for key in keys) >= drop_answerable_without_audio:
+                return "answerable without audio"
+        return next((f"not {key}={value}" for key, value in wanted if str(example.meta.get(key)) != value), "")
+
+    kept = []
+    for i in range(len(examples)):
+        why = reason(examples[i], i)
+        dropped.update([why] if why else [])
+        kept += [] if why else [i]
+    if most and len(kept) > most:
+        dropped["over --max"] = len(kept) - most
+        kept = sorted(random.Random(seed).sample(kept, most))
+    n = write_examples(out, (examples[i] for i in kept), len(kept))
+    print(f"{out}: {n} of {len(examples)} examples" + "".join(f"; {c} dropped: {why}" for why, c in dropped.most_common()))
+
+
+def span(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return value
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("check", help="read every line and every sound of a data file, list what is wrong")
-    sub.add_argument("file")
-    sub.add_argument("--max_audio_s", type=float, default=30.0, help="seconds of a clip that are read")
-    args = parser.parse_args(argv)
-    if not 0 < args.max_audio_s < math.inf:
-        parser.error(f"--max_audio_s {args.max_audio_s:g}: must be above 0")
+
+    def command(name, run, about, example):
+        sub = commands.add_parser(name, help=about, description=f"{about}.\n\n    python data.py {name} {example}",
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.set_defaults(run=run)
+        return sub.add_argument
+
+    add = command("check", check, "read every line and every sound, list what is wrong",
+                  "train.jsonl --against mmau-test-mini.json")
+    add("path", metavar="FILE", help="file, folder or Hub id")
+    add("--max_audio_s", dest="max_s", type=span, default=30.0, help="seconds of a clip that training reads")
+    add("--audio_dir", default="", help="where relative audio paths start; default: the folder of the file")
+    add("--against", default="", metavar="FILE", help="another data set: which clips and questions do they share?")
+    add("--report", default="", metavar="FILE.json", help="write everything found to this file")
+
+    add = command("convert", convert, "any known format to our JSONL, losing no field",
+                  "train_qa.json --audio_dir clips --out avqa.jsonl")
+    add("path", metavar="FILE", help="file, folder or Hub id (org/name[/config][:split])")
+    add("--out", required=True, help="JSONL to write")
+    add("--audio_dir", default="", help="where relative audio paths start; default: the folder of the file")
+    add("--drop_bad", action="store_true", help="leave out lines that cannot be read and those whose clip is missing")
+
+    add = command("folder", folder, "sounds in folders, or named after what they are, to questions",
+                  "recordings --out my.jsonl")
+    add("path", metavar="DIR", help="folder: dog/1.wav, animals/dog/1.wav or dog_bark_01.wav")
+    add("--out", required=True, help="JSONL to write; a held-out part goes to OUT_eval.jsonl")
+    add("--eval_size", type=int, default=-1, help="questions to hold out; -1: a tenth")
+    add("--n_choices", type=int, default=4, help="choices a question; distractors come from the same family first")
+
+    add = command("filter", keep, "keep what a policy can learn from, by what eval.py --samples measured",
+                  "avqa.jsonl --pass_rate 0.1..0.9 --drop_answerable_without_audio --out hard.jsonl")
+    add("path", metavar="FILE", help="questions with pass_rate in their meta")
+    add("--out", required=True, help="JSONL to write")
+    add("--pass_rate", default="", metavar="LOW..HIGH", help="keep this share of right samples, ends included")
+    add("--drop_answerable_without_audio", type=float, nargs="?", const=0.5, default=None, metavar="RATE",
+        help="drop what is right this often under silence or without audio (0.5)")
+    add("--where", action="append", default=[], metavar="KEY=VALUE", help="keep lines whose meta says so; may be repeated")
+    add("--max", dest="most", type=int, default=0, help="keep a random sample of this size; 0: all")
+    add("--seed", type=int, default=0, help="of that sample")
+
+    args = vars(parser.parse_args(argv))
+    run, _ = args.pop("run"), args.pop("command")
     try:
-        check(args.file, args.max_audio_s)
-    except DataError as e:
-        print(e, file=sys.stderr)
+        return run(**args) or 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -543,41 +543,48 @@ def reference(policy: Policy):
             policy.model.set_adapter("default")
 
 
-def hear(policy: Policy, example: Example, cfg: Config) -> tuple[Tensor | None, bool]:
-    """Runs in a worker thread: clip -> (log-mel features (bins, frames) or None, was it cut?)
+def hear(policy: Policy, example: Example, cfg: Config) -> tuple[list[Tensor], bool]:
+    """Runs in a worker thread: the clips of a question -> (log-mel features, (bins, frames) each, was one of them cut?)
 
     The library pads every clip to 300 s; padding by one window gives the same features in a thirtieth of the time.
     """
-    if example.audio is None or cfg.audio == "none":
-        return None, False
-    if policy.extractor is None:
+    clips = [] if cfg.audio == "none" else example.clips
+    if clips and policy.extractor is None:
         raise UserError(f"--model {cfg.model}: this model has no audio tower; use --audio none")
-    wave, cut = data.load_audio(example.audio, cfg.max_audio_s)
-    if cfg.audio == "silence":
-        wave[:] = 0
-    hop = policy.extractor.hop_length
-    out = policy.extractor(wave, sampling_rate=policy.extractor.sampling_rate, return_tensors="pt", padding="max_length",
-                      max_length=-(-len(wave) // hop) * hop + policy.extractor.n_fft, return_attention_mask=True)
-    return out["input_features"][0, :, :int(out["attention_mask"].sum())], cut
+    mels, any_cut = [], False
+    for clip in clips:
+        wave, cut = data.load_audio(clip, cfg.max_audio_s)
+        if cfg.audio == "silence":
+            wave[:] = 0
+        hop = policy.extractor.hop_length
+        out = policy.extractor(wave, sampling_rate=policy.extractor.sampling_rate, return_tensors="pt", padding="max_length",
+                               max_length=-(-len(wave) // hop) * hop + policy.extractor.n_fft, return_attention_mask=True)
+        mels.append(out["input_features"][0, :, :int(out["attention_mask"].sum())])
+        any_cut |= cut
+    return mels, any_cut
 
 
-def encode(policy: Policy, examples: list[Example], mels: list[Tensor | None], cfg: Config) -> list[Tokens]:
+def encode(policy: Policy, examples: list[Example], mels: list[list[Tensor]], cfg: Config) -> list[Tokens]:
     """Questions and their features -> prompts; the audio tower runs once for the whole batch."""
-    clips = [m for m in mels if m is not None]
-    embeddings = iter(policy.encode_audio(clips) if clips else ())
-    return [prompt_tokens(policy, e, None if m is None else next(embeddings), cfg) for e, m in zip(examples, mels)]
+    flat = [mel for clips in mels for mel in clips]
+    embeddings = iter(policy.encode_audio(flat) if flat else ())
+    return [prompt_tokens(policy, e, list(islice(embeddings, len(clips))), cfg) for e, clips in zip(examples, mels)]
 
 
-def prompt_tokens(policy: Policy, example: Example, audio: Tensor | None, cfg: Config) -> Tokens:
+def prompt_tokens(policy: Policy, example: Example, clips: list[Tensor], cfg: Config) -> Tokens:
+    """clips: the embeddings (n, H) of each clip, which take the places of the placeholders in the chat template's text"""
     plain = dataclasses.replace(example, question=example.question.replace("<|", "< |"),
                                 choices=[c.replace("<|", "< |") for c in example.choices])  # text is not markup
-    messages = data.chat(plain, PROMPTS[cfg.prompt], with_audio=audio is not None)
+    messages = data.chat(plain, PROMPTS[cfg.prompt], with_audio=bool(clips))
     text = policy.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if audio is None:
-        return Tokens(ids)
-    at = ids.index(policy.audio_id)
-    return Tokens(ids[:at] + [policy.audio_id] * len(audio) + ids[at + 1:], [(at, audio)])
+    audio, at = [], 0
+    for clip in clips:
+        at = ids.index(policy.audio_id, at)
+        ids[at:at + 1] = [policy.audio_id] * len(clip)
+        audio.append((at, clip))
+        at += len(clip)
+    return Tokens(ids, audio)
 
 
 def embed(policy: Policy, parts: list[Tokens]) -> Tensor:
@@ -1072,7 +1079,7 @@ def measure(policy: Policy, cfg: Config, held: list[Example], control: bool) -> 
     if not held:
         return {}
     result = evaluate(policy, cfg, held, cfg.eval_samples)
-    if control and cfg.audio == "real" and any(e.audio is not None for e in held):
+    if control and cfg.audio == "real" and any(e.clips for e in held):
         result["accuracy_silence"] = evaluate(policy, dataclasses.replace(cfg, audio="silence"), held)["accuracy"]
     return {f"eval/{name}": value for name, value in result.items()}
 

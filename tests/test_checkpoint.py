@@ -385,7 +385,7 @@ def test_chat_template_is_found(published, tmp_path, place):
                "tokenizer_config.json": read(published, "tokenizer_config.json") | {"chat_template": other}}[place]
     cfg = variant(published, tmp_path / "moved", ["chat_template.json"], {place: content})
     policy = og.load_policy(cfg)
-    text = policy.tokenizer.decode(og.prompt_tokens(policy, QUESTION, None, cfg).ids)
+    text = policy.tokenizer.decode(og.prompt_tokens(policy, QUESTION, [], cfg).ids)
     assert text.startswith(f"<|im_start|>system\nYou are kept in {place}.<|im_end|>\n<|im_start|>user\nWhat makes")
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
@@ -395,7 +395,7 @@ def test_tokenizer_json_gives_the_same_prompt(published, omni, cfg, tmp_path):
     whole = variant(published, tmp_path / "whole", ["vocab.json", "merges.txt"])
     omni.tokenizer.backend_tokenizer.save(os.path.join(whole.model, "tokenizer.json"))
     policy = og.load_policy(whole)
-    assert og.prompt_tokens(policy, QUESTION, None, whole) == og.prompt_tokens(omni, QUESTION, None, cfg)
+    assert og.prompt_tokens(policy, QUESTION, [], whole) == og.prompt_tokens(omni, QUESTION, [], cfg)
     assert policy.stop_ids == omni.stop_ids
 
 

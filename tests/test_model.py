@@ -171,7 +171,7 @@ def test_audio_stays_with_its_prompt(policy, prompts):
 
 def test_batched_audio_is_each_clip_s_own(policy, tiny, config):
     """The tower over a batch gives each clip what it gives it alone, in order."""
-    mels = [og.hear(policy, e, config())[0] for e in list(data.Examples(tiny.questions))[:5]]
+    mels = [og.hear(policy, e, config())[0][0] for e in list(data.Examples(tiny.questions))[:5]]
     for mel, batched in zip(mels, policy.encode_audio(mels)):
         torch.testing.assert_close(policy.encode_audio([mel])[0], batched, atol=1e-5, rtol=0)
 
@@ -183,7 +183,7 @@ def test_no_padding_to_300_seconds(policy, tiny, config):
     out = policy.extractor(wave, sampling_rate=16_000, return_tensors="pt", padding="max_length", return_attention_mask=True)
     assert out["input_features"].shape[2] == 30_000
     valid = int(out["attention_mask"].sum())
-    torch.testing.assert_close(og.hear(policy, example, config())[0], out["input_features"][0, :, :valid], atol=1e-6, rtol=0)
+    torch.testing.assert_close(og.hear(policy, example, config())[0][0], out["input_features"][0, :, :valid], atol=1e-6, rtol=0)
 
 
 def test_end_of_turn_is_trained(policy, prompts):

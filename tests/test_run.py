@@ -291,11 +291,11 @@ def test_recordings_of_every_kind_train(config, tiny, tmp_path):
 
 def test_silence_is_silent_and_none_is_text(policy, config, tiny):
     example = data.Examples(tiny.questions)[0]
-    mel, _ = og.hear(policy, example, config(audio="silence"))
-    real, _ = og.hear(policy, example, config())
+    (mel,), _ = og.hear(policy, example, config(audio="silence"))
+    (real,), _ = og.hear(policy, example, config())
     assert mel.shape == real.shape and mel.std() < 1e-6 < real.std()
-    assert og.hear(policy, example, config(audio="none"))[0] is None
-    assert policy.audio_id not in og.encode(policy, [example], [None], config(audio="none"))[0].ids
+    assert og.hear(policy, example, config(audio="none"))[0] == []
+    assert policy.audio_id not in og.encode(policy, [example], [[]], config(audio="none"))[0].ids
 
 
 def test_markup_in_a_question_is_text(policy, config, tiny):
