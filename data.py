@@ -13,17 +13,22 @@ give it away, and a function from one row to the fields of `Example`. Reading ne
 
 import argparse
 import collections
+import contextlib
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import math
 import os
 import random
 import re
+import signal
+import string
 import sys
 import time
+import unicodedata
 import zlib
 from array import array
 from collections.abc import Callable
@@ -75,7 +80,7 @@ class Embedded:
     """A clip inside a parquet or Hub data set. Its bytes are read when they are asked for, and not before."""
 
     def __init__(self, table, row: int, column: str):
-        self.table, self.row, self.column = table, row, column
+        self.table, self.row, self.column, self.folder = table, row, column, ""
 
     def child(self, name: str):
         value = self.table[self.row].column(self.column)[0]  # a view of the memory map, nothing is copied
@@ -88,7 +93,7 @@ class Embedded:
         return self.child("path") or ""
 
     def read(self) -> str | bytes:
-        return self.child("bytes") or self.path
+        return self.child("bytes") or locate(self.path, self.folder)
 
     def __repr__(self):
         return f"<clip of row {self.row + 1}{self.path and ': ' + self.path}>"
@@ -162,11 +167,12 @@ def text(row: dict, key: str, pop: bool = True) -> str:
 
 def bare(choices: list[str], answer) -> tuple[list[str], object]:
     """(["(A) dog", "(B) cat"], "(B) cat" or "B") -> (["dog", "cat"], 1). Letters go if all choices have theirs in order."""
-    found = [re.match(rf"\s*\(?{chr(65 + i)}[).:]\s*(?=\S)", c) for i, c in enumerate(choices)]
-    if choices and all(found):
+    found = [re.match(rf"\s*\(?{letter}(?:\)\s*|[.:]\s+)(?=\S)", c) for letter, c in zip(string.ascii_uppercase, choices)]
+    lettered = len(found) == len(choices) > 0 and all(found)  # "A.D." and "B.C." are not
+    if lettered:
         answer = choices.index(answer) if answer in choices else answer
         choices = [c[m.end():] for c, m in zip(choices, found)]
-    if isinstance(answer, str) and answer not in choices:
+    if isinstance(answer, str) and (lettered or answer not in choices):  # a lettered "C. A" makes of "A" a letter
         letter = re.fullmatch(r"\s*\(?([A-Z])[).:]?\s*", answer)
         if letter and ord(letter[1]) - 65 < len(choices):
             answer = ord(letter[1]) - 65
@@ -220,42 +226,49 @@ def mmau_hub(row: dict) -> dict:
     return multiple_choice(row, question="instruction", audio=row.pop("context") if "context" in row else row.pop("audio"))
 
 
-def mmau_version(rows: list[dict]) -> str:
+def mmau_version(rows) -> str:
     """Which MMAU test-mini this is: scores on its versions are not comparable. Raises DataError on the broken ones."""
-    lost = sum(1 for r in rows if r.get("answer") and isinstance(r.get("choices"), list) and r["answer"] not in r["choices"])
+    n = lost = meld = withheld = 0
+    for row in rows:
+        answer, choices = row.get("answer"), row.get("choices")
+        n, meld, withheld = n + 1, meld + (row.get("dataset") == "meld"), withheld + (answer in (None, ""))
+        lost += bool(answer) and isinstance(choices, list) and answer not in choices
     if lost > 20:
         raise DataError(f"{lost} answers are not among their choices, as in MMAU's files of 15 and 16 May 2025, whose answers "
                         "were mapped wrongly; take the current file of the benchmark")
-    if all(r.get("answer") in (None, "") for r in rows):
+    if withheld == n:
         return "answers withheld"
-    meld = sum(r.get("dataset") == "meld" for r in rows)
-    return "unknown version" if len(rows) != 1000 else {70: "v05.15.25", 43: "original"}.get(meld, "unknown version")
+    return "unknown version" if n != 1000 else {70: "v05.15.25", 43: "original"}.get(meld, "unknown version")
 
 
 def mmau_pro_skip(row: dict) -> str:
-    if row.get("category") in ("open", "instruction following") or not row.get("choices"):
+    if row.get("category") in ("open", "instruction following") or row.get("choices") in (None, "", [], "[]"):
         return "not multiple choice (open answer or instruction following)"
-    return "" if row.get("answer") in row["choices"] else "the answer is not among the choices"
+    fields = multiple_choice(dict(row), audio=None)
+    found = type(fields["answer"]) is int or fields["answer"] in fields["choices"]
+    return "" if found else "the answer is not among the choices"
 
 
 def choice_columns(row: dict) -> dict:
     """MMSU and AIR-Bench: one column a choice, null where there are fewer; AIR-Bench's folders are named by task and source."""
-    choices = [c for c in (row.pop(f"choice_{letter}", None) for letter in "abcdefgh") if c not in (None, "")]
-    row["choices"] = choices
+    row["choices"] = choices = [row.pop(f"choice_{letter}", None) for letter in "abcdefgh"]
+    while choices and choices[-1] in (None, ""):
+        choices.pop()
     if "path" in row:
         audio = f"{row['task_name']}_{row['dataset_name']}/{text(row, 'path')}"
     else:
         audio = row.pop("audio") if row.get("audio") else row.pop("audio_path")
-    return multiple_choice(row, answer="answer_gt", audio=audio) | {"id": row.pop("uniq_id", None) or row.pop("id", None)}
+    fields, uniq_id = multiple_choice(row, answer="answer_gt", audio=audio), row.pop("uniq_id", None)
+    return fields if uniq_id is None else fields | {"id": uniq_id}
 
 
 def arc(row: dict) -> dict:
     """ARC in the Hub's columns or in AI2's nesting; the labels are letters or numbers."""
-    if isinstance(row["question"], dict):
-        stem, choices = row["question"]["stem"], row.pop("question")["choices"]
-        labels, choices = [c["label"] for c in choices], [c["text"] for c in choices]
-    else:
-        stem, labels, choices = row.pop("question"), row["choices"]["label"], row.pop("choices")["text"]
+    stem = row.pop("question")
+    stem, choices = (stem["stem"], stem["choices"]) if isinstance(stem, dict) else (stem, row.pop("choices"))
+    if isinstance(choices, list):
+        choices = {key: [c[key] for c in choices] for key in ("label", "text")}
+    labels, choices = choices["label"], choices["text"]
     key = row.pop("answerKey")
     if key and key not in labels:
         raise DataError(f'field "answerKey": {key!r:.40} is not among the labels {labels!r:.80}')
@@ -275,12 +288,15 @@ def music_avqa(row: dict) -> dict:
     """Slots of the question are filled in order; choices come from the answers to other questions of the same type."""
     values, asked = iter(parse(row["templ_values"].encode(), 'field "templ_values"')), row["question_content"]
     asked = re.sub(r"<\w+>", lambda slot: str(next(values, slot[0])), asked)
-    return dict(id=row.pop("question_id", None), audio=str(row["video_id"]), question=asked, answer=text(row, "anser"))
+    audio = text(row, "video_id", pop=False)
+    return dict(id=row.pop("question_id", None), audio=audio, question=asked, answer=text(row, "anser"))
 
 
 def music_avqa_skip(row: dict) -> str:
     kind = parse(row["type"].encode(), 'field "type"')[0]
-    return "deleted by its authors" if row.get("question_deleted") else "" if kind == "Audio" else "cannot be heard: " + kind
+    kind.encode()  # half a character could not be printed
+    why = "" if kind == "Audio" else f"cannot be heard: {kind[:40]}"
+    return "deleted by its authors" if row.get("question_deleted") else why
 
 
 def clotho_aqa(rows: list[dict]) -> dict:
@@ -308,7 +324,7 @@ def clip_of(row: dict):
     start = next((row[k] for k in ("start_s", "start_time", "start", "start_seconds") if row.get(k) not in (None, "")), None)
     if start is None or key.lower() not in ("youtube_id", "ytid"):
         return row[key]
-    return f"{row[key]}_{int(float(start)):06d}"
+    return f"{text(row, key, pop=False)}_{int(float(start)):06d}"
 
 
 def captions(rows: list[dict]) -> dict:
@@ -317,15 +333,19 @@ def captions(rows: list[dict]) -> dict:
     found = [c for v in found for c in (v if isinstance(v, list) else [v])]
     if not found or not all(isinstance(c, str) for c in found):
         raise DataError(f'field "captions": expected texts, found {found!r:.60}')
-    meta = {k: v for k, v in rows[0].items() if not re.fullmatch(r"captions?(_?\d+)?|description|id|meta", k)}
-    inner = rows[0].get("meta")
-    return dict(id=rows[0].get("id"), audio=clip_of(rows[0]), question="Describe the sound.", target=found,
+    clip, inner = clip_of(rows[0]), rows[0].get("meta")
+    carried = next(k for k in CLIP.split("|") if k in rows[0])
+    meta = {k: v for k, v in rows[0].items() if not re.fullmatch(r"captions?(_?\d+)?|description|id|meta", k)
+            and (k != carried or v != clip)}
+    name = str(clip) if rows[0].get("id") is None else rows[0]["id"]
+    return dict(id=name, audio=clip, question="Describe the sound.", target=found,
                 meta=meta | (inner if isinstance(inner, dict) else {}) | {"captions": found})
 
 
 def label(row: dict) -> dict:
     key = next(k for k in LABEL.split("|") if k in row)
-    return dict(id=row.pop("id", None), audio=clip_of(row), question="Which sound is heard in this clip?",
+    clip, name = clip_of(row), row.pop("id", None)
+    return dict(id=str(clip) if name is None else name, audio=clip, question="Which sound is heard in this clip?",
                 answer=" ".join(text(row, key, pop=False).split()))
 
 
@@ -413,6 +433,8 @@ class TextRows:
         try:
             self.file = open(path, "rb")
             head = self.file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+            while not head and (more := self.file.read(1 << 16)):
+                head = more.lstrip()
         except OSError as e:
             raise DataError(f"{path}: {e.strerror}") from None
         self.file.seek(0)
@@ -483,14 +505,14 @@ class TextRows:
 
         def parse_record(raw: bytes, where: str) -> dict:
             try:
-                record = next(csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), delimiter=delimiter))
+                record = next(csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True))
             except (StopIteration, UnicodeDecodeError, csv.Error) as e:
                 raise DataError(f"{where}: not a CSV record ({e})") from None
             if len(record) != len(self.header):
                 raise DataError(f"{where}: {len(record)} fields, expected the {len(self.header)} columns {self.header!r:.300}")
             return dict(zip(self.header, record))
 
-        reader = csv.reader(lines(), delimiter=delimiter)
+        reader = csv.reader(lines(), delimiter=delimiter, strict=True)  # a quote left open is an error
         try:
             for record in reader:
                 if any(cell.strip() for cell in record):
@@ -503,13 +525,16 @@ class TextRows:
         self.header, self.parse = [], parse_record
         if len(self):
             raw = os.pread(self.file.fileno(), self.stops[0], 0).decode("utf-8-sig")
-            record = [cell.strip() for cell in next(csv.reader(io.StringIO(raw.lstrip(), newline=""), delimiter=delimiter))]
+            record = next(csv.reader(io.StringIO(raw.lstrip(), newline=""), delimiter=delimiter, strict=True))
+            record = [cell.strip() for cell in record]
             if len(record) == 4 and record[1].isdigit() and record[3] in ("train", "test"):
                 self.header = ["youtube_id", "start_s", "label", "split"]
             elif len(record) == 2 and re.search(r"\.(mp4|mkv|webm|wav|flac|mp3|ogg)$", record[0]):
                 self.header = ["clip", "label"]
             else:
                 self.header = record
+                if twice := [name for name in record if name and record.count(name) > 1]:
+                    raise DataError(f"{self.where(0)}: two columns are called {twice[0]!r:.80}")
                 del self.starts[0], self.stops[0], self.numbers[0]
 
     def __len__(self):
@@ -573,7 +598,7 @@ class FolderRows:
     def __init__(self, path: str):
         self.path = path
         names = sorted(os.path.relpath(os.path.join(folder, name), path) for folder, _, files in os.walk(path)
-                       for name in files if name.lower().endswith(SOUND_FILES))
+                       for name in files if name.lower().endswith(SOUND_FILES) and name[0] != ".")
         if not names:
             raise DataError(f"{path}: is a directory, and holds neither sounds ({', '.join(SOUND_FILES)}) nor a data set")
         self.rows = [self.label(name) for name in names]
@@ -598,6 +623,7 @@ class FolderRows:
 
 
 SOUND_FILES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff")
+VIDEO_FILES = (".mp4", ".mkv", ".webm", ".m4a")
 NOT_A_LABEL = {"audio", "audios", "clips", "data", "sounds", "samples", "wav", "wavs", "train", "test", "val", "validation"}
 
 
@@ -613,12 +639,16 @@ def stem_of(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def sounds_in(folder: str) -> dict[str, str]:
-    """stem -> file, of the sounds of a folder"""
+def sounds_in(folder: str) -> dict[str, list[str]]:
+    """stem -> files, of the sounds of a folder"""
+    found = {}
     try:
-        return {stem_of(e.name): e.path for e in os.scandir(folder) if e.name.lower().endswith(SOUND_FILES)}
+        for e in os.scandir(folder):
+            if e.name.lower().endswith(SOUND_FILES):
+                found.setdefault(stem_of(e.name), []).append(e.path)
     except (OSError, ValueError):
-        return {}
+        pass
+    return found
 
 
 @functools.lru_cache(maxsize=16)
@@ -637,13 +667,12 @@ def locate(name: str, folder: str) -> str:
     """Where the clip lies that a data set calls `name`: there; or below a folder of `folder`; or, whatever its ending and
     its zero-padding, beside the path, in `folder` or in one of its folders, if only one file is called so."""
     path = below(name, folder)
-    if os.path.isfile(path):
+    if os.path.isfile(path) and not path.lower().endswith(VIDEO_FILES):
         return path
-    places = folders_in(folder)
-    for place in places:
-        if os.path.isfile(os.path.join(place, name)):
-            return os.path.join(place, name)
-    found = {file for place in (os.path.dirname(path), folder, *places) if (file := sounds_in(place).get(stem_of(name)))}
+    stem, places = stem_of(name), folders_in(folder)
+    found = {file for place in places if os.path.isfile(file := os.path.join(place, name))}
+    found = found or set(sounds_in(os.path.dirname(path)).get(stem, ()))
+    found = found or {file for place in (folder, *places) for file in sounds_in(place).get(stem, ())}
     return found.pop() if len(found) == 1 else path
 
 
@@ -677,25 +706,31 @@ class Examples(collections.abc.Sequence):
         if self.known.group:
             groups = {}
             for i in self.items:
-                groups.setdefault(self.ask(self.known.group, i), []).append(i)
+                self.ask(lambda row, i=i: groups.setdefault(self.known.group(row), []).append(i), i)
             self.items = list(map(tuple, groups.values()))
         if self.known.skip:
             reasons = [self.ask(self.known.skip, item) for item in self.items]
             self.skipped.update(filter(None, reasons))
             self.items = [item for item, reason in zip(self.items, reasons) if not reason]
             if not self.items:
-                raise DataError(f"{source}: {self.format} format, and no question that can be used: {dict(self.skipped)}")
+                raise DataError(f"{source}: {self.format} format, and no question that can be used: "
+                                f"{dict(self.skipped)!r:.300}")
         if self.known.pool:
             pools = collections.defaultdict(set)
-            for item in self.items:
-                answer = self.ask(lambda row: self.known.convert(row)["answer"], item)
-                for kind in self.ask(self.known.pool, item):
+
+            def pooled(row):
+                kinds, answer = self.known.pool(row), self.known.convert(row)["answer"]
+                for kind in kinds if answer.strip() and answer.encode() else ():
                     pools[kind].add(answer)
+
+            for item in self.items:
+                self.ask(pooled, item)
             self.pools = {kind: sorted(answers) for kind, answers in pools.items()}
         try:
-            self.version = self.known.about([self.rows[i] for i in self.items]) if self.known.about else ""
+            rows = (self.ask(lambda row: row, item) for item in self.items)
+            self.version = self.known.about(rows) if self.known.about else ""
         except DataError as e:
-            raise DataError(f"{source}: {e}") from None
+            raise e if str(e).startswith(f"{source}:") else DataError(f"{source}: {e}") from None
 
     def ask(self, function: Callable, item):
         """function(row or rows), whose every fault is a DataError that names the line"""
@@ -710,8 +745,8 @@ class Examples(collections.abc.Sequence):
             raise DataError(f'{where()}: field "{e.args[0]}": missing; found only {sorted(map(str, row))!r:.300}') from None
         except DataError as e:
             raise DataError(f"{where()}: {e}") from None
-        except (TypeError, ValueError, AttributeError, IndexError, StopIteration) as e:  # a value of an unexpected kind
-            raise DataError(f"{where()}: not a row of {self.format} format ({e}); found {row!r:.300}") from None
+        except (TypeError, ValueError, AttributeError, IndexError, StopIteration, OverflowError) as e:  # of an unexpected kind
+            raise DataError(f"{where()}: not a row of {self.format} format ({e!s:.200}); found {row!r:.300}") from None
 
     def __len__(self):
         return len(self.items)
@@ -725,7 +760,9 @@ class Examples(collections.abc.Sequence):
         item = self.items[i]
         return self.rows.where(item[0] if isinstance(item, tuple) else item)
 
-    def __getitem__(self, i: int) -> Example:
+    def __getitem__(self, i: int | slice) -> Example | list[Example]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
         i = range(len(self))[i]
         where, item = self.where(i), self.items[i]
         fields = self.ask(self.convert, item)
@@ -733,6 +770,9 @@ class Examples(collections.abc.Sequence):
             kinds = self.ask(self.known.pool, item)
             fields["choices"] = with_distractors(fields["answer"], kinds, self.pools, f"{i} {fields['answer']}", self.n_choices)
         example = make_example(fields, where)
+        for clip in example.clips:
+            if isinstance(clip, Embedded):
+                clip.folder = self.folder
         find = locate if self.known.find else below
         try:
             if isinstance(example.audio, str):
@@ -756,7 +796,7 @@ def open_rows(source: str):
     if os.path.isfile(source):
         with open(source, "rb") as f:
             return (TableRows if f.read(4) == b"PAR1" else TextRows)(source)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:\w+)?", source) and not re.search(r"\.\w+$", source) \
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source) and not re.search(r"\.\w+$", source.split(":")[0]) \
             and not os.path.isdir(source.split("/")[0]):
         return TableRows(source)
     return TextRows(source)  # which says what is wrong
@@ -912,6 +952,7 @@ class Template:
     ending: str
     system: str | None = None  # None: whatever the checkpoint's chat template puts there
     max_new_tokens: int = 32
+    question: str | None = None  # asked in place of the example's own question and options
 
 
 PROMPTS = {
@@ -921,13 +962,15 @@ PROMPTS = {
     "answer": Template(" Output the final answer in <answer> </answer>."),
     "think": Template(" Output the thinking process in <think> </think> and final answer in <answer> </answer>.",
                       max_new_tokens=256),
+    # material for `data.py generate`
+    "caption": Template("", max_new_tokens=128, question="Describe in detail everything that can be heard in this audio."),
 }
 
 
 def chat(example: Example, prompt: Template, with_audio: bool = True) -> list[dict]:
     """Messages for a chat template. Options are written as R1-AQA writes them, a Python list."""
     options = f" Please choose the answer from the following options: {example.choices}." if example.choices else ""
-    content = [{"type": "text", "text": example.question + options + prompt.ending}]
+    content = [{"type": "text", "text": prompt.question or example.question + options + prompt.ending}]
     if with_audio:
         content = [{"type": "audio", "audio": "clip"} for _ in example.clips] + content  # what to play is placed later
     system = [{"role": "system", "content": prompt.system}] if prompt.system else []
@@ -939,6 +982,462 @@ def shuffle_choices(example: Example, rng) -> Example:
     order = rng.sample(range(len(example.choices)), len(example.choices))
     answer = None if example.answer is None else order.index(example.answer)
     return Example(**{**vars(example), "choices": [example.choices[i] for i in order], "answer": answer})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Question generation: captions -> questions, as AVQA-GPT and VGGS-GPT were made (Omni-R1, arXiv 2505.09439)
+#
+#     captions of a clip -> a language model behind an OpenAI-compatible server -> `judge` -> one line of JSON
+#
+# Every clip that was answered gives one line, in the file of questions or in the file of rejects. Lines are written in the
+# order of the clips, one system call each, so both files are whole at any moment: after any end, kill -9 included, the
+# same command goes on where they stop, and an unbroken run would have written the same bytes.
+
+WRITER = """You write multiple-choice listening questions. A listener hears one short audio clip and nothing else. You \
+cannot hear it; you get the notes of people who could. Notes may be wrong or contradict each other, and some tell what \
+only eyes could know, such as colours, clothes or places in view: build on what they agree on and on what is audible.
+
+Write one question in English that
+- can be answered only by listening: not by common sense, not from the wording of the question or of its choices;
+- asks about what sounds, how, how often, how loud, how long, in which order, how near, by whom or what, or in which mood;
+- has exactly four choices of the same kind, similar in length and wording, each plausible for such a clip, none part of \
+another, and no "none of the above";
+- has exactly one right choice, which the notes support, and three wrong ones, which the notes speak against;
+- never hints at the answer, and never mentions notes, captions, descriptions, texts or anything that has to be seen;
+- fits on one line: at most 40 words, each choice at most 15 words, without a letter or a number in front.
+
+Reply with one JSON object and nothing else:
+{"question": "...", "choices": ["...", "...", "...", "..."], "answer": "the right choice, word for word"}"""
+NOTES = "Notes on the clip:\n{}\n\nWrite the question."
+SCHEMA = {"type": "object", "additionalProperties": False, "required": ["question", "choices", "answer"],
+          "properties": {"question": {"type": "string"}, "answer": {"type": "string"},
+                         "choices": {"type": "array", "items": {"type": "string"}, "minItems": 4, "maxItems": 4}}}
+PROMPT_VERSION = hashlib.sha256((WRITER + NOTES + json.dumps(SCHEMA)).encode()).hexdigest()[:8]  # cannot be forgotten
+
+
+def number(*parts) -> int:
+    """64 bits that depend on nothing but the parts (JSON values)."""
+    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "big")
+
+
+def writing_prompt(clip: Example) -> list[dict]:
+    """The messages that ask for a question on a clip. Raises DataError if its captions are not texts, or without a file."""
+    captions = clip.meta.get("captions")
+    if not isinstance(clip.audio, str):
+        raise DataError(f'clip {clip.id!r:.80}: field "audio": expected a path, found {clip.audio!r:.60}')
+    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+        raise DataError(f'clip {clip.id!r:.80}: field "captions": expected a list of texts, found {captions!r:.80}')
+    text = NOTES.format("\n".join("- " + " ".join(c.split()) for c in captions))
+    if HALF.search(text):
+        raise DataError(f'clip {clip.id!r:.80}: field "captions": holds half a character; mend or drop the line')
+    return [{"role": "system", "content": WRITER}, {"role": "user", "content": text}]
+
+
+# ---- what is accepted
+
+STOP_WORDS = frozenset("a an the this that these those it its in on at of to is are was were be been do does did and or "
+                       "clip audio recording".split())
+HALF, CONTROL = re.compile(r"[\ud800-\udfff]"), re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+LETTERED = re.compile(r"\(?([A-D])[.):]+\s*(.*)", re.DOTALL)  # "B. dog", "(B) dog"
+BANNED = [  # reason, what must not stand in a question or a choice; sounds with such a name are let through
+    ("about sight", r"see(?![ -]?saw)|sees|seen|seeing|look(?:s|ed|ing)?|watch(?:ed|ing)|visib\w*|visual\w*|"
+     r"colou?r(?!atura)\w*|picture[sd]?|images?|photo(?:s|graphs?)?|footage|videos?(?![ -]?games?)|on[ -]?screen|wearing|"
+     r"wears|dressed|cameras?(?! (?:shutter|click|flash))"),
+    ("mentions a text", r"captions?|captioned|descriptions?|described|annotations?|transcripts?|according to|"
+     r"texts?(?!(?:[ -](?:message|alert|tone|notification)))|(?<!musical )passages?"),
+    ("mentions other choices", r"of the (?:above|choices|options|other choices)|both [a-d] and [a-d]"),
+]
+BANNED = [(reason, re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)) for reason, pattern in BANNED]
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A text as it is compared: lower-case words without punctuation."""
+    return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+def fingerprint(row: dict) -> int:
+    """Equal for questions that share all words of question and choices but stop words, in whatever order."""
+    return number(sorted(set(words(" ".join([row["question"], *row["choices"]]))) - STOP_WORDS))
+
+
+def read_reply(text: str) -> tuple[dict, str]:
+    """A reply -> (its one JSON object, "") or ({}, reason). Prose around the object is let through, a second one is not."""
+    text = text.rpartition("</think>")[2]  # what some servers leave in of a model's thoughts is not its reply
+    found, at = [], text.find("{")
+    try:
+        while at >= 0:
+            row, end = json.JSONDecoder().raw_decode(text, at)
+            found += [row] if row not in found else []
+            at = text.find("{", end)
+    except (ValueError, RecursionError):
+        return {}, "broken JSON"
+    if len(found) != 1:
+        return {}, "several JSON objects" if found else "no JSON object"
+    if not SCHEMA["properties"].keys() <= found[0].keys():
+        return {}, "missing key"
+    question, choices, answer = (found[0][k] for k in ("question", "choices", "answer"))
+    if not isinstance(question, str) or not isinstance(answer, str) or not isinstance(choices, list) \
+            or not all(isinstance(c, str) for c in choices):
+        return {}, "wrong type"
+    return dict(question=question, choices=choices, answer=answer), ""
+
+
+def tidy(row: dict) -> dict:
+    """The question on one line, the choices without letters in front, the answer as an index or None."""
+    choices, answer = [c.strip() for c in row["choices"]], row["answer"].strip()
+    marks = [LETTERED.fullmatch(c) for c in choices]
+    if [m and m[1] for m in marks] == list("ABCD"):
+        choices = [m[2] for m in marks]
+    keys, mark = [words(c) for c in choices], LETTERED.fullmatch(answer)
+    letter, rest = (mark[1], mark[2]) if mark else (answer, "")
+    if answer in choices:
+        index = choices.index(answer)
+    elif words(answer) in keys:
+        index = keys.index(words(answer))
+    elif letter in list("ABCD"[:len(choices)]):  # with a text behind it, both must agree; a choice may be a note's name
+        index = "ABCD".index(letter)
+        index = None if words(rest) != keys[index] and (rest or any(len(c) == 1 for c in choices)) else index
+    else:
+        index = None
+    return dict(question=" ".join(row["question"].split()), choices=choices, answer=index)
+
+
+def fault(row: dict, captions: list[str]) -> str:
+    """What is wrong with a tidy row, in words that can be counted; "" if nothing is."""
+    question, choices, answer = row["question"], row["choices"], row["answer"]
+    if len(choices) != 4:
+        return "not four choices"
+    if answer is None:
+        return "answer not among the choices"
+    asked, keys, text = words(question), [words(c) for c in choices], "\n".join([question, *choices])
+    given = [set(k) - STOP_WORDS <= set(asked) if set(k) - STOP_WORDS else set(k) <= set(asked) for k in keys]
+    longest_other = max(len(c) for i, c in enumerate(choices) if i != answer)
+    checks = [
+        ("half a character", HALF.search(text)),
+        ("line break or control character", any(CONTROL.search(t) for t in [question, *choices])),
+        ("question length", not 3 <= len(asked) <= 40 or len(question) > 300),
+        ("choice length", not all(1 <= len(k) <= 15 and len(c) <= 100 for k, c in zip(keys, choices))),
+        ("choices alike", len(set(keys)) < 4),
+        *((reason, pattern.search(text)) for reason, pattern in BANNED),
+        ("quotes a caption", any(len(c) > 5 and f" {' '.join(c)} " in f" {' '.join(asked)} " for c in map(words, captions))),
+        ("given away by the question", given[answer] and not all(given)),
+        ("answer stands out", len(choices[answer]) > max(2 * longest_other, longest_other + 20)),
+    ]
+    return next((reason for reason, wrong in checks if wrong), "")
+
+
+def judge(reply: str, captions: list[str]) -> tuple[dict, str]:
+    """A reply -> (question, choices and the answer's index, "") or ({}, reason)."""
+    row, reason = read_reply(reply)
+    row = tidy(row) if row else {}
+    reason = reason or fault(row, captions)
+    return ({}, reason) if reason else (row, "")
+
+
+# ---- the server
+
+REMEDIES = {401: "check OPENAI_API_KEY", 403: "the key may not do this; check OPENAI_API_KEY and --model",
+            404: "check --model and --base_url (it usually ends in /v1)"}  # these would fail for every clip: stop at once
+OPTIONAL = ("response_format", "max_tokens", "seed")  # what a server may refuse; max_tokens then gets its newer name
+
+
+class RequestFailed(Exception):
+    """A request without a usable answer, after all retries. The clip is asked again in the next run."""
+
+
+def rough_tokens(text: str) -> int:
+    return len(text.encode("utf-8", "replace")) // 4 + 1
+
+
+def connect(model: str, base_url: str | None, temperature: float, max_tokens: int, retries: int, timeout_s: float):
+    """-> send(messages, seed) -> (reply, finish reason, [prompt tokens, completion tokens], were they only estimated?)
+
+    `send` raises RequestFailed, ConnectionError (no connection at all) or UserError (no request can ever succeed). Waiting
+    and asking again after 408, 409, 429, 5xx, timeouts and lost connections, Retry-After included, is the client's work.
+    """
+    import openai
+
+    key, base_url = os.environ.get("OPENAI_API_KEY", "").strip(), base_url or os.environ.get("OPENAI_BASE_URL")
+    if not key and not base_url:
+        raise UserError("no OPENAI_API_KEY in the environment; set it, or give --base_url for a server of your own")
+    if not re.fullmatch(r"[!-~]*", key):  # the client would fail with a text that holds it
+        raise UserError("OPENAI_API_KEY holds a character that no key has; set it anew")
+    if base_url and not re.match(r"https?://[^/]", base_url):
+        raise UserError("--base_url: expected http://HOST:PORT/v1 or https://HOST/v1")
+    client = openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=retries, timeout=timeout_s)
+    refused, answered = set(), False
+
+    def clean(text) -> str:  # servers echo keys; a word such as "none" is no secret, and may be one of the reply's
+        return str(text).replace(key, "***") if len(key) >= 8 else str(text)
+
+    def create(options: dict):
+        """Leave out, for good, what the server names in a refusal; response_format also if the first request fails."""
+        first, without = not answered, set(refused)
+        while True:
+            sent = {k: v for k, v in options.items() if k not in without}
+            if "max_tokens" in without:
+                sent["max_completion_tokens"] = options["max_tokens"]
+            try:
+                reply = client.chat.completions.create(**sent)
+                refused.update(without)
+                return reply
+            except (openai.BadRequestError, openai.NotFoundError, openai.UnprocessableEntityError) as e:
+                named = [k for k in OPTIONAL if k in str(e)] or ["response_format"] * first
+                if not (named := [k for k in named if k in sent]):
+                    raise
+                without.add(named[0])
+
+    def send(messages: list[dict], seed: int):
+        nonlocal answered
+        try:
+            reply = create(dict(
+                model=model, messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed, response_format={
+                    "type": "json_schema", "json_schema": {"name": "question", "strict": True, "schema": SCHEMA}}))
+            choice, usage = reply.choices[0], reply.usage
+            text = clean(choice.message.content or getattr(choice.message, "refusal", None) or "")
+        except openai.APIError as e:
+            status, said = getattr(e, "status_code", 0), clean(e.__cause__ or e)[:300]
+            if status in REMEDIES:
+                raise UserError(f"the server refuses: {said}; {REMEDIES[status]}") from None
+            raise (ConnectionError if type(e) is openai.APIConnectionError else RequestFailed)(said) from None
+        except (AttributeError, IndexError, TypeError, ValueError):  # the client checks little of what it is sent
+            raise RequestFailed("the answer is no chat completion; is --base_url right (it usually ends in /v1)?") from None
+        answered = True
+        tokens = [getattr(usage, k, None) for k in ("prompt_tokens", "completion_tokens")]
+        estimated = not all(type(t) is int for t in tokens)
+        if estimated:
+            tokens = [sum(rough_tokens(m["content"]) for m in messages), rough_tokens(text)]
+        return text, choice.finish_reason, tokens, estimated
+
+    return send
+
+
+def ask(send, clip: Example, messages: list[dict], attempts: int, seed: int) -> dict:
+    """Ask until a question passes, `attempts` times at most. `error`: why the clip has no answer after all."""
+    result = dict(clip=clip, row={}, reason="", reply="", attempts=0, tokens=[0, 0], estimated=0, error=None)
+    while result["attempts"] < attempts and not result["row"]:
+        result["attempts"] += 1
+        try:  # 31 bits: servers differ in how large a seed may be
+            text, finish, tokens, estimated = send(messages, number(seed, clip.id, result["attempts"]) >> 33)
+        except (RequestFailed, ConnectionError, UserError) as e:
+            return result | {"error": e}
+        row, reason = ({}, "cut off") if finish == "length" else judge(text, clip.meta["captions"])
+        result |= dict(row=row, reason=reason, reply=text, estimated=result["estimated"] + estimated,
+                       tokens=[a + b for a, b in zip(result["tokens"], tokens)])
+    return result
+
+
+# ---- the files
+
+LINE = ["id", "audio", "question", "choices", "answer", "meta"]  # keys of the file of questions, and of the other
+REJECT = ["id", "reason", "reply", "captions", "meta"]
+
+
+@dataclass
+class Tally:
+    """All that is kept of the lines of both files, those of earlier runs included: two hashes each, and sums."""
+
+    done: set[int] = field(default_factory=set)  # ids
+    seen: set[int] = field(default_factory=set)  # fingerprints of accepted questions
+    rejected: collections.Counter = field(default_factory=collections.Counter)
+    positions: list[int] = field(default_factory=lambda: [0] * 4)
+    longest: float = 0.0  # answers that are the longest choice; one of k equally long ones counts 1 / k
+    tokens: list[int] = field(default_factory=lambda: [0, 0])  # prompts, completions
+
+    def enter(self, line: dict) -> None:
+        self.done.add(number(line["id"]))
+        self.tokens = [a + b for a, b in zip(self.tokens, line["meta"]["tokens"], strict=True)]
+        if "reason" in line:
+            self.rejected[line["reason"]] += 1
+            return
+        sizes, answer = [len(c) for c in line["choices"]], line["answer"]
+        self.seen.add(fingerprint(line))
+        self.positions[answer] += 1
+        self.longest += (sizes[answer] == max(sizes)) / sizes.count(max(sizes))
+
+
+def reopen(path: str, keys: list[str], made: dict, tally: Tally, stack: contextlib.ExitStack):
+    """Lock a file of ours, enter its lines, cut off a last one that a kill left unfinished.     -> the file, unbuffered
+
+    Raises UserError, and changes nothing, if another process has it, or if it is not ours or was `made` otherwise.
+    """
+    import fcntl
+
+    if os.path.exists(path) and (problem := no_file(path)):
+        raise UserError(problem)
+    try:
+        file = stack.enter_context(open(path, "ab", buffering=0))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path}: another process is writing it; wait for its end, or give another file") from None
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    size = 0
+    with open(path, "rb") as lines:
+        for n, raw in enumerate(lines, 1):
+            if not raw.endswith(b"\n") and raw[:7] == b'{"id": '[:len(raw)]:
+                break
+            line = parse(raw, f"{path}:{n}")
+            try:
+                if list(line) != keys:
+                    raise KeyError
+                other = {k: line["meta"][k] for k in made}
+                tally.enter(line)
+            except (KeyError, TypeError, ValueError, IndexError):
+                raise UserError(f"{path}:{n}: not written by this command; give another file") from None
+            if other != made:
+                raise UserError(f"{path}:{n}: made with {other}, and this run has {made}; go on with the same, or give "
+                                "other files")
+            size += len(raw)
+    os.ftruncate(file.fileno(), size)
+    return file
+
+
+def make_line(result: dict, made: dict, seen: set[int], folder: str) -> dict:
+    """The line of an answered clip, for the file of questions, or with a "reason" for the other."""
+    clip, row = result["clip"], result["row"]
+    made = made | {k: result[k] for k in ("attempts", "tokens")}
+    reason = result["reason"] or ("near duplicate" if fingerprint(row) in seen else "")
+    if reason:
+        return dict(id=clip.id, reason=reason, reply=result["reply"][:2000], captions=clip.meta["captions"], meta=made)
+    audio = os.path.normpath(clip.audio).removeprefix(os.path.join(folder, ""))
+    example = Example(clip.id, audio, **row, meta=clip.meta | {"source": "generated"} | made)
+    example = shuffle_choices(example, random.Random(number(made["seed"], clip.id)))
+    return {k: getattr(example, k) for k in LINE}
+
+
+# ---- the run
+
+
+def answers(jobs, work, concurrency: int, room, stopping: list):
+    """Yield work(job) in order, computing a bounded window ahead: at most four jobs a thread, no more than room(jobs)
+    allows, and none that has not begun once `stopping` holds something."""
+    queue, job = collections.deque(), next(jobs, None)
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        while True:
+            if stopping:  # threads begin jobs in order, so those that cannot be cancelled have no gap between them
+                job, queue = None, collections.deque(item for item in queue if not item[1].cancel())
+            while job and len(queue) < 4 * concurrency and room([j for j, _ in queue] + [job]):
+                queue.append((job, pool.submit(work, job)))
+                job = next(jobs, None)
+            if not queue:
+                return
+            yield queue.popleft()[1].result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def generate(clips, out: str, rejects: str, model: str, *, base_url: str | None = None, concurrency: int = 16,
+             attempts: int = 3, temperature: float = 1.0, max_tokens: int = 400, seed: int = 0, max_tokens_total: int = 0,
+             max_cost: float = 0.0, price_in: float = 0.0, price_out: float = 0.0, retries: int = 5,
+             timeout_s: float = 120.0) -> dict:
+    """Write a question on every clip whose line is in neither file yet.      -> the summary of both files, also printed
+
+    clips: a sequence of Example, read once and in order; unique `id`, absolute `audio`, texts in `meta["captions"]`.
+    max_tokens: of one reply; a model that thinks aloud needs thousands. max_tokens_total, max_cost (USD) with prices (USD a
+    million tokens): bounds on all runs together; no clip is begun that might, with all its attempts, go beyond.
+    Raises UserError, and KeyboardInterrupt after Ctrl-C; what was answered until then is in the files.
+    """
+    from tqdm import tqdm
+
+    if max_cost and not (price_in and price_out):
+        raise UserError("--max_cost needs --price_in and --price_out, USD per million tokens")
+    if min(concurrency, attempts, max_tokens) < 1:
+        raise UserError("--concurrency, --attempts and --max_tokens must be at least 1")
+    if os.path.realpath(out) == os.path.realpath(rejects):
+        raise UserError("--out and --rejects name the same file; give two")
+    send = connect(model, base_url, temperature, max_tokens, retries, timeout_s)
+    limits = [(most, a, b) for most, a, b in ((max_tokens_total, 1, 1), (max_cost * 1e6, price_in, price_out)) if most]
+    made = dict(model=model, prompt_version=PROMPT_VERSION, seed=seed)
+    tally, stopping, broken, counts, in_a_row, start = Tally(), [], [], collections.Counter(), 0, time.monotonic()
+    last_failure = ""
+
+    def interrupted(*_):
+        if stopping:
+            raise KeyboardInterrupt
+        stopping.append(KeyboardInterrupt())
+        os.write(2, b"\nstopping when the running requests are answered; Ctrl-C again to leave at once\n")  # print may not
+
+    def to_do():  # a job: the clip, its messages, the most tokens it can take
+        try:
+            for clip in clips:
+                if number(clip.id) in tally.done:
+                    counts["done before"] += 1
+                    continue
+                messages = writing_prompt(clip)
+                prompt = sum(rough_tokens(text) for text in (WRITER, messages[1]["content"], json.dumps(SCHEMA)))
+                yield clip, messages, [attempts * prompt, attempts * max_tokens]
+        except UserError as e:  # a broken line: all that stands before it is still asked and written
+            broken.append(e)
+
+    def room(jobs) -> bool:
+        prompt, completion = map(sum, zip(tally.tokens, *(most for _, _, most in jobs)))
+        return all(a * prompt + b * completion <= most for most, a, b in limits)
+
+    with contextlib.ExitStack() as stack:
+        files = [reopen(out, LINE, made, tally, stack), reopen(rejects, REJECT, made, tally, stack)]
+        with contextlib.suppress(ValueError):  # only the main thread can listen to Ctrl-C
+            stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, interrupted))
+        bar = stack.enter_context(tqdm(total=len(clips), unit="clip", dynamic_ncols=True, disable=None))
+        for result in stack.enter_context(contextlib.closing(answers(
+                to_do(), lambda job: ask(send, *job[:2], attempts, seed), concurrency, room, stopping))):
+            counts["without usage"] += result["estimated"]
+            if (error := result["error"]) is None:
+                line = make_line(result, made, tally.seen, os.path.dirname(os.path.abspath(out)))
+                append_line(files["reason" in line], line)
+                tally.enter(line)
+                counts["answered"], in_a_row = counts["answered"] + 1, 0
+                bar.update(counts["done before"] + counts["answered"] - bar.n)
+                bar.set_postfix(accepted=sum(tally.positions), rejected=tally.rejected.total(), refresh=False)
+                continue
+            counts["failed"], in_a_row, last_failure = counts["failed"] + 1, in_a_row + 1, str(error)
+            tally.tokens = [a + b for a, b in zip(tally.tokens, result["tokens"])]
+            if isinstance(error, ConnectionError) and not counts["answered"]:
+                error = UserError(f"cannot reach the server: {error}; is it running, and is --base_url right?")
+            elif in_a_row == 20:
+                error = UserError(f"20 clips in a row failed, the last with: {error}; once that is mended, the same command "
+                                  "goes on from here")
+            if isinstance(error, UserError):
+                stopping.append(error)
+    accepted, seconds = sum(tally.positions), time.monotonic() - start
+    at_limit = not stopping + broken and len(clips) > counts["done before"] + counts["answered"] + counts["failed"]
+    summary = dict(
+        clips=len(clips), accepted=accepted, rejected=dict(tally.rejected.most_common()), failed=counts["failed"],
+        last_failure=last_failure, tokens=tally.tokens, without_usage=counts["without usage"],
+        clips_per_s=counts["answered"] / seconds,
+        cost=sum(n * price for n, price in zip(tally.tokens, (price_in, price_out))) / 1e6,
+        positions=tally.positions, longest=tally.longest / max(accepted, 1), at_limit=at_limit)
+    print_summary(summary)
+    for reason in stopping + broken:
+        raise reason
+    return summary
+
+
+def append_line(file, line: dict) -> None:
+    raw = (json.dumps(line) + "\n").encode()
+    try:
+        if file.write(raw) != len(raw):
+            raise OSError(0, "only part of a line could be written; is the disk full?")
+    except OSError as e:
+        raise UserError(f"{file.name}: {e.strerror}; once that is mended, the same command goes on from here") from None
+
+
+def print_summary(summary: dict) -> None:
+    tokens, share = summary["tokens"], summary["longest"]
+    table = [("clips", summary["clips"]), ("accepted", summary["accepted"]), ("rejected", sum(summary["rejected"].values()))]
+    table += [(f"  {reason}", n) for reason, n in summary["rejected"].items()]
+    table += [("failed, to be asked again", summary["failed"])]
+    table += [("  the last with", summary["last_failure"])] if summary["failed"] else []
+    table += [("tokens in and out", f"{tokens[0]:,} + {tokens[1]:,}")]
+    table += [("  replies whose tokens are estimates", summary["without_usage"])] if summary["without_usage"] else []
+    table += [("cost", f"{summary['cost']:.2f} USD")] if summary["cost"] else []
+    table += [("clips a second, this run", f"{summary['clips_per_s']:.1f}"),
+              ("answer positions", " ".join(map(str, summary["positions"]))),
+              ("answer is the longest choice", f"{share:.0%} (25% by chance)")]
+    print("\n".join(f"{name:<40}{value}" for name, value in table))
+    if summary["at_limit"]:
+        print("stopped at the limit: the next clip might exceed it; the same command with a higher limit goes on")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1051,10 +1550,6 @@ def listen_to(clip, max_s: float) -> dict:
                 silent=not wave.any())
 
 
-def plain(question: str) -> str:
-    return " ".join(re.findall(r"\w+", question.lower()))
-
-
 def survey(examples: Examples, max_s: float) -> dict:
     """Read every line and every clip of a data set, with all cores. Lines are "file:line" or "file:entry n".
 
@@ -1070,7 +1565,7 @@ def survey(examples: Examples, max_s: float) -> dict:
         except DataError as e:
             problems.append(str(e))
             continue
-        options = [plain(c) or c for c in example.choices]
+        options = [words(c) or c for c in example.choices]
         found["choices"][len(options)] += 1
         found["answers"][example.answer] += 1
         if example.answer is None:
@@ -1083,10 +1578,10 @@ def survey(examples: Examples, max_s: float) -> dict:
         if (first := ids.setdefault(example.id, where)) != where:
             problems.append(f'{where}: field "id": {example.id!r:.80} is also the id of {first}; give each its own')
         names = tuple(str(c) for c in example.clips)
-        pair = hash((names, plain(example.question), *sorted(options)))
+        pair = hash((names, words(example.question), *sorted(options, key=str)))
         if (first := pairs.setdefault(pair, where)) != where:
             found["notes"].append(f"{where}: the same clip and question as {first}")
-        found["asked"][hash((plain(example.question), *sorted(options)))].append(where)
+        found["asked"][hash((words(example.question), *sorted(options, key=str)))].append(where)
         for name, clip in zip(names, example.clips):
             found["lines"].setdefault(name, (where, clip))
     if len(blank) < sum(found["choices"].values()):
@@ -1157,7 +1652,7 @@ def write_examples(out: str, examples, total: int) -> int:
     folder, stem = os.path.dirname(os.path.abspath(out)), os.path.splitext(os.path.basename(out))[0]
     os.makedirs(folder, exist_ok=True)
     n, part = 0, f"{out}.part"
-    with open(part, "w", encoding="utf-8") as f:
+    with open(part, "w", encoding="utf-8", errors="backslashreplace") as f:  # half a character stays what JSON had: \ud800
         for example in progress(examples, total, "lines"):
             row = asdict(dataclasses.replace(example, audio=None, meta={}))
             paths = []
@@ -1275,6 +1770,27 @@ def keep(path: str, out: str, pass_rate: str = "", drop_answerable_without_audio
     print(f"{out}: {n} of {len(examples)} examples" + "".join(f"; {c} dropped: {why}" for why, c in dropped.most_common()))
 
 
+class Captioned(collections.abc.Sequence):
+    """The clips of a data set with what is known of their sound in meta["captions"]: captions, or else a label."""
+
+    def __init__(self, examples: Examples):
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> Example:
+        example = self.examples[i]
+        if "captions" not in example.meta and "label" not in example.meta:
+            raise DataError(f"{self.examples.where(i)}: neither captions nor a label; eval.py --prompt caption writes some")
+        return dataclasses.replace(example, meta={"captions": [example.meta.get("label")]} | example.meta)
+
+
+def write_questions(path: str, out: str, rejects: str, audio_dir: str, **options) -> None:
+    stem, end = os.path.splitext(out)
+    generate(Captioned(Examples(path, audio_dir)), out, rejects or f"{stem}_rejects{end}", **options)
+
+
 def span(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
@@ -1314,6 +1830,26 @@ def main(argv=None) -> int:
     add("--eval_size", type=int, default=-1, help="questions to hold out; -1: a tenth")
     add("--n_choices", type=int, default=4, help="choices a question; distractors come from the same family first")
 
+    add = command("generate", write_questions, "captions to questions, written by a language model and checked",
+                  "captions.jsonl --model gpt-4o-mini --max_cost 5 --price_in 0.15 --price_out 0.6 --out vggs_gpt.jsonl")
+    add("path", metavar="CAPTIONS", help="JSONL or CSV of clips with captions or a label; eval.py --prompt caption writes one")
+    add("--out", required=True, help="JSONL of questions; the same command goes on where it stopped")
+    add("--rejects", default="", help="JSONL of what was refused, and why; default: OUT_rejects.jsonl")
+    add("--audio_dir", default="", help="where relative audio paths start; default: the folder of the file")
+    add("--model", required=True, help="as the server calls it; the key is read from OPENAI_API_KEY")
+    add("--base_url", default=None, help="an OpenAI-compatible server, http://HOST:PORT/v1; default: OpenAI's")
+    add("--concurrency", type=int, default=16, help="requests at once")
+    add("--attempts", type=int, default=3, help="times that a clip is asked about until a question passes")
+    add("--temperature", type=float, default=1.0, help="of the language model")
+    add("--max_tokens", type=int, default=400, help="of one reply; a model that thinks aloud needs thousands")
+    add("--seed", type=int, default=0, help="of the requests and of the order of the choices")
+    add("--max_tokens_total", type=int, default=0, help="stop before all runs together use more; 0: no limit")
+    add("--max_cost", type=float, default=0.0, help="the same in USD, with --price_in and --price_out; 0: no limit")
+    add("--price_in", type=float, default=0.0, help="USD per million prompt tokens")
+    add("--price_out", type=float, default=0.0, help="USD per million completion tokens")
+    add("--retries", type=int, default=5, help="after 429, 5xx, time-outs; Retry-After is honoured up to 120 s")
+    add("--timeout_s", type=span, default=120.0, help="of one request")
+
     add = command("filter", keep, "keep what a policy can learn from, by what eval.py --samples measured",
                   "avqa.jsonl --pass_rate 0.1..0.9 --drop_answerable_without_audio --out hard.jsonl")
     add("path", metavar="FILE", help="questions with pass_rate in their meta")
@@ -1337,4 +1873,10 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr.reconfigure(errors="backslashreplace")
+    code = main()
+    if code == 130:  # the files are closed; threads that still wait for a server would hold up a plain exit
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

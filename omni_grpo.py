@@ -422,8 +422,11 @@ def blame(what: str):
         raise UserError(f"{what}: {' '.join(str(e).split())[:300] or type(e).__name__}") from None
 
 
-def load_policy(cfg: Config) -> Policy:
-    """Checkpoint directory or Hub id -> Policy, with a fresh LoRA adapter, --adapter, or all weights trainable."""
+def load_policy(cfg: Config, train: bool = True) -> Policy:
+    """Checkpoint directory or Hub id -> Policy, with a fresh LoRA adapter, --adapter, or all weights trainable.
+
+    Not to train: the model as it is, with --adapter where one is given, and nothing trainable.
+    """
     import transformers
 
     quiet_libraries()
@@ -431,7 +434,7 @@ def load_policy(cfg: Config) -> Policy:
     cuda = torch.cuda.is_available()
     if cfg.load_in_4bit and not cuda:
         raise UserError("--load_in_4bit: needs a CUDA card")
-    options = dict(dtype=torch.bfloat16 if cuda and cfg.lora_rank else torch.float32, use_safetensors=True)
+    options = dict(dtype=torch.bfloat16 if cuda and (cfg.lora_rank or not train) else torch.float32, use_safetensors=True)
     if cuda:
         options["device_map"] = {"": "cuda:0"}
     if cfg.load_in_4bit:
@@ -450,10 +453,10 @@ def load_policy(cfg: Config) -> Policy:
             folder, config=family.config(config), output_loading_info=True, **options)
         if missing := [n for n in sorted(info["missing_keys"]) if not n.startswith(family.drop)]:
             raise ValueError(f"its files lack {len(missing)} of the model's weights, the first is {missing[0]}")
-    return make_policy(cfg, model, family, folder)
+    return make_policy(cfg, model, family, folder, train)
 
 
-def make_policy(cfg: Config, model, family: Family, folder: str) -> Policy:
+def make_policy(cfg: Config, model, family: Family, folder: str, train: bool = True) -> Policy:
     """A loaded model, taken apart, with its tokenizer and feature extractor from `folder`."""
     import transformers
 
@@ -473,37 +476,37 @@ def make_policy(cfg: Config, model, family: Family, folder: str) -> Policy:
             raise ValueError("its tokenizer names no end-of-turn token")
         if audio_id is not None and audio_id >= len(tokenizer):
             raise ValueError(f"its tokenizer does not hold the audio placeholder, id {audio_id}; are its files there?")
-    policy = take_apart(cfg, model, family)
+    policy = take_apart(cfg, model, family, train)
     return dataclasses.replace(policy, tokenizer=tokenizer, extractor=extractor, audio_id=audio_id, stop_ids=sorted(stops))
 
 
-def take_apart(cfg: Config, model, family: Family) -> Policy:
+def take_apart(cfg: Config, model, family: Family, train: bool = True) -> Policy:
     """Drop what is never used, put LoRA on the language model, pack its attention; the text side is left to make_policy."""
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register("packed", packed_attention)
     modules = dict(model.named_modules())
-    for parent, _, name in (path.rpartition(".") for path in family.drop if path in modules and cfg.lora_rank):
+    for parent, _, name in (path.rpartition(".") for path in family.drop if path in modules and (cfg.lora_rank or not train)):
         setattr(modules[parent], name, None)
     encode_audio = family.encode_audio and torch.no_grad()(lambda mels, model=model: family.encode_audio(model, mels))
     lm_path = next(path for path in family.lm if path in modules)
     lm, head, embed_tokens = modules[lm_path], model.get_output_embeddings(), model.get_input_embeddings()
     lm.set_attn_implementation("packed")
     model.requires_grad_(False)
-    if cfg.lora_rank:
+    if cfg.adapter and (cfg.lora_rank or not train):
         import peft
-        if cfg.adapter:
-            with blame(f"--adapter {cfg.adapter}"):
-                model = peft.PeftModel.from_pretrained(model, cfg.adapter, is_trainable=True)
-        else:
-            linear = sorted({name.rpartition(".")[2] for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear)})
-            pattern = rf"{re.escape(lm_path)}\..*\b({'|'.join(linear)})"  # cannot match the audio tower
-            model = peft.get_peft_model(model, peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
-                                                               target_modules=pattern, task_type="CAUSAL_LM"))
-    else:
+        with blame(f"--adapter {cfg.adapter}"):
+            model = peft.PeftModel.from_pretrained(model, cfg.adapter, is_trainable=train)
+    elif cfg.lora_rank and train:
+        import peft
+        linear = sorted({name.rpartition(".")[2] for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear)})
+        pattern = rf"{re.escape(lm_path)}\..*\b({'|'.join(linear)})"  # cannot match the audio tower
+        model = peft.get_peft_model(model, peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
+                                                           target_modules=pattern, task_type="CAUSAL_LM"))
+    elif train:
         lm.requires_grad_(True)
         head.requires_grad_(True)
-    if cfg.gradient_checkpointing:
+    if cfg.gradient_checkpointing and train:
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # renamed in 5.2x
         enable({"use_reentrant": False})
     model.eval()
@@ -564,11 +567,15 @@ def hear(policy: Policy, example: Example, cfg: Config) -> tuple[list[Tensor], b
     return mels, any_cut
 
 
-def encode(policy: Policy, examples: list[Example], mels: list[list[Tensor]], cfg: Config) -> list[Tokens]:
-    """Questions and their features -> prompts; the audio tower runs once for the whole batch."""
+def embeddings(policy: Policy, mels: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Features of every clip of every question -> audio embeddings (n, H) each; the tower runs once for the whole batch."""
     flat = [mel for clips in mels for mel in clips]
-    embeddings = iter(policy.encode_audio(flat) if flat else ())
-    return [prompt_tokens(policy, e, list(islice(embeddings, len(clips))), cfg) for e, clips in zip(examples, mels)]
+    each = iter(policy.encode_audio(flat) if flat else ())
+    return [list(islice(each, len(clips))) for clips in mels]
+
+
+def encode(policy: Policy, examples: list[Example], mels: list[list[Tensor]], cfg: Config) -> list[Tokens]:
+    return [prompt_tokens(policy, e, clips, cfg) for e, clips in zip(examples, embeddings(policy, mels))]
 
 
 def prompt_tokens(policy: Policy, example: Example, clips: list[Tensor], cfg: Config) -> Tokens:

@@ -5,10 +5,13 @@ log holds each before weighting. To add one, write the function and add its name
 what a model wrote and never executes it. This file needs no torch.
 """
 
+import ast
 import difflib
 import math
+import operator
 import re
 import unicodedata
+from fractions import Fraction
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The resolver
@@ -189,7 +192,52 @@ def think_format(completion: str, example) -> float:
     return float(one_block("answer", one_block("think", completion.strip()).strip()) == "")
 
 
-REWARDS = {"accuracy": accuracy, "format": format, "think_format": think_format}
+def arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
+    """The value of an expression of integers and + - * / ( ), and its integers; None if it is anything else.
+
+    Walks the syntax tree and executes nothing: 9**9**9 is refused and not computed. Exact: 1/3*3 is 1.
+    """
+    numbers = []
+
+    def value(node) -> Fraction:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            numbers.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+            return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        raise ValueError
+
+    if len(expression) > 200 or not re.fullmatch(r"[\d+\-*/() ]+", expression):  # short: no deep nesting, no long division
+        return None
+    try:
+        return value(ast.parse(expression.strip(), mode="eval").body), numbers
+    except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def countdown(completion: str, example) -> float:
+    """TinyZero's: 1 if the last <answer> uses every number of `meta["nums"]` exactly once and gives `meta["target"]`,
+    0.1 for any other answer in its tags, else 0."""
+    answers = re.findall(r"<answer>([^<]*)</answer>", completion)
+    if not answers:
+        return 0.0
+    found = arithmetic(" ".join(answers[-1].split()).removesuffix(f"= {example.meta.get('target')}"))
+    right = found and found[0] == example.meta.get("target") and sorted(found[1]) == sorted(example.meta.get("nums", []))
+    return 1.0 if right else 0.1
+
+
+def countdown_last_line(completion: str, example) -> float:
+    """The same, looking only at the last line, as TinyZero's code does."""
+    return countdown(completion.rstrip().rpartition("\n")[2], example)
+
+
+REWARDS = {"accuracy": accuracy, "format": format, "think_format": think_format, "countdown": countdown,
+           "countdown_last_line": countdown_last_line}
 
 
 def parse_rewards(spec: str) -> dict[str, float]:

@@ -2,25 +2,34 @@
 
     python tests/bench.py --scoring      prefix-shared against repeated scoring, forward and backward, and the bound
     python tests/bench.py --step         a whole training step: seconds by part, peak memory (CUDA: 7B under a 48 GiB cap)
+    python tests/bench.py --reading      training steps of the demo's base with 30 s clips on disk, against clips in memory
+    python tests/bench.py --eval         k sampled answers a question, against the library's generate
 
 Ratios come from one run on one machine, the two sides taking turns; times are medians.
 """
 
 import argparse
+import json
 import os
 import statistics
 import sys
+import tempfile
 import time
+from itertools import islice
 
+import numpy as np
+import soundfile
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import data  # noqa: E402
 import omni_grpo as og  # noqa: E402
 
 SMALL = dict(vocab_size=2048, hidden_size=384, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=6,
              num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[8, 12, 12]))
 SMALL_AUDIO = dict(d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128, output_dim=384)
+TOKENS = ("audio", "image", "video", "audio_start", "audio_end", "vision_start", "vision_end")
 VISION = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2)
 
 
@@ -31,7 +40,8 @@ def random_policy(big: bool, rank: int = 16) -> og.Policy:
     og.quiet_libraries()
     config = transformers.Qwen2_5OmniThinkerConfig(
         text_config=dict(tie_word_embeddings=False) if big else SMALL, audio_config={} if big else SMALL_AUDIO,
-        vision_config=VISION | dict(out_hidden_size=3584 if big else 384))
+        vision_config=VISION | dict(out_hidden_size=3584 if big else 384),
+        **({} if big else {f"{name}_token_id": 2047 - i for i, name in enumerate(TOKENS)}))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16 if big else torch.float32)
@@ -135,10 +145,77 @@ def step(args) -> None:
     print(f"median step {whole:.2f} s = tower {tower:.2f} + rollout {rollout:.2f} + update {update:.2f}; peak {peak:.2f} GiB")
 
 
+def reading(args) -> None:
+    """Steps on recordings (44.1 kHz stereo flac) read ahead by worker threads, against the same decoded beforehand."""
+    cfg, _ = og.parse_config(["--prompts_per_step", str(args.prompts), "--num_generations", str(args.generations)])
+    og.make_demo()
+    with tempfile.TemporaryDirectory() as folder:
+        rng, n = np.random.default_rng(0), 4 * args.prompts
+        for i in range(n):
+            wave = np.cumsum(rng.standard_normal((int(args.audio_s * 44100), 2)), axis=0)
+            soundfile.write(f"{folder}/{i}.flac", wave / np.abs(wave).max(), 44100)
+        with open(f"{folder}/clips.jsonl", "w", encoding="utf-8") as f:
+            for i in range(n):
+                row = dict(audio=f"{i}.flac", question="What is this?", choices=["hum", "hiss"], answer=i % 2)
+                f.write(json.dumps(row) + "\n")
+        examples = data.Examples(f"{folder}/clips.jsonl")
+        start = time.perf_counter()
+        memory = {e.audio: data.load_audio(e.audio, cfg.max_audio_s) for e in examples}
+        print(f"{args.audio_s:g} s clips, {args.prompts} prompts x {args.generations} completions, {where()}; "
+              f"one thread decodes a clip in {(time.perf_counter() - start) / n * 1000:.0f} ms", flush=True)
+        policy = og.load_policy(cfg)
+        optimizer, disk = og.make_optimizer(policy, cfg), data.load_audio
+        seconds = {"disk": [], "memory": []}
+        for turn in range(2 * args.repeats):
+            name = ("disk", "memory")[turn % 2]
+            data.load_audio = disk if name == "disk" else lambda clip, max_s: (memory[clip][0].copy(), memory[clip][1])
+            clips = og.listen(policy, cfg, og.draw(cfg, examples, range(n), 0, "rl"), [])
+            for i in range(args.steps):
+                start = time.perf_counter()
+                batch = list(islice(clips, args.prompts))
+                groups = og.sampled_groups(policy, cfg, batch, {"accuracy": 1.0})
+                og.update(policy, optimizer, cfg, groups, cold=False)
+                if i > 1:  # the first two begin with nothing read ahead
+                    seconds[name].append(time.perf_counter() - start)
+            clips.close()
+        data.load_audio = disk
+    a, b = (statistics.median(seconds[name]) for name in ("disk", "memory"))
+    print(f"median step {a:.3f} s from disk, {b:.3f} s from memory: {a / b:.3f} x")
+
+
+def evaluation(args) -> None:
+    """k answers to each question, as eval.py asks for them, against the library's generate(num_return_sequences=k)."""
+    policy = random_policy(big=torch.cuda.is_available())
+    policy.stop_ids, vocab, frames = [], policy.head.weight.shape[0] - 8, int(args.audio_s * 100)
+    audio_id, model = policy.model.get_base_model().config.audio_token_id, policy.model.get_base_model()
+    print(f"{args.new_tokens} tokens, {args.audio_s:g} s clips, {args.prompts} questions, {where()}\n\n"
+          "| k | generate s | ours s | faster |\n|---|---|---|---|")
+    mels = [torch.randn(128, frames) for _ in range(args.prompts)]
+    sizes = [len(a) for a in policy.encode_audio(mels)]
+    before, after = torch.randint(vocab, (40,)).tolist(), torch.randint(vocab, (40,)).tolist()
+    ids = torch.tensor([before + [audio_id] * n + after for n in sizes], device=policy.device)
+    features = dict(input_features=torch.stack(mels).to(policy.device, model.dtype),
+                    feature_attention_mask=torch.ones(args.prompts, frames, dtype=torch.long, device=policy.device))
+    for k in (1, 4, 8):
+        def theirs(k=k):
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0,
+                           num_return_sequences=k, max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens,
+                           pad_token_id=0, **features)
+
+        def ours(k=k):
+            prompts = [og.Tokens(before + [audio_id] * len(a) + after, [(40, a)]) for a in policy.encode_audio(mels)]
+            og.rollout(policy, prompts, k, 1.0, args.new_tokens, list(range(len(prompts))))
+
+        a, b = by_turns(theirs, ours, repeats=args.repeats)
+        print(f"| {k} | {a:.2f} | {b:.2f} | {a / b:.2f} x |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scoring", action="store_true")
     parser.add_argument("--step", action="store_true")
+    parser.add_argument("--reading", action="store_true")
+    parser.add_argument("--eval", action="store_true")
     parser.add_argument("--repeats", type=int, default=3, help="turns behind each median")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=8)
@@ -151,7 +228,11 @@ def main() -> None:
         scoring(args.repeats)
     if args.step:
         step(args)
-    if not (args.scoring or args.step):
+    if args.reading:
+        reading(args)
+    if args.eval:
+        evaluation(args)
+    if not (args.scoring or args.step or args.reading or args.eval):
         parser.print_help()
 
 

@@ -120,17 +120,22 @@ def test_every_sampled_token_has_its_own_draw(policy, prompts):
     assert abs(sum(ids) / 144 / len(policy.head.weight) - 0.5) < 0.1
 
 
-def test_greedy_rollout_is_the_library_s(policy, tiny, config):
-    """Same tokens as generate() on input features, audio path of the library included."""
-    for example in list(data.Examples(tiny.questions))[:3]:
-        mel, _ = og.hear(policy, example, config())
-        prompt = og.encode(policy, [example], [mel], config())[0]
+@pytest.mark.parametrize("n_clips", [1, 2, 3])
+def test_greedy_rollout_is_the_library_s(policy, tiny, config, n_clips):
+    """Same tokens as generate() on input features, audio path of the library included; several clips keep their order."""
+    examples = list(data.Examples(tiny.questions))
+    for i in range(3):
+        example = dataclasses.replace(examples[i], audio=[e.audio for e in examples[i:i + n_clips]])
+        mels, _ = og.hear(policy, example, config())
+        prompt = og.encode(policy, [example], [mels], config())[0]
+        assert len(prompt.audio) == len(mels) == n_clips
         ours = og.rollout(policy, [prompt], 1, 0.0, 8, [0])[0][0].ids
-        ids = torch.tensor([prompt.ids])
+        ids, frames = torch.tensor([prompt.ids]), max(m.shape[1] for m in mels)
         theirs = policy.model.get_base_model().generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), input_features=mel[None],
-            feature_attention_mask=torch.ones(1, mel.shape[1], dtype=torch.long), do_sample=False, max_new_tokens=8,
-            pad_token_id=0)[0, ids.shape[1]:].tolist()
+            input_ids=ids, attention_mask=torch.ones_like(ids),
+            input_features=torch.stack([F.pad(m, (0, frames - m.shape[1])) for m in mels]),
+            feature_attention_mask=torch.tensor([[j < m.shape[1] for j in range(frames)] for m in mels]).long(),
+            do_sample=False, max_new_tokens=8, pad_token_id=0)[0, ids.shape[1]:].tolist()
         assert ours == theirs[:len(ours)]
 
 

@@ -1,0 +1,800 @@
+"""Evaluation that can be trusted: audio question answering benchmarks, with controls.
+
+    python eval.py --data mmau-test-mini.json --model Qwen/Qwen2.5-Omni-7B --adapter runs/x/adapter --out results/x
+    python eval.py --data mmau-test-mini.json --model ... --out results/x --controls     is it listening?
+    python eval.py --compare results/base results/x                                     is it better? paired, per item
+    python eval.py --score predictions.json [--data FILE]                               anybody's predictions, no model
+
+Greedy by default. What the model says is mapped to one choice or to none by `reward.resolve`, the very function that
+training rewards; none is wrong, and never a guess. Beside that stand the benchmark's own rule, the score of three answers
+that need no ears (random, first choice, longest choice), and controls: silence, no audio, another item's clip, every
+rotation of the choices. The prompt is the one of training. A killed run goes on where it was.
+"""
+
+import argparse
+import base64
+import collections
+import dataclasses
+import hashlib
+import html
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import data
+from data import PROMPTS, DataError, Example, Examples, UserError
+from reward import REWARDS, resolve, words
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmarks' own rules, re-implemented from their descriptions
+
+
+def word_rule(text: str, example: Example) -> bool:
+    """MMAU and MMAR: all words of the answer occur, and none that only other choices have. Order and counts are lost."""
+    said, gold = set(re.findall(r"\b\w+\b", text.lower())), set(re.findall(r"\b\w+\b", example.choices[example.answer].lower()))
+    others = [set(re.findall(r"\b\w+\b", c.lower())) for c in example.choices]
+    wrong = set().union(*(other - gold for other in others if other != gold))
+    return bool(said) and gold <= said and not said & wrong
+
+
+def letter_rule(text: str, example: Example) -> bool | None:
+    """MMSU and AIR-Bench: the first character, else the last but one, if it is A to D; None: left out of the count."""
+    text = text.strip().replace("\n", "")
+    letter = next((c for c in (text[:1], text[-2:-1]) if c and c in "ABCD"), None)
+    if letter is None:
+        return None
+    index = ord(letter) - 65
+    return index < len(example.choices) and example.choices[index] == example.choices[example.answer]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    rule: Callable | None = None  # (text, example) -> right, or None where the benchmark leaves the item out
+    by: str = "task"  # the column of its published table
+    note: str = ""
+
+
+BENCHMARKS = {  # by the name of the data format; anything else is scored strictly, and only so
+    "MMAU": Benchmark(word_rule), "MMAU (Hub)": Benchmark(word_rule), "MMAR": Benchmark(word_rule, "modality"),
+    "MMSU": Benchmark(letter_rule, "task_name"), "AIR-Bench": Benchmark(letter_rule, "task_name"),
+    "MMAU-Pro": Benchmark(by="category", note="resolved choices, not the official NV-Embed similarity"),
+}
+GROUPS = ("task", "modality", "category", "sub-category", "sub_category", "difficulty", "task_name", "language", "length_type",
+          "dataset_name", "question_type", "split")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+@dataclass
+class Result:
+    """What was said about one item. Resolved indices count in the order of the data file, whatever was shown."""
+
+    example: Example
+    key: str
+    said: list[list[str]] = field(default_factory=list)  # [rotation][sample]
+    error: str = ""  # why the clip could not be heard; the item counts as wrong
+
+    @property
+    def resolved(self) -> list[list[int | None]]:
+        n = len(self.example.choices)
+        return [[None if (i := resolve(text, rotate(self.example, r).choices)) is None else (i + r) % n for text in texts]
+                if n else [None] * len(texts) for r, texts in enumerate(self.said)]
+
+    @property
+    def right(self) -> list[list[bool]]:
+        if "nums" in self.example.meta:
+            return [[REWARDS["countdown"](t, self.example) == 1 for t in texts] for texts in self.said]
+        return [[same(self.example, i, self.example.answer) for i in row] for row in self.resolved]
+
+    @property
+    def score(self) -> float:
+        """Share of right answers over rotations and samples; 0 or 1 for one greedy answer."""
+        flat = [x for row in self.right for x in row]
+        return sum(flat) / len(flat) if flat else 0.0
+
+
+def same(example: Example, i: int | None, j: int | None) -> bool:
+    """Choices that read the same are one."""
+    if i is None or j is None:
+        return False
+    return i == j or words(example.choices[i]) == words(example.choices[j]) != ()
+
+
+def rotate(example: Example, r: int) -> Example:
+    """Choice number i moves to place i - r."""
+    if not r:
+        return example
+    n = len(example.choices)
+    return dataclasses.replace(example, choices=example.choices[r:] + example.choices[:r],
+                               answer=None if example.answer is None else (example.answer - r) % n)
+
+
+def majority(result: Result) -> int | None:
+    """The most frequent resolved choice; of equals the one said first."""
+    votes = collections.Counter(i for row in result.resolved for i in row if i is not None)
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share p of n (Wilson 1927)."""
+    if not n:
+        return 0.0, 1.0
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def baselines(examples: list[Example], rule: Callable | None) -> dict[str, float]:
+    """Three answers that need no ears, scored by the benchmark's rule where it has one.        -> shares of right ones"""
+    def right(example, i):
+        return bool(rule(example.choices[i], example)) if rule is word_rule else same(example, i, example.answer)
+
+    return {"random": mean(mean(right(e, i) for i in range(len(e.choices))) for e in examples),
+            "first_choice": mean(right(e, 0) for e in examples),
+            "longest_choice": mean(right(e, max(range(len(e.choices)), key=lambda i: len(e.choices[i]))) for e in examples)}
+
+
+def spoken(result: Result) -> tuple[str, str]:
+    """-> (the answer as the benchmark's file spells it: the resolved choice, else what was said; what was said)"""
+    raw = result.said[0][0] if result.said and result.said[0] else ""
+    choice = majority(result)
+    return (raw if choice is None else result.example.choices[choice]), raw
+
+
+def report_of(results: list[Result], examples: Examples, about: dict) -> dict:
+    """All scores. Items without a known answer are not scored; a file without any gets none."""
+    benchmark = BENCHMARKS.get(examples.format, Benchmark())
+    known = [r for r in results if r.example.answer is not None or "nums" in r.example.meta]
+    labelled = [r for r in known if r.example.choices]
+    flat = [i for r in labelled for row in r.resolved for i in row]
+    report = about | dict(file=os.path.basename(examples.path), format=examples.format, version=examples.version,
+                          n=len(known), items=len(results), skipped=dict(examples.skipped), note=benchmark.note)
+    errors = {r.key: r.error for r in results if r.error}
+    report |= dict(errors=len(errors), error_items=errors)
+    if not known:
+        return report | dict(note="no labels in this file: predictions written, nothing to score")
+    accuracy = mean(r.score for r in known)
+    report |= dict(accuracy=accuracy, interval=interval(known), unresolved=sum(i is None for i in flat),
+                   answers=len(flat), missing=sum(not r.said and not r.error for r in known))
+    rule = benchmark.rule and (lambda r, text: benchmark.rule(text, r.example))
+    if rule:
+        for name, texts in (("official_accuracy", [spoken(r)[0] for r in labelled]),
+                            ("official_accuracy_raw", [spoken(r)[1] for r in labelled])):
+            if benchmark.rule is letter_rule:  # it reads letters: a resolved choice is handed to it as one
+                texts = [texts[i] if name.endswith("raw") or majority(r) is None else chr(65 + majority(r))
+                         for i, r in enumerate(labelled)]
+            verdicts = [rule(r, text) for r, text in zip(labelled, texts)]
+            counted = [v for v in verdicts if v is not None]
+            report |= {name: mean(counted), f"{name}_left_out": len(verdicts) - len(counted)}
+    if labelled:
+        report["baselines"] = baselines([r.example for r in labelled], benchmark.rule)
+    width = max((len(row) for r in known for row in r.right), default=0)
+    if width > 1:
+        report |= {"samples": width, f"pass@{width}": mean(any(x for row in r.right for x in row) for r in known),
+                   "majority": mean(same(r.example, majority(r), r.example.answer) for r in labelled)}
+    if any(len(r.said) > 1 for r in labelled):
+        report |= dict(consistency=mean(len({row[0] for row in r.resolved} - {None}) == 1 and all(
+            row[0] is not None for row in r.resolved) for r in labelled if r.said),
+                       right_in_every_rotation=mean(all(row[0] for row in r.right) for r in labelled if r.said))
+    groups = {}
+    for name in GROUPS:
+        parts = collections.defaultdict(list)
+        for r in known:
+            value = r.example.meta.get(name)
+            parts[", ".join(map(str, value)) if isinstance(value, list) else str(value)].append(r)
+        if set(parts) != {"None"} and len(parts) <= 100:
+            groups[name] = {value: dict(n=len(part), accuracy=mean(r.score for r in part), interval=interval(part),
+                                        unresolved=sum(i is None for r in part for row in r.resolved for i in row))
+                            for value, part in sorted(parts.items())}
+    return report | dict(by=groups, by_task=groups.get(benchmark.by, {}))
+
+
+def interval(results: list[Result]) -> tuple[float, float]:
+    """95 %: Wilson's for right or wrong; by the spread over items where an item can be half right."""
+    scores = [r.score for r in results]
+    if set(scores) <= {0.0, 1.0}:
+        return wilson(mean(scores), len(scores))
+    half = 1.96 * float(np.std(scores)) / math.sqrt(len(scores))
+    return max(0.0, mean(scores) - half), min(1.0, mean(scores) + half)
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.1f}"
+
+
+def markdown(report: dict) -> str:
+    """The report as it is shown on the screen."""
+    version = f" {report['version']}" if report["version"] else ""
+    lines = [f"{report['file']}: {report['format']}{version}, {report['items']} items"
+             + "".join(f"; {n} skipped: {why}" for why, n in report["skipped"].items()), ""]
+    if "accuracy" not in report:
+        return "\n".join([*lines, report["note"]])
+    lines += ["| | n | accuracy % | 95 % interval | unresolved |", "|---|---|---|---|---|"]
+    row = "| {} | {} | {} | {} - {} | {} |".format
+    lines.append(row("**all**", report["n"], f"**{percent(report['accuracy'])}**", *map(percent, report["interval"]),
+                     report["unresolved"]))
+    for name, groups in report["by"].items():
+        if groups is report["by_task"] or groups == report["by_task"] or name in ("difficulty", "category"):
+            lines += [row(f"{name}: {value}", g["n"], percent(g["accuracy"]), *map(percent, g["interval"]), g["unresolved"])
+                      for value, g in groups.items()]
+    lines.append("")
+    if "official_accuracy" in report:
+        lines.append(f"the benchmark's own rule: {percent(report['official_accuracy'])} on the resolved choices, "
+                     f"{percent(report['official_accuracy_raw'])} on what was said, word for word"
+                     + (f" ({report['official_accuracy_raw_left_out']} left out by it)"
+                        if report["official_accuracy_raw_left_out"] else ""))
+    if "baselines" in report:
+        named = (f"{name.replace('_', ' ')} {percent(value)}" for name, value in report["baselines"].items())
+        lines.append("without listening: " + ", ".join(named))
+    for key in report:
+        if key.startswith("pass@") or key in ("majority", "consistency", "right_in_every_rotation"):
+            lines.append(f"{key.replace('_', ' ')}: {percent(report[key])}")
+    if report["errors"] or report["missing"]:
+        lines.append(f"counted as wrong: {report['errors']} clips that could not be heard, {report['missing']} items without a "
+                     "prediction" + "".join(f"\n  {why}" for why in list(report["error_items"].values())[:10]))
+    return "\n".join([*lines, *([f"note: {report['note']}"] if report["note"] else [])])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running a model
+
+
+def item_key(example: Example) -> str:
+    what = (example.id, example.question, example.choices, example.answer)
+    return hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+
+
+def fingerprint(folder: str) -> str:
+    """Of a directory of weights: names, sizes, and 64 KiB at the start, the middle and the end of every file."""
+    mark = hashlib.blake2b(digest_size=8)
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path) and name.endswith((".safetensors", ".json", ".jinja", ".txt")):
+            size = os.path.getsize(path)
+            mark.update(f"{name} {size}".encode())
+            with open(path, "rb") as f:
+                for at in {0, max(0, size // 2), max(0, size - 65536)}:
+                    f.seek(at)
+                    mark.update(f.read(65536))
+    return mark.hexdigest()
+
+
+def settings(args) -> dict:
+    """All that an answer depends on: results of different settings never stand in one folder."""
+    import omni_grpo as og
+
+    template = PROMPTS[args.prompt]
+    return dict(model=args.model, model_fingerprint=fingerprint(og.find_model(args.model)), adapter=args.adapter,
+                adapter_fingerprint=fingerprint(args.adapter) if os.path.isdir(args.adapter) else "",
+                prompt=args.prompt, prompt_text=dataclasses.asdict(template), audio=args.audio,
+                decoding=dict(temperature=args.temperature, samples=args.samples, seed=args.seed,
+                              max_new_tokens=args.max_new_tokens or template.max_new_tokens),
+                rotate_choices=args.rotate_choices, max_audio_s=args.max_audio_s, load_in_4bit=args.load_in_4bit)
+
+
+def other_clips(items: list[Example], seed: int) -> list[Example]:
+    """Every item with the clip of another item: the next one, in a random order, that has another clip."""
+    order = [i for i, e in enumerate(items) if e.clips]
+    random.Random(seed).shuffle(order)
+    out = list(items)
+    for place, i in enumerate(order):
+        others = (order[(place + step) % len(order)] for step in range(1, len(order)))
+        other = next((j for j in others if data.clip_key(items[j]) != data.clip_key(items[i])), None)
+        if other is None:
+            raise UserError("--audio shuffled: all items have the same clip")
+        out[i] = dataclasses.replace(items[i], audio=items[other].audio)
+    return out
+
+
+def open_results(out: str, setting: dict) -> dict[tuple[str, int], dict]:
+    """Make the folder, or go on with one of the very same settings.       -> what is done, by (item, rotation)
+
+    Every answer is one appended line; a line that a kill cut in two is cut off. Raises UserError on other settings.
+    """
+    os.makedirs(out, exist_ok=True)
+    path, lines = os.path.join(out, "config.json"), os.path.join(out, "items.jsonl")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            before = json.load(f)
+        differs = [k for k in setting if before.get(k) != json.loads(json.dumps(setting[k]))]
+        if differs:
+            raise UserError(f"--out {out}: holds results of another {', '.join(differs)}; give another --out")
+    elif os.listdir(out) and os.path.exists(lines):
+        raise UserError(f"--out {out}: holds something else; give another --out")
+    else:
+        write(path, json.dumps(setting, indent=1))
+    done = {}
+    if os.path.exists(lines):
+        with open(lines, "rb+") as f:
+            whole = f.read()
+            f.truncate(whole.rfind(b"\n") + 1)
+        for line in whole[:whole.rfind(b"\n") + 1].splitlines():
+            record = json.loads(line)
+            done[record["item"], record["rotation"]] = record
+    return done
+
+
+def write(path: str, content: str) -> None:
+    with open(path + ".part", "w", encoding="utf-8") as f:
+        f.write(content)
+    os.replace(path + ".part", path)
+
+
+def answer(args, items: list[Example], out: str, policy=None) -> tuple[list[Result], dict]:
+    """Ask the model about every item that is not done yet.       -> (results, settings)"""
+    from tqdm import tqdm
+
+    import omni_grpo as og
+
+    setting = settings(args)
+    done = open_results(out, setting)
+    cfg = og.Config(model=args.model, adapter=args.adapter, prompt=args.prompt, max_audio_s=args.max_audio_s,
+                    audio="real" if args.audio == "shuffled" else args.audio, load_in_4bit=args.load_in_4bit)
+    results = [Result(e, item_key(e)) for e in items]
+    rotations = [range(len(e.choices)) if args.rotate_choices and e.choices else range(1) for e in items]
+    todo = [i for i, r in enumerate(results) if any((r.key, k) not in done for k in rotations[i])]
+    if todo:
+        policy = policy or og.load_policy(cfg, train=False)
+        heard_items = other_clips(items, args.seed) if args.audio == "shuffled" else items
+        heard = data.ahead(todo, lambda i: og.hear(policy, heard_items[i], cfg)[0], cfg.workers, 2 * args.batch_size)
+        bar = tqdm(total=len(items), initial=len(items) - len(todo), unit="item", dynamic_ncols=True, disable=None)
+        scores = [0.0, 0]
+        with open(os.path.join(out, "items.jsonl"), "a", encoding="utf-8") as f:
+            while batch := list(zip(range(args.batch_size), heard)):
+                ok = [(i, mels) for _, (i, mels) in batch if not isinstance(mels, DataError)]
+                records = {i: [{"item": results[i].key, "rotation": k, "said": [], "error": str(e)} for k in rotations[i]]
+                           for _, (i, e) in batch if isinstance(e, DataError)}
+                clips = og.embeddings(policy, [mels for _, mels in ok])  # once a clip, for all rotations and samples
+                asked = [(i, k, og.prompt_tokens(policy, rotate(items[i], k), clip, cfg))
+                         for (i, _), clip in zip(ok, clips) for k in rotations[i] if (results[i].key, k) not in done]
+                at_once = max(1, args.rollout_rows // args.samples)
+                for at in range(0, len(asked), at_once):
+                    part = asked[at:at + at_once]
+                    said = og.rollout(policy, [p for *_, p in part], args.samples, args.temperature,
+                                      setting["decoding"]["max_new_tokens"],
+                                      [og.seed_of(args.seed, results[i].key, k) for i, k, _ in part])
+                    for (i, k, _), completions in zip(part, said):
+                        records.setdefault(i, []).append({"item": results[i].key, "rotation": k, "error": "",
+                                                          "said": [og.text_of(policy, c) for c in completions]})
+                for i, lines in records.items():
+                    f.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                    done |= {(line["item"], line["rotation"]): line for line in lines}
+                    if items[i].answer is not None:
+                        collect(results[i], done, rotations[i])
+                        scores = [scores[0] + results[i].score, scores[1] + 1]
+                f.flush()
+                bar.update(len(batch))
+                if scores[1]:
+                    bar.set_postfix(accuracy=f"{scores[0] / scores[1]:.3f}", refresh=False)
+        bar.close()
+    for r, ks in zip(results, rotations):
+        collect(r, done, ks)
+    return results, setting
+
+
+def collect(result: Result, done: dict, rotations) -> None:
+    records = [done[result.key, k] for k in rotations]
+    result.said = [r["said"] for r in records if r["said"]]
+    result.error = next((r["error"] for r in records if r["error"]), "")
+
+
+def own_layout(examples: Examples, results: list[Result]) -> list[dict]:
+    """The benchmark's own rows, with the keys under which its scripts and their predecessors look for predictions."""
+    rows = []
+    for i, result in enumerate(results):
+        item = examples.items[i]
+        row = dict(examples.rows[item[0] if isinstance(item, tuple) else item])
+        row = {k: None if isinstance(v, data.Embedded) else v for k, v in row.items()}
+        text, raw = spoken(result)
+        choice = majority(result)
+        if choice is not None and isinstance(row.get("choices"), list) and len(row["choices"]) == len(result.example.choices):
+            text = row["choices"][choice]  # with its "(A) ", where the file has it
+        row |= dict(model_output=text, model_prediction=text, answer_prediction=text,
+                    response=text if choice is None else chr(65 + choice), raw_output=raw, resolved=choice)
+        rows.append(row | ({"samples": result.said} if sum(map(len, result.said)) > 1 else {})
+                    | ({"error": result.error} if result.error else {}))
+    return rows
+
+
+def run(args, examples: Examples, out: str, policy=None) -> tuple[dict, list[Result]]:
+    """Answer, score, write everything into `out`.       -> (report, results)"""
+    n = min(len(examples), args.limit or len(examples))
+    items = [examples[i] for i in range(n)]
+    if args.prompt == "caption":
+        return captions(args, items, out, policy), []
+    results, setting = answer(args, items, out, policy)
+    report = report_of(results, examples, {k: v for k, v in setting.items() if k != "prompt_text"})
+    report["items_hash"] = hashlib.blake2b("".join(sorted(r.key for r in results)).encode(), digest_size=8).hexdigest()
+    write(os.path.join(out, "predictions.json"), json.dumps(own_layout(examples, results), indent=1, ensure_ascii=False,
+                                                            default=str))
+    write(os.path.join(out, "report.json"), json.dumps(report, indent=1, ensure_ascii=False))
+    write(os.path.join(out, "report.html"), page(report, results, args.max_audio_s))
+    rates(out, args.audio, items, results)
+    return report, results
+
+
+def rates(out: str, audio: str, items: list[Example], results: list[Result]) -> None:
+    """Questions with the share of right answers in their meta, for `data.py filter` and `--order easy_to_hard`."""
+    column = "pass_rate" if audio == "real" else f"pass_rate_{audio}"
+    path = os.path.join(out, "examples.jsonl")
+    if os.path.exists(path):
+        os.remove(path)
+    rated = (dataclasses.replace(e, meta=e.meta | {column: r.score}) for e, r in zip(items, results))
+    data.write_examples(path, rated, len(items))
+
+
+def captions(args, items: list[Example], out: str, policy=None) -> dict:
+    """Descriptions of every clip, several with --samples, as `data.py generate` reads them."""
+    one = list({data.clip_key(e): e for e in items if e.clips}.values())
+    one = [dataclasses.replace(e, choices=[], answer=None) for e in one]
+    results, setting = answer(args, one, out, policy)
+    lines = [json.dumps(dict(id=r.example.id, audio=os.path.abspath(str(r.example.clips[0])), captions=r.said[0],
+                             captioner=os.path.basename(os.path.normpath(args.model))), ensure_ascii=False)
+             for r in results if r.said]
+    write(os.path.join(out, "captions.jsonl"), "".join(line + "\n" for line in lines))
+    print(f"{out}/captions.jsonl: {len(lines)} clips, {args.samples} captions each; "
+          f"{sum(bool(r.error) for r in results)} clips could not be heard")
+    return setting
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Controls and comparisons
+
+CONTROLS = {"real": {}, "silence": {"audio": "silence"}, "none": {"audio": "none"}, "shuffled": {"audio": "shuffled"},
+            "rotated": {"rotate_choices": True}}
+
+
+def mcnemar(b: int, c: int) -> float:
+    """Exact two-sided p of b against c discordant pairs (McNemar 1947): a fair coin, b + c times."""
+    n = b + c
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(b, c) + 1)) / 2**n)
+
+
+def bootstrap(differences: list[float], seed: int = 0, repeats: int = 10_000) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences, items drawn again with replacement."""
+    values, counts = np.unique(np.asarray(differences), return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(differences), counts / len(differences), size=repeats)
+    low, high = np.percentile(draws @ values / len(differences), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def paired(base: list[Result], new: list[Result]) -> dict:
+    """Item by item.       -> accuracies, difference with its interval, p, items that flipped"""
+    a, b = [r.score for r in base], [r.score for r in new]
+    lost = [r.key for r, x, y in zip(new, a, b) if x >= 0.5 > y]
+    won = [r.key for r, x, y in zip(new, a, b) if y >= 0.5 > x]
+    return dict(n=len(a), base=mean(a), new=mean(b), difference=mean(b) - mean(a),
+                interval=bootstrap([y - x for x, y in zip(a, b)]), p=mcnemar(len(lost), len(won)), lost=lost, won=won)
+
+
+def controls(args, examples: Examples) -> None:
+    """The standard set, one table: how much of the score is hearing?"""
+    import omni_grpo as og
+
+    cfg = og.Config(model=args.model, adapter=args.adapter, load_in_4bit=args.load_in_4bit)
+    policy, table, all_results = og.load_policy(cfg, train=False), {}, {}
+    for name, change in CONTROLS.items():
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        there = argparse.Namespace(**vars(args) | change)
+        table[name], all_results[name] = run(there, examples, os.path.join(args.out, name), policy)
+    if "accuracy" not in table["real"]:
+        raise UserError(f"--data {args.data}: no answers in this file, and controls compare scores")
+    print(markdown(table["real"]) + "\n\n| condition | accuracy % | 95 % interval | unresolved | against real | p |\n"
+          "|---|---|---|---|---|---|")
+    for name, report in table.items():
+        pair = paired(all_results["real"], all_results[name])
+        against = "| |" if name == "real" else f"| {100 * pair['difference']:+.1f} | {pair['p']:.2g} |"
+        print(f"| {name} | {percent(report['accuracy'])} | {' - '.join(map(percent, report['interval']))} | "
+              f"{report['unresolved']} {against}")
+    print(f"\nrotated: the same answer in every rotation for {percent(table['rotated'].get('consistency', 0))} % of the items")
+    rated = []
+    for i, real in enumerate(all_results["real"]):
+        meta = {f"pass_rate_{name}": all_results[name][i].score for name in ("silence", "none", "shuffled")}
+        rated.append(dataclasses.replace(real.example, meta=real.example.meta | {"pass_rate": real.score} | meta))
+    path = os.path.join(args.out, "examples.jsonl")
+    if os.path.exists(path):
+        os.remove(path)
+    data.write_examples(path, rated, len(rated))
+    write(os.path.join(args.out, "report.json"), json.dumps(table, indent=1, ensure_ascii=False))
+
+
+def load_results(folder: str) -> tuple[dict, list[dict]]:
+    try:
+        with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
+            report = json.load(f)
+        with open(os.path.join(folder, "items.jsonl"), encoding="utf-8") as f:
+            items = [json.loads(line) for line in f]
+        rated = list(Examples(os.path.join(folder, "examples.jsonl")))
+        report["items_hash"], report["accuracy"]
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"--compare {folder}: no finished and scored results of eval.py there ({e})") from None
+    said = collections.defaultdict(dict)
+    for record in items:
+        said[record["item"]][record["rotation"]] = record
+    results = []
+    for example in rated:
+        result = Result(example, item_key(example))
+        collect(result, {(result.key, k): r for k, r in said[result.key].items()}, sorted(said[result.key]))
+        results.append(result)
+    return report, results
+
+
+def compare(base: str, new: str, max_audio_s: float) -> None:
+    """Paired, per item. Raises UserError on different items, versions or prompts: that would compare nothing."""
+    (a, before), (b, after) = load_results(base), load_results(new)
+    for key in ("items_hash", "version", "prompt", "rotate_choices"):
+        if a.get(key) != b.get(key):
+            what = {"items_hash": "items"}.get(key, key)
+            raise UserError(f"--compare: {base} and {new} have different {what} ({a.get(key)!s:.60}, {b.get(key)!s:.60})")
+    order = {r.key: i for i, r in enumerate(before)}
+    before = [before[order[r.key]] for r in after]
+    whole = paired(before, after)
+    print(f"{base} -> {new}, {whole['n']} items\n\n| | n | base % | new % | difference | 95 % interval | won | lost | p |\n"
+          "|---|---|---|---|---|---|---|---|---|")
+    rows = [("**all**", range(len(after)))]
+    for name in GROUPS[:6]:
+        values = [str(r.example.meta.get(name)) for r in after]
+        if 1 < len(set(values)) <= 30:
+            rows += [(f"{name}: {v}", [i for i, x in enumerate(values) if x == v]) for v in sorted(set(values))]
+    for name, indices in rows:
+        p = paired([before[i] for i in indices], [after[i] for i in indices])
+        low, high = (100 * x for x in p["interval"])
+        print(f"| {name} | {p['n']} | {percent(p['base'])} | {percent(p['new'])} | {100 * p['difference']:+.1f} | "
+              f"{low:+.1f} to {high:+.1f} | {len(p['won'])} | {len(p['lost'])} | {p['p']:.2g} |")
+    print("\np: McNemar's exact test on the items that changed sides; interval: bootstrap over items")
+    for name in ("won", "lost"):
+        for r in [r for r in after if r.key in set(whole[name])][:5]:
+            print(f"  {name}: {r.example.id}: {r.example.question:.80} -> {spoken(r)[0]:.40}")
+    write(os.path.join(new, "compare.json"), json.dumps(dict(base=base, new=new) | whole, indent=1))
+    write(os.path.join(new, "report.html"), page(b, after, max_audio_s, {k: n for n in ("won", "lost") for k in whole[n]}))
+    print(f"{new}/compare.json; {new}/report.html can now show the flipped ones")
+
+
+PREDICTIONS = ("raw_output", "model_output", "model_prediction", "answer_prediction", "response", "prediction", "output")
+
+
+def score_file(path: str, data_path: str) -> dict:
+    """Anybody's predictions: rows that hold the benchmark's columns, or only an id, which are looked up in --data."""
+    rows = data.TextRows(path)
+    rows = [rows[i] for i in range(len(rows))]
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: expected a list or lines of JSON objects, one a prediction")
+    examples = Examples(data_path or path)
+    items = [examples[i] for i in range(len(examples))]
+    key = next((k for k in PREDICTIONS if any(k in row for row in rows)), None)
+    if key is None:
+        raise DataError(f"{path}: no row has a prediction; looked for {', '.join(PREDICTIONS)}")
+
+    def ids(row):
+        return [str(row[k]) for k in ("id", "audio_id", "audio_path", "uniq_id", "question") if row.get(k)]
+
+    by_id = {i: row for row in reversed(rows) for i in ids(row)[:2]}
+    results = []
+    for n, e in enumerate(items):
+        row = rows[n] if not data_path and len(rows) == len(items) else by_id.get(e.id) or by_id.get(e.question) or {}
+        text = row.get(key)
+        results.append(Result(e, item_key(e), [[text if isinstance(text, str) else str(text)]] if text is not None else []))
+    report = report_of(results, examples, dict(predictions=os.path.basename(path), prediction_key=key))
+    print(markdown(report))
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report.html: one file to look through failures by ear
+
+
+def sound_of(clip, max_audio_s: float) -> str:
+    """A clip as a data: URI, 16 kHz mono in Ogg Vorbis: about 5 kB a second."""
+    import soundfile
+
+    wave, _ = data.load_audio(clip, max_audio_s)
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", data.RATE_HZ, 1, format="OGG", subtype="VORBIS") as f:
+        for at in range(0, len(wave), 65536):  # the encoder overflows its stack on one long write
+            f.write(wave[at:at + 65536])
+    return "data:audio/ogg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def page(report: dict, results: list[Result], max_audio_s: float, flips: dict[str, str] | None = None,
+         budget_mib: float = 96.0) -> str:
+    """Everything in one self-contained page. Past the budget clips are linked by their path and not held inside."""
+    names, room, clips = {}, budget_mib * 2**20, {}
+    for r in results:
+        names |= {str(clip): clip for clip in r.example.clips}
+    for name, sound in data.ahead(names, lambda name: sound_of(names[name], max_audio_s), os.cpu_count() or 1, 32):
+        if isinstance(sound, str) and room > 0:
+            room -= len(sound)
+            clips[name] = sound
+        elif isinstance(sound, str) and isinstance(names[name], str):
+            clips[name] = "file://" + os.path.abspath(name)
+    items = []
+    for r in results:
+        choice, raw = majority(r), spoken(r)[1]
+        state = "unscored" if r.example.answer is None and "nums" not in r.example.meta else \
+            "right" if r.score == 1 else "unresolved" if choice is None and r.example.choices else "wrong"
+        items.append(dict(id=r.example.id, question=r.example.question, choices=r.example.choices, gold=r.example.answer,
+                          answer=choice, said=raw, score=r.score, state=state, error=r.error, flip=(flips or {}).get(r.key, ""),
+                          clips=[str(c) for c in r.example.clips], samples=[t for row in r.said for t in row][1:],
+                          tags=[f"{k}: {r.example.meta[k]}" for k in GROUPS if r.example.meta.get(k)]))
+    packed = json.dumps(dict(items=items, clips=clips), ensure_ascii=False)
+    packed = packed.replace("<", "\\u003c")  # no tag can close the script
+    title = html.escape(f"{report['file']}: {report.get('model', '')} {report.get('adapter', '')}".strip())
+    return PAGE.replace("__TITLE__", title).replace("__TABLE__", table_of(markdown(report))).replace("__DATA__", packed)
+
+
+def table_of(text: str) -> str:
+    """The Markdown of `markdown` as HTML, escaped."""
+    out = []
+    for line in html.escape(text).splitlines():
+        if line.startswith("|"):
+            cells = [c.strip().strip("*") for c in line.strip("|").split("|")]
+            if not set("".join(cells)) <= set("-"):
+                out.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+        elif line:
+            out.append(f"<tr><td colspan=9>{line}</td></tr>")
+    return "<table>" + "".join(out) + "</table>"
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>__TITLE__</title>
+<link rel="icon" href="data:,">
+<style>
+ body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em; color: #222 }
+ table { border-collapse: collapse; margin: 1em 0 } td { border-bottom: 1px solid #ddd; padding: .15em .8em .15em 0 }
+ .item { border-left: 5px solid #999; padding: .3em 1em; margin: 1em 0; background: #f7f7f7 }
+ .right { border-color: #2a8a3e } .wrong { border-color: #c0392b } .unresolved { border-color: #e0a100 }
+ .gold { color: #2a8a3e; font-weight: 600 } .bad { color: #c0392b; text-decoration: underline }
+ .small { color: #666; font-size: 85% } audio { width: 100%; height: 2.2em } li { margin: 0 }
+ nav { position: sticky; top: 0; background: #fff; padding: .5em 0; border-bottom: 1px solid #ddd }
+ button { padding: .2em .7em; margin-right: .3em } button.on { background: #222; color: #fff } q { font-family: monospace }
+</style>
+<h1>__TITLE__</h1>
+__TABLE__
+<nav><span id="buttons"></span><input id="search" placeholder="search"> <span id="count" class="small"></span></nav>
+<div id="items"></div><button id="more">more</button>
+<script id="data" type="application/json">__DATA__</script>
+<script>
+"use strict";
+const all = JSON.parse(document.getElementById("data").textContent), step = 50;
+const kinds = {all: i => true, wrong: i => ["wrong", "unresolved"].includes(i.state), right: i => i.state === "right",
+               unresolved: i => i.state === "unresolved", flipped: i => i.flip !== "", unheard: i => i.error !== ""};
+let kind = "all", shown = 0, found = [];
+function make(tag, text, name) {
+  const e = document.createElement(tag);
+  e.textContent = text || ""; e.className = name || "";
+  return e;
+}
+function draw(item) {
+  const box = make("div", "", "item " + item.state);
+  box.append(make("div", [item.id, item.state, item.flip, ...item.tags].filter(x => x).join(" · "), "small"));
+  for (const clip of item.clips) {
+    if (!all.clips[clip]) continue;
+    const player = make("audio");
+    player.controls = true; player.preload = "none"; player.src = all.clips[clip];
+    box.append(player);
+  }
+  if (item.error) box.append(make("div", item.error, "bad"));
+  box.append(make("div", item.question));
+  const list = make("ul");
+  item.choices.forEach((c, i) => list.append(make("li", c + (i === item.gold ? " ✓" : "") + (i === item.answer ? " ←" : ""),
+    i === item.gold ? "gold" : i === item.answer ? "bad" : "")));
+  box.append(list, make("q", item.said));
+  for (const s of item.samples.slice(0, 7)) box.append(" ", make("q", s));
+  return box;
+}
+function more() {
+  const part = found.slice(shown, shown + step);
+  document.getElementById("items").append(...part.map(draw));
+  shown += part.length;
+  document.getElementById("more").hidden = shown >= found.length;
+}
+function filter() {
+  const word = document.getElementById("search").value.toLowerCase();
+  found = all.items.filter(i => kinds[kind](i) && JSON.stringify(i).toLowerCase().includes(word));
+  shown = 0;
+  document.getElementById("items").replaceChildren();
+  document.getElementById("count").textContent = found.length + " of " + all.items.length;
+  for (const b of document.querySelectorAll("nav button")) b.className = b.dataset.kind === kind ? "on" : "";
+  more();
+}
+function choose() { const k = location.hash.slice(1); kind = k in kinds ? k : "all"; filter(); }
+for (const k in kinds) {
+  const b = make("button", k + " " + all.items.filter(kinds[k]).length);
+  b.dataset.kind = k; b.onclick = () => { location.hash = k; };
+  document.getElementById("buttons").append(b);
+}
+document.getElementById("search").oninput = filter;
+document.getElementById("more").onclick = more;
+window.onhashchange = choose;
+choose();
+</script></html>
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="", help="a benchmark or any questions data.py reads: file, folder or Hub id")
+    add("--audio_dir", default="", help="where relative audio paths start; default: the folder of the file")
+    add("--model", default="Qwen/Qwen2.5-Omni-7B", help="local directory or Hub id")
+    add("--adapter", default="", help="runs/NAME/adapter")
+    add("--out", default="", help="folder of results; default: results/DATA-MODEL")
+    add("--prompt", default="direct", choices=list(PROMPTS), help="as in training; caption: describe instead of answering")
+    add("--max_new_tokens", type=int, default=0, help="0: what the prompt needs")
+    add("--samples", type=int, default=1, help="answers an item; above 1: pass@k, majority vote, pass rates")
+    add("--temperature", type=float, default=None, help="default: 0 (greedy) for one sample, 1 for more")
+    add("--audio", default="real", choices=["real", "silence", "none", "shuffled"], help="controls: what is heard")
+    add("--rotate_choices", action="store_true", help="ask every rotation of the choices; accuracy and consistency")
+    add("--controls", action="store_true", help="real, silence, none, shuffled and rotated, in one table")
+    add("--limit", type=int, default=0, help="only the first items")
+    add("--batch_size", type=int, default=16, help="items at once; changes speed and memory, not the answers")
+    add("--rollout_rows", type=int, default=128, help="answers decoded at once")
+    add("--seed", type=int, default=0, help="of the samples and of --audio shuffled")
+    add("--max_audio_s", type=float, default=30.0, help="seconds of a clip that are heard, at most 300")
+    add("--load_in_4bit", action="store_true", help="nf4 weights, CUDA only")
+    add("--compare", nargs=2, metavar=("BASE", "NEW"), help="two folders of results, paired")
+    add("--score", metavar="PREDICTIONS", help="score a file of predictions; --data where it holds no questions")
+    args = parser.parse_args(argv)
+    if args.temperature is None:
+        args.temperature = 0.0 if args.samples == 1 else 1.0
+    for name, least in (("samples", 1), ("batch_size", 1), ("rollout_rows", 1), ("limit", 0), ("max_new_tokens", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if not 0 < args.max_audio_s <= 300:
+        parser.error(f"--max_audio_s {args.max_audio_s:g}: must be above 0 and at most 300, what the audio tower takes")
+    if not 0 <= args.temperature < math.inf:
+        parser.error(f"--temperature {args.temperature:g}: must be a number from 0 on")
+    if args.samples > 1 and args.temperature == 0:
+        parser.error("--samples above 1 needs a --temperature above 0: greedy answers are all the same")
+    if not (args.data or args.compare or args.score):
+        parser.error("nothing to do: give --data, --compare or --score")
+    return args
+
+
+def main(argv=None) -> int:
+    try:
+        args = parse_args(argv)
+        if args.compare:
+            compare(*args.compare, args.max_audio_s)
+        elif args.score:
+            score_file(args.score, args.data)
+        else:
+            examples = Examples(args.data, args.audio_dir)
+            stems = (os.path.splitext(os.path.basename(os.path.normpath(p)))[0] for p in (args.data, args.model))
+            args.out = args.out or os.path.join("results", "-".join(stems))
+            if args.controls:
+                controls(args, examples)
+            else:
+                report, _ = run(args, examples, args.out)
+                if args.prompt != "caption":
+                    print(f"{markdown(report)}\n\n{args.out}: predictions.json, report.json, report.html, examples.jsonl")
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
