@@ -155,7 +155,10 @@ def own(row: dict) -> dict:
         raise DataError('field "audio": missing; give a path, or null for a question without sound')
     fields = {k: row.pop(k) for k in ("id", "audio", "question", "choices", "answer", "target") if k in row}
     meta = row.pop("meta", None)
-    return fields | {"meta": meta if not isinstance(meta, dict | None) else row | (meta or {})}
+    if isinstance(meta, dict | None):  # a key that stands inside and outside of it keeps both values
+        meta = meta or {}
+        meta = {f"{k}_outside_meta" if k in meta and meta[k] != v else k: v for k, v in row.items()} | meta
+    return fields | {"meta": meta}
 
 
 def text(row: dict, key: str, pop: bool = True) -> str:
@@ -305,7 +308,8 @@ def clotho_aqa(rows: list[dict]) -> dict:
     answer, votes = collections.Counter(answers).most_common(1)[0]
     return dict(audio=rows[0]["file_name"], question=rows[0]["QuestionText"], answer=answer,
                 choices=["yes", "no"] if answer in ("yes", "no") else None,
-                meta=dict(answers=answers, confidence=[r.get("confidence") for r in rows], agreement=votes / len(rows)))
+                meta={k: v for k, v in rows[0].items() if k not in ("file_name", "QuestionText", "answer")} | dict(
+                    answers=answers, confidence=[r.get("confidence") for r in rows], agreement=votes / len(rows)))
 
 
 def clotho_aqa_skip(rows: list[dict]) -> str:
@@ -337,6 +341,9 @@ def captions(rows: list[dict]) -> dict:
     carried = next(k for k in CLIP.split("|") if k in rows[0])
     meta = {k: v for k, v in rows[0].items() if not re.fullmatch(r"captions?(_?\d+)?|description|id|meta", k)
             and (k != carried or v != clip)}
+    for key in meta:  # what differs between the rows of a clip, such as the id of a caption
+        given = [row[key] for row in rows if row.get(key) is not None]
+        meta[key] = given if any(v != given[0] for v in given) else meta[key]
     name = str(clip) if rows[0].get("id") is None else rows[0]["id"]
     return dict(id=name, audio=clip, question="Describe the sound.", target=found,
                 meta=meta | (inner if isinstance(inner, dict) else {}) | {"captions": found})
@@ -598,13 +605,17 @@ class FolderRows:
     def __init__(self, path: str):
         self.path = path
         names = sorted(os.path.relpath(os.path.join(folder, name), path) for folder, _, files in os.walk(path)
-                       for name in files if name.lower().endswith(SOUND_FILES) and name[0] != ".")
+                       for name in files if name.lower().endswith(SOUND_FILES))
+        names = [n for n in names if not any(part[0] == "." or part == "__MACOSX" for part in n.split(os.sep))]  # hidden
         if not names:
             raise DataError(f"{path}: is a directory, and holds neither sounds ({', '.join(SOUND_FILES)}) nor a data set")
         self.rows = [self.label(name) for name in names]
         if len({row["label"] for row in self.rows}) < 2:
             raise DataError(f"{path}: the names of its {len(names)} sounds do not tell them apart; sort them in folders named "
                             "after what is heard, or write a CSV with the columns audio,label")
+        if mute := [row["audio"] for row in self.rows if not row["label"]]:
+            raise DataError(f"{path}: the names of {len(mute)} of its {len(names)} sounds do not say what is heard, the first "
+                            f"{mute[0]}; put them in folders named after it, or take them out")
 
     @staticmethod
     def label(name: str) -> dict:
@@ -629,7 +640,8 @@ NOT_A_LABEL = {"audio", "audios", "clips", "data", "sounds", "samples", "wav", "
 
 def plain_words(name: str) -> str:
     """"Dog-bark_01b" -> "dog bark": what is left without numbers and single letters"""
-    return " ".join(w for w in re.split(r"[\W\d_]+", name.lower()) if len(w) > 1)
+    letters = (c if unicodedata.category(c)[0] in "LM" else " " for c in unicodedata.normalize("NFC", name.lower()))
+    return " ".join(w for w in "".join(letters).split() if len(w) > 1 or not w.isascii())
 
 
 def stem_of(name: str) -> str:
@@ -1545,9 +1557,22 @@ def progress(items, total: int, what: str):
 
 
 def listen_to(clip, max_s: float) -> dict:
+    import soundfile
+
     wave, rate_hz, seconds = read_audio(clip, max_s)
-    return dict(seconds=seconds, rate_hz=rate_hz, channels=wave.shape[1], hash=zlib.crc32(np.ascontiguousarray(wave)),
-                silent=not wave.any())
+    if isinstance(clip, str):  # a wav that lost its end plays, and only its header knows
+        with open(clip, "rb") as file, soundfile.SoundFile(file) as f:
+            sizes = re.search(r"data : (\d+) \(should be (\d+)", f.extra_info)
+        if sizes and int(sizes[2]) < int(sizes[1]) < 0x7fffff00:  # above: a stream that did not know its length
+            raise AudioError(f"{clip}: is cut short, {sizes[2]} of {sizes[1]} bytes of sound are there")
+    return dict(seconds=seconds, rate_hz=rate_hz, channels=wave.shape[1], silent=not wave.any(),
+                hash=(zlib.crc32(wave), zlib.adler32(wave)))  # 32 bits are too few for pairs of 10,000 clips
+
+
+def reads(choice: str) -> str:
+    """What is left of a choice without case and punctuation: "Dog." and "dog" are one, "C" and "C#" are not."""
+    text = unicodedata.normalize("NFKC", choice).casefold()
+    return " ".join(re.findall(r"""[^\s.,;:!?"'()\[\]]+""", text)) or text.strip()
 
 
 def survey(examples: Examples, max_s: float) -> dict:
@@ -1557,7 +1582,7 @@ def survey(examples: Examples, max_s: float) -> dict:
     """
     found = dict(problems=[], notes=[], choices=collections.Counter(), answers=collections.Counter(),
                  asked=collections.defaultdict(list), lines={})
-    problems, ids, pairs, blank = found["problems"], {}, {}, []
+    problems, ids, pairs, blank, same = found["problems"], {}, {}, [], {}
     for i in progress(range(len(examples)), len(examples), "lines"):
         where = examples.where(i)
         try:
@@ -1565,7 +1590,7 @@ def survey(examples: Examples, max_s: float) -> dict:
         except DataError as e:
             problems.append(str(e))
             continue
-        options = [words(c) or c for c in example.choices]
+        options = [reads(c) for c in example.choices]
         found["choices"][len(options)] += 1
         found["answers"][example.answer] += 1
         if example.answer is None:
@@ -1578,26 +1603,28 @@ def survey(examples: Examples, max_s: float) -> dict:
         if (first := ids.setdefault(example.id, where)) != where:
             problems.append(f'{where}: field "id": {example.id!r:.80} is also the id of {first}; give each its own')
         names = tuple(str(c) for c in example.clips)
-        pair = hash((names, words(example.question), *sorted(options, key=str)))
+        pair = hash((names, words(example.question), *sorted(options)))
         if (first := pairs.setdefault(pair, where)) != where:
             found["notes"].append(f"{where}: the same clip and question as {first}")
-        found["asked"][hash((words(example.question), *sorted(options, key=str)))].append(where)
+        found["asked"][hash((words(example.question), *sorted(options)))].append(where)
         for name, clip in zip(names, example.clips):
-            found["lines"].setdefault(name, (where, clip))
+            found["lines"].setdefault(name, (clip, []))[1].append(where)
     if len(blank) < sum(found["choices"].values()):
         problems += [f'{w}: field "answer": missing, while other lines have one; give it or drop the line' for w in blank]
     found["heard"], clips = {}, found["lines"].items()
-    results = ahead(clips, lambda item: listen_to(item[1][1], max_s), os.cpu_count() or 1, 64)
-    for (name, (where, _)), result in progress(results, len(clips), "clips"):
+    results = ahead(clips, lambda item: listen_to(item[1][0], max_s), os.cpu_count() or 1, 64)
+    for (name, (_, (where, *more))), result in progress(results, len(clips), "clips"):
         if isinstance(result, DataError):
             remedy = "mend the path, or give --audio_dir" if "no such file" in str(result) else "replace it or drop the line"
-            problems.append(f'{where}: field "audio": {result}; {remedy}')
+            problems += [f'{w}: field "audio": {result}; {remedy}' for w in (where, *more)]
             continue
         found["heard"][name] = result
         if result["seconds"] > max_s:
             found["notes"].append(f'{where}: field "audio": lasts {result["seconds"]:.1f} s, cut at {max_s:g} s; --max_audio_s')
         if result["silent"]:
             found["notes"].append(f'{where}: field "audio": is silent')
+        elif (first := same.setdefault(result["hash"], where)) != where:
+            found["notes"].append(f'{where}: field "audio": the same sound as {first}, under another name')
     return found
 
 
@@ -1619,8 +1646,8 @@ def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = ""
         other = survey(Examples(against, audio_dir), max_s)
         sounds = {h["hash"] for h in other["heard"].values() if not h["silent"]}
         named = {stem_of(n) for n in other["lines"].keys() - other["heard"].keys()}  # not at hand: go by the name
-        named = {stem for stem in named if len(stem) >= 8}  # and only by one that is a name, not by "12"
-        shared = [where for name, (where, _) in found["lines"].items()
+        named = {stem for stem in named if len(stem) >= 11 and re.search("[a-z]", stem) and re.search("[A-Z]", stem)}  # an id
+        shared = [where for name, (_, lines) in found["lines"].items() for where in lines
                   if stem_of(name) in named or name in heard and heard[name]["hash"] in sounds]
         asked = [where for key, lines in found["asked"].items() if key in other["asked"] for where in lines]
         problems += [f"{w}: its clip is also in {against}; drop the line, or the score will mean little" for w in shared]
@@ -1629,14 +1656,18 @@ def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = ""
     facts |= dict(problems=problems, notes=found["notes"])
     print(f"{examples}, {len(heard)} clips heard, {facts['hours']:.2f} h")
     if seconds:
-        print("  {:16}{:g} shortest, {:g} median, {:g} longest; {} cut at {:g}".format("seconds", *facts["seconds"],
-                                                                                      facts["cut"], max_s))
-    for key in ("rate_hz", "channels", "choices", "answers", "same_sound", "shared_clips", "shared_questions"):
+        shortest, median, longest = facts["seconds"]
+        print(f"  {'seconds':16} {shortest:g} shortest, {median:g} median, {longest:g} longest; "
+              f"{facts['cut']} cut at {max_s:g}")
+    titles = dict(rate_hz="rate in Hz", channels="channels", choices="choices", answers="gold at",
+                  same_sound="copies of a clip", shared_clips="clips shared", shared_questions="asked there too")
+    for key, name in titles.items():
         if key in facts:
             value = facts[key]
-            print(f"  {key:16}" + (", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else f"{value}"))
+            value = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            print(f"  {name:16} {value}")
     for title, lines, most in (("notes", found["notes"], 20), ("problems", problems, 200)):
-        print(f"  {title:16}{len(lines)}", *lines[:most], sep="\n    ")
+        print(f"  {title:16} {len(lines)}", *lines[:most], sep="\n    ")
         if len(lines) > most:
             print(f"    ... and {len(lines) - most} more; --report FILE.json has them all")
     if report:
@@ -1645,34 +1676,45 @@ def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = ""
     return 2 if problems else 0
 
 
+def new_file(*outs: str) -> None:
+    """Refuses what exists, before any work is done."""
+    for out in outs:
+        if not out or os.path.lexists(out):
+            raise UserError(f"--out {out}: " + ("exists; remove it or give another name" if out else "is empty; name a file"))
+        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+
+
 def write_examples(out: str, examples, total: int) -> int:
     """Examples -> our JSONL at `out`, which must be new; clips from inside a data set are written beside it. -> lines"""
-    if os.path.exists(out):
-        raise UserError(f"--out {out}: exists; remove it or give another name")
+    new_file(out)
     folder, stem = os.path.dirname(os.path.abspath(out)), os.path.splitext(os.path.basename(out))[0]
-    os.makedirs(folder, exist_ok=True)
     n, part = 0, f"{out}.part"
-    with open(part, "w", encoding="utf-8", errors="backslashreplace") as f:  # half a character stays what JSON had: \ud800
-        for example in progress(examples, total, "lines"):
-            row = asdict(dataclasses.replace(example, audio=None, meta={}))
-            paths = []
-            for k, clip in enumerate(example.clips):
-                if isinstance(clip, Embedded) and isinstance(clip.read(), bytes):
-                    name = re.sub(r"[^\w.-]", "_", example.id)[:80] + (f"_{k}" if k else "")
-                    clip = write_clip(os.path.join(folder, f"{stem}_audio", f"{n:07d}_{name}"), clip.read())
-                path = os.path.abspath(clip.path if isinstance(clip, Embedded) else clip)
-                paths.append(os.path.relpath(path, folder) if path.startswith(os.path.join(folder, "")) else path)
-            row["audio"] = paths if isinstance(example.audio, list) else paths[0] if paths else None
-            row["meta"] = {k: None if isinstance(v, Embedded) else v for k, v in example.meta.items()}
-            f.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-            n += 1
-    os.replace(part, out)
+    try:
+        with open(part, "w", encoding="utf-8", errors="backslashreplace") as f:  # half a character: as JSON spells it
+            for example in progress(examples, total, "lines"):
+                row = asdict(dataclasses.replace(example, audio=None, meta={}))
+                paths = []
+                for k, clip in enumerate(example.clips):
+                    content = clip.read() if isinstance(clip, Embedded) else clip
+                    if isinstance(content, bytes):
+                        name = re.sub(r"[^\w.-]", "_", example.id)[:80] + (f"_{k}" if k else "")
+                        content = write_clip(os.path.join(folder, f"{stem}_audio", f"{n:07d}_{name}"), content)
+                    path = os.path.abspath(content)
+                    paths.append(os.path.relpath(path, folder) if path.startswith(os.path.join(folder, "")) else path)
+                row["audio"] = paths if isinstance(example.audio, list) else paths[0] if paths else None
+                row["meta"] = {k: None if isinstance(v, Embedded) else v for k, v in example.meta.items()}
+                f.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                n += 1
+        os.replace(part, out)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
     return n
 
 
 def write_clip(path: str, content: bytes) -> str:
     """Its ending tells what it is and not what it was called."""
-    kinds = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff": ".mp3"}
+    kinds = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff": ".mp3", b"FORM": ".aiff"}
     path += next((end for magic, end in kinds.items() if content.startswith(magic)), ".wav")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb") as f:
@@ -1696,11 +1738,12 @@ def convert(path: str, out: str, audio_dir: str = "", drop_bad: bool = False) ->
                 bad.append(str(e))
                 if not drop_bad and len(bad) == 10:
                     break
+        if bad and not drop_bad:  # before the file gets its name
+            raise DataError("\n".join(bad) + "\nmend these lines, or leave them out with --drop_bad")
+        if len(bad) == len(examples):
+            raise DataError(f"{path}: every line is bad, the first: {bad[0]}")
 
     n = write_examples(out, good(), len(examples))
-    if bad and not drop_bad:
-        os.remove(out)
-        raise DataError("\n".join(bad) + "\nmend these lines, or leave them out with --drop_bad")
     print(examples)
     print(f"{out}: {n} examples" + (f"; {len(bad)} left out, the first: {bad[0]}" if bad else ""))
 
@@ -1711,13 +1754,16 @@ def folder(path: str, out: str, eval_size: int = -1, n_choices: int = 4) -> None
     examples = Examples(path)
     if examples.format != "labels" or not os.path.isdir(path):
         raise DataError(f"{path}: expected a folder of sounds, found {examples.format} format; use convert")
+    stem, end = os.path.splitext(out)
+    new_file(out, f"{stem}_eval{end}")
     examples.n_choices = n_choices
     keys = array("L")
     for example in progress(examples, len(examples), "clips"):
+        if problem := no_file(example.audio):
+            raise DataError(f"{problem}; take it out of the folder")
         with open(example.audio, "rb") as f:
             keys.append(zlib.crc32(f.read()))
     train, held = held_out(keys, len(keys) // 10 if eval_size < 0 else eval_size)
-    stem, end = os.path.splitext(out)
     for name, indices in ((out, train), (f"{stem}_eval{end}", held)):
         if indices:
             n = write_examples(name, (examples[i] for i in indices), len(indices))
@@ -1725,21 +1771,16 @@ def folder(path: str, out: str, eval_size: int = -1, n_choices: int = 4) -> None
     print(f"{len(examples.pools[''])} labels, {len(examples.pools) - 1} families")
 
 
-def keep(path: str, out: str, pass_rate: str = "", drop_answerable_without_audio: float | None = None,
+def keep(path: str, out: str, pass_rate: tuple = (), drop_answerable_without_audio: float | None = None,
          where: list[str] = (), most: int = 0, seed: int = 0) -> None:
     """Filter by what `eval.py --samples` measured: columns pass_rate, pass_rate_silence and pass_rate_none of `meta`.
 
     Keeps questions that are sometimes right (Step-Audio-R1: 3 to 6 of 8 samples), and drops those that are as right
     without the sound (AudioMCQ's strong audio contribution).
     """
-    low, _, high = (pass_rate or "0..1").partition("..")
-    try:
-        low, high = float(low), float(high)
-        wanted = [condition.split("=", 1) for condition in where]
-        if not all(len(w) == 2 for w in wanted):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--pass_rate {pass_rate} --where {where}: expected LOW..HIGH and KEY=VALUE") from None
+    low, high = pass_rate or (0.0, 1.0)
+    wanted = [condition.partition("=")[::2] for condition in where]
+    new_file(out)
     examples, dropped = Examples(path), collections.Counter()
 
     def rate(example, i, key):
@@ -1756,7 +1797,8 @@ def keep(path: str, out: str, pass_rate: str = "", drop_answerable_without_audio
             keys = [k for k in ("pass_rate_silence", "pass_rate_none") if k in example.meta] or ["pass_rate_silence"]
             if max(rate(example, i, key) for key in keys) >= drop_answerable_without_audio:
                 return "answerable without audio"
-        return next((f"not {key}={value}" for key, value in wanted if str(example.meta.get(key)) != value), "")
+        return next((f"not {key}={value}" for key, value in wanted
+                     if value not in (str(example.meta.get(key)), json.dumps(example.meta.get(key), default=str))), "")
 
     kept = []
     for i in range(len(examples)):
@@ -1766,6 +1808,9 @@ def keep(path: str, out: str, pass_rate: str = "", drop_answerable_without_audio
     if most and len(kept) > most:
         dropped["over --max"] = len(kept) - most
         kept = sorted(random.Random(seed).sample(kept, most))
+    if not kept:
+        raise UserError(f"{path}: none of {len(examples)} examples is left" +
+                        "".join(f"; {c} dropped: {why}" for why, c in dropped.most_common()))
     n = write_examples(out, (examples[i] for i in kept), len(kept))
     print(f"{out}: {n} of {len(examples)} examples" + "".join(f"; {c} dropped: {why}" for why, c in dropped.most_common()))
 
@@ -1798,12 +1843,43 @@ def span(text: str) -> float:
     return value
 
 
-def main(argv=None) -> int:
+def bounds(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(".."))
+        if 0 <= low <= high <= 1:
+            return low, high
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text}: expected LOW..HIGH with 0 <= LOW <= HIGH <= 1, as in 0.1..0.9")
+
+
+def share(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
+    return value
+
+
+def condition(text: str) -> str:
+    if not text.partition("=")[0] or "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text}: expected KEY=VALUE")
+    return text
+
+
+def at_least(low: int) -> Callable:
+    def whole(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low}")
+        return int(text)
+    return whole
+
+
+def parse_args(argv=None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, run, about, example):
-        sub = commands.add_parser(name, help=about, description=f"{about}.\n\n    python data.py {name} {example}",
+        sub = commands.add_parser(name, help=about, allow_abbrev=False,
+                                  description=f"{about}.\n\n    python data.py {name} {example}",
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.set_defaults(run=run)
         return sub.add_argument
@@ -1827,8 +1903,8 @@ def main(argv=None) -> int:
                   "recordings --out my.jsonl")
     add("path", metavar="DIR", help="folder: dog/1.wav, animals/dog/1.wav or dog_bark_01.wav")
     add("--out", required=True, help="JSONL to write; a held-out part goes to OUT_eval.jsonl")
-    add("--eval_size", type=int, default=-1, help="questions to hold out; -1: a tenth")
-    add("--n_choices", type=int, default=4, help="choices a question; distractors come from the same family first")
+    add("--eval_size", type=at_least(-1), default=-1, help="questions to hold out; -1: a tenth; at most a fifth")
+    add("--n_choices", type=at_least(2), default=4, help="choices a question; distractors come from the same family first")
 
     add = command("generate", write_questions, "captions to questions, written by a language model and checked",
                   "captions.jsonl --model gpt-4o-mini --max_cost 5 --price_in 0.15 --price_out 0.6 --out vggs_gpt.jsonl")
@@ -1854,27 +1930,40 @@ def main(argv=None) -> int:
                   "avqa.jsonl --pass_rate 0.1..0.9 --drop_answerable_without_audio --out hard.jsonl")
     add("path", metavar="FILE", help="questions with pass_rate in their meta")
     add("--out", required=True, help="JSONL to write")
-    add("--pass_rate", default="", metavar="LOW..HIGH", help="keep this share of right samples, ends included")
-    add("--drop_answerable_without_audio", type=float, nargs="?", const=0.5, default=None, metavar="RATE",
+    add("--pass_rate", type=bounds, default=(), metavar="LOW..HIGH", help="keep this share of right samples, ends included")
+    add("--drop_answerable_without_audio", type=share, nargs="?", const=0.5, default=None, metavar="RATE",
         help="drop what is right this often under silence or without audio (0.5)")
-    add("--where", action="append", default=[], metavar="KEY=VALUE", help="keep lines whose meta says so; may be repeated")
-    add("--max", dest="most", type=int, default=0, help="keep a random sample of this size; 0: all")
+    add("--where", type=condition, action="append", default=[], metavar="KEY=VALUE",
+        help="keep lines whose meta says so; may be repeated")
+    add("--max", dest="most", type=at_least(0), default=0, help="keep a random sample of this size; 0: all")
     add("--seed", type=int, default=0, help="of that sample")
 
-    args = vars(parser.parse_args(argv))
-    run, _ = args.pop("run"), args.pop("command")
+    return vars(parser.parse_args(argv))
+
+
+def main(argv=None) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name can hold what no terminal can show
+    args = parse_args(argv)
+    run, path = args.pop("run"), args["path"]
+    del args["command"]
     try:
-        return run(**args) or 0
+        code = run(**args) or 0
+        sys.stdout.flush()
+        return code
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except OSError as e:  # no room, no permission, no such folder
+        print(f"error: {e.filename2 or e.filename or path}: {e.strerror or e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stderr.reconfigure(errors="backslashreplace")
     code = main()
     if code == 130:  # the files are closed; threads that still wait for a server would hold up a plain exit
         sys.stdout.flush()

@@ -87,12 +87,12 @@ class Result:
     @property
     def resolved(self) -> list[list[int | None]]:
         n = len(self.example.choices)
-        return [[None if (i := resolve(text, rotate(self.example, r).choices)) is None else (i + r) % n for text in texts]
-                if n else [None] * len(texts) for r, texts in enumerate(self.said)]
+        return [[None if (i := resolve(text, rotate(self.example, r).choices)) is None else one_of(self.example, (i + r) % n)
+                 for text in texts] if n else [None] * len(texts) for r, texts in enumerate(self.said)]
 
     @property
     def right(self) -> list[list[bool]]:
-        if "nums" in self.example.meta:
+        if "nums" in self.example.meta and "countdown" in REWARDS:
             return [[REWARDS["countdown"](t, self.example) == 1 for t in texts] for texts in self.said]
         return [[same(self.example, i, self.example.answer) for i in row] for row in self.resolved]
 
@@ -108,6 +108,11 @@ def same(example: Example, i: int | None, j: int | None) -> bool:
     if i is None or j is None:
         return False
     return i == j or words(example.choices[i]) == words(example.choices[j]) != ()
+
+
+def one_of(example: Example, i: int) -> int:
+    """The first of the choices that read the same."""
+    return next(j for j in range(i + 1) if same(example, i, j))
 
 
 def rotate(example: Example, r: int) -> Example:
@@ -155,10 +160,14 @@ def spoken(result: Result) -> tuple[str, str]:
     return (raw if choice is None else result.example.choices[choice]), raw
 
 
+def is_scored(example: Example) -> bool:
+    return example.answer is not None or "nums" in example.meta and "countdown" in REWARDS
+
+
 def report_of(results: list[Result], examples: Examples, about: dict) -> dict:
     """All scores. Items without a known answer are not scored; a file without any gets none."""
     benchmark = BENCHMARKS.get(examples.format, Benchmark())
-    known = [r for r in results if r.example.answer is not None or "nums" in r.example.meta]
+    known = [r for r in results if is_scored(r.example)]
     labelled = [r for r in known if r.example.choices]
     flat = [i for r in labelled for row in r.resolved for i in row]
     report = about | dict(file=os.path.basename(examples.path), format=examples.format, version=examples.version,
@@ -184,12 +193,12 @@ def report_of(results: list[Result], examples: Examples, about: dict) -> dict:
         report["baselines"] = baselines([r.example for r in labelled], benchmark.rule)
     width = max((len(row) for r in known for row in r.right), default=0)
     if width > 1:
-        report |= {"samples": width, f"pass@{width}": mean(any(x for row in r.right for x in row) for r in known),
+        report |= {"samples": width, f"pass@{width}": mean(mean(any(row) for row in r.right) for r in known),
                    "majority": mean(same(r.example, majority(r), r.example.answer) for r in labelled)}
     if any(len(r.said) > 1 for r in labelled):
         report |= dict(consistency=mean(len({row[0] for row in r.resolved} - {None}) == 1 and all(
             row[0] is not None for row in r.resolved) for r in labelled if r.said),
-                       right_in_every_rotation=mean(all(row[0] for row in r.right) for r in labelled if r.said))
+                       right_in_every_rotation=mean(bool(r.said) and all(row[0] for row in r.right) for r in labelled))
     groups = {}
     for name in GROUPS:
         parts = collections.defaultdict(list)
@@ -258,6 +267,15 @@ def item_key(example: Example) -> str:
     return hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
 
 
+def item_keys(examples: list[Example]) -> list[str]:
+    """Items that differ in nothing but the clip, or in nothing at all, are told apart by their order."""
+    seen, keys = collections.Counter(), [item_key(e) for e in examples]
+    for i, key in enumerate(keys):
+        seen[key] += 1
+        keys[i] += f".{seen[key]}" if seen[key] > 1 else ""
+    return keys
+
+
 def fingerprint(folder: str) -> str:
     """Of a directory of weights: names, sizes, and 64 KiB at the start, the middle and the end of every file."""
     mark = hashlib.blake2b(digest_size=8)
@@ -305,31 +323,34 @@ def open_results(out: str, setting: dict) -> dict[tuple[str, int], dict]:
 
     Every answer is one appended line; a line that a kill cut in two is cut off. Raises UserError on other settings.
     """
-    os.makedirs(out, exist_ok=True)
     path, lines = os.path.join(out, "config.json"), os.path.join(out, "items.jsonl")
-    if os.path.exists(path):
+    done = {}
+    try:
+        os.makedirs(out, exist_ok=True)
+        if not os.path.exists(lines) or not os.path.getsize(lines):  # nothing is answered yet
+            write(path, json.dumps(setting, indent=1))
+            return done
         with open(path, encoding="utf-8") as f:
             before = json.load(f)
         differs = [k for k in setting if before.get(k) != json.loads(json.dumps(setting[k]))]
         if differs:
             raise UserError(f"--out {out}: holds results of another {', '.join(differs)}; give another --out")
-    elif os.listdir(out) and os.path.exists(lines):
-        raise UserError(f"--out {out}: holds something else; give another --out")
-    else:
-        write(path, json.dumps(setting, indent=1))
-    done = {}
-    if os.path.exists(lines):
         with open(lines, "rb+") as f:
             whole = f.read()
             f.truncate(whole.rfind(b"\n") + 1)
         for line in whole[:whole.rfind(b"\n") + 1].splitlines():
             record = json.loads(line)
-            done[record["item"], record["rotation"]] = record
+            if not record["error"]:  # what could not be heard is tried again
+                done[record["item"], record["rotation"]] = record
+    except OSError as e:
+        raise UserError(f"--out {out}: {e.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"--out {out}: holds something else, or is damaged ({e}); give another --out") from None
     return done
 
 
 def write(path: str, content: str) -> None:
-    with open(path + ".part", "w", encoding="utf-8") as f:
+    with open(path + ".part", "w", encoding="utf-8", errors="backslashreplace") as f:  # half a character: as JSON spells it
         f.write(content)
     os.replace(path + ".part", path)
 
@@ -341,15 +362,15 @@ def answer(args, items: list[Example], out: str, policy=None) -> tuple[list[Resu
     import omni_grpo as og
 
     setting = settings(args)
+    heard_items = other_clips(items, args.seed) if args.audio == "shuffled" else items
     done = open_results(out, setting)
     cfg = og.Config(model=args.model, adapter=args.adapter, prompt=args.prompt, max_audio_s=args.max_audio_s,
                     audio="real" if args.audio == "shuffled" else args.audio, load_in_4bit=args.load_in_4bit)
-    results = [Result(e, item_key(e)) for e in items]
+    results = list(map(Result, items, item_keys(items)))
     rotations = [range(len(e.choices)) if args.rotate_choices and e.choices else range(1) for e in items]
     todo = [i for i, r in enumerate(results) if any((r.key, k) not in done for k in rotations[i])]
     if todo:
         policy = policy or og.load_policy(cfg, train=False)
-        heard_items = other_clips(items, args.seed) if args.audio == "shuffled" else items
         heard = data.ahead(todo, lambda i: og.hear(policy, heard_items[i], cfg)[0], cfg.workers, 2 * args.batch_size)
         bar = tqdm(total=len(items), initial=len(items) - len(todo), unit="item", dynamic_ncols=True, disable=None)
         scores = [0.0, 0]
@@ -437,13 +458,19 @@ def rates(out: str, audio: str, items: list[Example], results: list[Result]) -> 
     data.write_examples(path, rated, len(items))
 
 
+def clip_file(clip, path: str) -> str:
+    """A clip from inside a data set is written to `path`, with its ending."""
+    clip = clip.read() if isinstance(clip, data.Embedded) else clip
+    return os.path.abspath(data.write_clip(path, clip) if isinstance(clip, bytes) else clip)
+
+
 def captions(args, items: list[Example], out: str, policy=None) -> dict:
     """Descriptions of every clip, several with --samples, as `data.py generate` reads them."""
     one = list({data.clip_key(e): e for e in items if e.clips}.values())
     one = [dataclasses.replace(e, choices=[], answer=None) for e in one]
     results, setting = answer(args, one, out, policy)
-    lines = [json.dumps(dict(id=r.example.id, audio=os.path.abspath(str(r.example.clips[0])), captions=r.said[0],
-                             captioner=os.path.basename(os.path.normpath(args.model))), ensure_ascii=False)
+    lines = [json.dumps(dict(id=r.example.id, audio=clip_file(r.example.clips[0], os.path.join(out, "clips", r.key)),
+                             captions=r.said[0], captioner=os.path.basename(os.path.normpath(args.model))), ensure_ascii=False)
              for r in results if r.said]
     write(os.path.join(out, "captions.jsonl"), "".join(line + "\n" for line in lines))
     print(f"{out}/captions.jsonl: {len(lines)} clips, {args.samples} captions each; "
@@ -485,14 +512,14 @@ def controls(args, examples: Examples) -> None:
     """The standard set, one table: how much of the score is hearing?"""
     import omni_grpo as og
 
+    if not any(is_scored(examples[i]) for i in range(min(len(examples), args.limit or len(examples)))):
+        raise UserError(f"--data {args.data}: no answers in this file, and controls compare scores")
     cfg = og.Config(model=args.model, adapter=args.adapter, load_in_4bit=args.load_in_4bit)
     policy, table, all_results = og.load_policy(cfg, train=False), {}, {}
     for name, change in CONTROLS.items():
         print(f"{name} ...", file=sys.stderr, flush=True)
-        there = argparse.Namespace(**vars(args) | change)
+        there = argparse.Namespace(**vars(args) | dict(audio="real", rotate_choices=False) | change)
         table[name], all_results[name] = run(there, examples, os.path.join(args.out, name), policy)
-    if "accuracy" not in table["real"]:
-        raise UserError(f"--data {args.data}: no answers in this file, and controls compare scores")
     print(markdown(table["real"]) + "\n\n| condition | accuracy % | 95 % interval | unresolved | against real | p |\n"
           "|---|---|---|---|---|---|")
     for name, report in table.items():
@@ -520,16 +547,14 @@ def load_results(folder: str) -> tuple[dict, list[dict]]:
             items = [json.loads(line) for line in f]
         rated = list(Examples(os.path.join(folder, "examples.jsonl")))
         report["items_hash"], report["accuracy"]
-    except (OSError, ValueError, KeyError) as e:
+        said = collections.defaultdict(dict)
+        for record in items:
+            said[record["item"]][record["rotation"]] = record
+        results = list(map(Result, rated, item_keys(rated)))
+        for result in results:
+            collect(result, {(result.key, k): r for k, r in said[result.key].items()}, sorted(said[result.key]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"--compare {folder}: no finished and scored results of eval.py there ({e})") from None
-    said = collections.defaultdict(dict)
-    for record in items:
-        said[record["item"]][record["rotation"]] = record
-    results = []
-    for example in rated:
-        result = Result(example, item_key(example))
-        collect(result, {(result.key, k): r for k, r in said[result.key].items()}, sorted(said[result.key]))
-        results.append(result)
     return report, results
 
 
@@ -579,15 +604,20 @@ def score_file(path: str, data_path: str) -> dict:
     if key is None:
         raise DataError(f"{path}: no row has a prediction; looked for {', '.join(PREDICTIONS)}")
 
-    def ids(row):
-        return [str(row[k]) for k in ("id", "audio_id", "audio_path", "uniq_id", "question") if row.get(k)]
+    def ids(row):  # the names of the item, else of its clip, else what it asks
+        names = [str(row[k]) for k in ("id", "uniq_id") if row.get(k) not in (None, "")]
+        names = names or [os.path.splitext(os.path.basename(str(row[k])))[0] for k in ("audio_id", "audio_path") if row.get(k)]
+        return names or [str(row.get("question"))]
 
-    by_id = {i: row for row in reversed(rows) for i in ids(row)[:2]}
-    results = []
-    for n, e in enumerate(items):
-        row = rows[n] if not data_path and len(rows) == len(items) else by_id.get(e.id) or by_id.get(e.question) or {}
+    by_id, asked, results = {i: row for row in reversed(rows) for i in ids(row)}, collections.Counter(), []
+    asked.update(e.question for e in items)
+    for e, item, name in zip(items, examples.items, item_keys(items)):
+        if data_path:
+            row = by_id.get(e.id) or asked[e.question] == 1 and by_id.get(e.question) or {}
+        else:
+            row = rows[item[0] if isinstance(item, tuple) else item]
         text = row.get(key)
-        results.append(Result(e, item_key(e), [[text if isinstance(text, str) else str(text)]] if text is not None else []))
+        results.append(Result(e, name, [[text if isinstance(text, str) else str(text)]] if text is not None else []))
     report = report_of(results, examples, dict(predictions=os.path.basename(path), prediction_key=key))
     print(markdown(report))
     return report
@@ -624,7 +654,7 @@ def page(report: dict, results: list[Result], max_audio_s: float, flips: dict[st
     items = []
     for r in results:
         choice, raw = majority(r), spoken(r)[1]
-        state = "unscored" if r.example.answer is None and "nums" not in r.example.meta else \
+        state = "unscored" if not is_scored(r.example) else \
             "right" if r.score == 1 else "unresolved" if choice is None and r.example.choices else "wrong"
         items.append(dict(id=r.example.id, question=r.example.question, choices=r.example.choices, gold=r.example.answer,
                           answer=choice, said=raw, score=r.score, state=state, error=r.error, flip=(flips or {}).get(r.key, ""),
@@ -633,7 +663,8 @@ def page(report: dict, results: list[Result], max_audio_s: float, flips: dict[st
     packed = json.dumps(dict(items=items, clips=clips), ensure_ascii=False)
     packed = packed.replace("<", "\\u003c")  # no tag can close the script
     title = html.escape(f"{report['file']}: {report.get('model', '')} {report.get('adapter', '')}".strip())
-    return PAGE.replace("__TITLE__", title).replace("__TABLE__", table_of(markdown(report))).replace("__DATA__", packed)
+    parts = {"__TITLE__": title, "__TABLE__": table_of(markdown(report)), "__DATA__": packed}
+    return re.sub("|".join(parts), lambda m: parts[m[0]], PAGE)  # at once: a part may hold the name of another
 
 
 def table_of(text: str) -> str:
@@ -763,6 +794,8 @@ def parse_args(argv=None):
         parser.error(f"--max_audio_s {args.max_audio_s:g}: must be above 0 and at most 300, what the audio tower takes")
     if not 0 <= args.temperature < math.inf:
         parser.error(f"--temperature {args.temperature:g}: must be a number from 0 on")
+    if args.controls and args.prompt == "caption":
+        parser.error("--controls compares scores, and --prompt caption has none")
     if args.samples > 1 and args.temperature == 0:
         parser.error("--samples above 1 needs a --temperature above 0: greedy answers are all the same")
     if not (args.data or args.compare or args.score):

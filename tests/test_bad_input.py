@@ -119,7 +119,7 @@ def test_cold_start_without_target(refused, tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     (b"", "TMP/questions.jsonl: is empty; expected a file of questions"), (b"\n \n", "TMP/questions.jsonl: holds no question"),
-    (bytes(range(256)) * 99, "TMP/questions.jsonl:1: "), (b"\x1f\x8b\x08\x00" * 999, "TMP/questions.jsonl:1: not UTF-8 text"),
+    (bytes(range(256)) * 99, "TMP/questions.jsonl:2: "), (b"\x1f\x8b\x08\x00" * 999, "TMP/questions.jsonl: is compressed"),
     (b'{"a": 1}', "TMP/questions.jsonl:1: unknown format, keys ['a']. Known formats and their keys: "),
     (b"1\n2\n", "TMP/questions.jsonl:1: expected a JSON object, found 1"), (b"[" * 10**5, "TMP/questions.jsonl: broken JSON"),
     (json.dumps(ROW, indent=1).encode(), "TMP/questions.jsonl:1: broken JSON"),
@@ -132,9 +132,10 @@ def test_bad_file(refused, tmp_path, content, message):
 
 def test_what_is_not_a_file(refused, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, reason in (("TMP/none.jsonl", "no such file"), ("TMP", "is a directory"), ("/dev/null", "is not a regular file"),
+    for path, reason in (("TMP/none.jsonl", "no such file"), ("/dev/null", "is not a regular file"),
                          ("TMP/pipe", "is not a regular file"), ("x" * 5000, "no such file")):
         assert f"{path[:1000]}: {reason}; expected a file of questions" in refused(["--data", path])
+    assert "TMP: is a directory, and holds neither sounds" in refused(["--data", "TMP"])
 
 
 # ---- flags

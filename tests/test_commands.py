@@ -590,7 +590,7 @@ def test_its_own_output_passes_check(run, here):
             sound(f"in/{label}/my {i}: a.wav", 10 * k + i)
     run("folder", "in", "--out", "data/out.jsonl")
     out, _ = run("check", "data/out.jsonl", "--against", "data/out_eval.jsonl")
-    assert re.search(r"shared_clips +0\n", out) and re.search(r"problems +0\n", out)
+    assert re.search(r"clips shared +0\n", out) and re.search(r"problems +0\n", out)
     assert len({e.id for e in [*Examples("data/out.jsonl"), *Examples("data/out_eval.jsonl")]}) == 24
 
 

@@ -542,7 +542,7 @@ def test_check_exit_codes(read, clips, capsys):
     read(lines(ROW | {"audio": "good.wav"}, ROW | {"audio": None}))
     assert data.main(["check", str(clips / "questions.jsonl")]) == 0
     out, _ = capsys.readouterr()
-    assert "own format, 2 examples, 1 clips heard" in out and "answers         1: 2" in out
+    assert "own format, 2 examples, 1 clips heard" in out and "gold at          1: 2" in out
     for content, message in ((lines(ROW | {"audio": "short.wav"}), ':1: field "audio": '), (b"\n", "holds no question"),
                              (lines(ROW, ROW | {"answer": 3}), ':2: field "answer": 3')):
         (clips / "questions.jsonl").write_bytes(content)

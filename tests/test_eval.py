@@ -325,7 +325,7 @@ def test_samples_pass_majority_and_pass_rates(lab, tmp_path):
     assert report["majority"] == 0 and report["answers"] == 12 and report["unresolved"] == 3
     assert [p["samples"] for p in done.predictions][1] == [["bell", "bell", "no idea", "cat"]]
     assert "pass@4: 66.7" in done.stdout and report["decoding"]["temperature"] == 1
-    data.keep(os.path.join(done.out, "examples.jsonl"), str(tmp_path / "kept.jsonl"), "0.1..0.4")
+    data.keep(os.path.join(done.out, "examples.jsonl"), str(tmp_path / "kept.jsonl"), (0.1, 0.4))
     assert [e.id for e in Examples(str(tmp_path / "kept.jsonl"))] == ["q1"]
 
 

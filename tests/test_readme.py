@@ -5,6 +5,8 @@ import os
 import re
 import shlex
 
+import data
+import eval as eval_
 import omni_grpo as og
 from data import PROMPTS
 from reward import REWARDS
@@ -22,7 +24,7 @@ def source(*names):
 def test_every_flag_is_in_the_readme_and_the_reverse():
     named = set(re.findall(r"--(\w+)", README))
     assert set(FIELDS) <= named
-    other = set(re.findall(r'"--(\w+)"', source("tests/bench.py", "data.py")))
+    other = set(re.findall(r'"--(\w+)"', source("tests/bench.py", "data.py", "eval.py")))
     assert named - set(FIELDS) <= other | {"help"}
     assert all(f.metadata["help"] for f in FIELDS.values())
 
@@ -34,6 +36,11 @@ def test_commands_parse():
     for words in map(shlex.split, commands):
         if "--help" not in words and "--resume" not in words:
             og.parse_config(words)
+    for module in (data, eval_):
+        commands = re.findall(rf"^    python {module.__name__}\.py(.*)$", README, re.MULTILINE)
+        assert len(commands) >= 3
+        for words in map(shlex.split, commands):
+            module.parse_args(words)
 
 
 def test_options_named_are_real():
@@ -45,7 +52,7 @@ def test_options_named_are_real():
 
 
 def test_functions_and_tests_named_exist():
-    code = source("omni_grpo.py", "data.py", "reward.py")
+    code = source("omni_grpo.py", "data.py", "reward.py", "eval.py")
     tests = source(*(f"tests/{n}" for n in os.listdir(os.path.join(ROOT, "tests")) if n.endswith(".py")))
     for name in re.findall(r"`(test_\w+)`", README):
         assert f"def {name}(" in tests, name
