@@ -16,9 +16,11 @@ from fractions import Fraction
 # ---------------------------------------------------------------------------------------------------------------------
 # The resolver
 
-# One token: a CJK character; a number with its sign, decimals and percent; or a word ("C#" is one, "isn't" is one).
+# One token: a CJK character; a number with its sign, decimals and percent; or a word ("C#" is one, "isn't" is one). Vowel
+# signs, as in Hindi, are no \w and yet part of their word.
+MARKS = "".join(chr(c) for c in range(0x300, 0x3000) if unicodedata.category(chr(c))[0] == "M")
 TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|(?<!\w)-?\d+(?:[.,:/]\d+)*%?(?![^\W\d_])|"
-                   r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+(?:'[^\W\d_]+)?[#♯]?|[.,;:!?，。；：！？\n]")
+                   rf"(?:[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[{MARKS}])+(?:'[^\W\d_]+)?[#♯]?|[.,;:!?，。；：！？\n]")
 STOPS = set(".,;:!?\n") | {"but"}  # marks that end a clause (NFKC has made the full-width ones plain)
 NEGATORS = set("not no never nor neither without except excluding unlike instead rather cannot isn't aren't wasn't weren't "
                "doesn't don't didn't can't won't isnt doesnt dont cant 不 非 没".split())

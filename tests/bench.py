@@ -146,22 +146,22 @@ def step(args) -> None:
 
 
 def reading(args) -> None:
-    """Steps on recordings (44.1 kHz stereo flac) read ahead by worker threads, against the same decoded beforehand."""
+    """Steps on recordings (44.1 kHz stereo) read ahead by worker threads, against the same clips decoded beforehand."""
     cfg, _ = og.parse_config(["--prompts_per_step", str(args.prompts), "--num_generations", str(args.generations)])
     og.make_demo()
     with tempfile.TemporaryDirectory() as folder:
         rng, n = np.random.default_rng(0), 4 * args.prompts
         for i in range(n):
             wave = np.cumsum(rng.standard_normal((int(args.audio_s * 44100), 2)), axis=0)
-            soundfile.write(f"{folder}/{i}.flac", wave / np.abs(wave).max(), 44100)
+            soundfile.write(f"{folder}/{i}.{args.kind}", wave / np.abs(wave).max(), 44100)
         with open(f"{folder}/clips.jsonl", "w", encoding="utf-8") as f:
             for i in range(n):
-                row = dict(audio=f"{i}.flac", question="What is this?", choices=["hum", "hiss"], answer=i % 2)
+                row = dict(audio=f"{i}.{args.kind}", question="What is this?", choices=["hum", "hiss"], answer=i % 2)
                 f.write(json.dumps(row) + "\n")
         examples = data.Examples(f"{folder}/clips.jsonl")
         start = time.perf_counter()
         memory = {e.audio: data.load_audio(e.audio, cfg.max_audio_s) for e in examples}
-        print(f"{args.audio_s:g} s clips, {args.prompts} prompts x {args.generations} completions, {where()}; "
+        print(f"{args.audio_s:g} s {args.kind}, {args.prompts} prompts x {args.generations} completions, {where()}; "
               f"one thread decodes a clip in {(time.perf_counter() - start) / n * 1000:.0f} ms", flush=True)
         policy = og.load_policy(cfg)
         optimizer, disk = og.make_optimizer(policy, cfg), data.load_audio
@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--new_tokens", type=int, default=16)
     parser.add_argument("--audio_s", type=float, default=10.0)
+    parser.add_argument("--kind", default="wav", choices=["wav", "flac", "mp3"], help="of the clips of --reading")
     parser.add_argument("--cap_gib", type=float, default=48.0)
     args = parser.parse_args()
     if args.scoring:

@@ -55,6 +55,7 @@ def test_table(text, index):
     ("50%", ["50%", "5%"], 0), ("two dogs", ["two dogs", "dogs"], 0), ("dogs", ["two dogs", "dogs"], 1),
     ("there are two dogs", ["two dogs", "dogs"], 0), ("yes", ["Yes", "No"], 0), ("No.", ["Yes", "No"], 1),
     ("狗", ["狗", "猫"], 0), ("我听到一只猫", ["狗", "猫"], 1), ("café", ["café", "bar"], 0), ("CAFÉ", ["café", "bar"], 0),
+    ("की", ["का", "की"], 1),
     ("red, green", ["red", "green", "red, green"], 2), ("not present", ["present", "not present"], 1),
     ("dog", ["dog", "cat", "dog"], 0), ("Ｂ", ["dog", "cat"], 1), ("ABBA", ["ABBA", "Queen"], 0),
     ("U.S.", ["U.S.", "U.K."], 0), ("x", [], None), ("dog", ["?", "!"], None), ("?", ["?", "!"], 0)])
