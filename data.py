@@ -1025,10 +1025,16 @@ another, and no "none of the above";
 Reply with one JSON object and nothing else:
 {"question": "...", "choices": ["...", "...", "...", "..."], "answer": "the right choice, word for word"}"""
 NOTES = "Notes on the clip:\n{}\n\nWrite the question."
+SHOWN = [  # one worked example: without it small models answer with prose
+    {"role": "user", "content": NOTES.format("- a door creaks open slowly and someone walks in on a wooden floor\n"
+                                             "- a squeaking door, then footsteps, a man in a red coat enters")},
+    {"role": "assistant", "content": json.dumps(dict(
+        question="What is heard right after the door creaks?",
+        choices=["A key in a lock", "Footsteps on wood", "A window closing", "A dog on gravel"], answer="Footsteps on wood"))}]
 SCHEMA = {"type": "object", "additionalProperties": False, "required": ["question", "choices", "answer"],
           "properties": {"question": {"type": "string"}, "answer": {"type": "string"},
                          "choices": {"type": "array", "items": {"type": "string"}, "minItems": 4, "maxItems": 4}}}
-PROMPT_VERSION = hashlib.sha256((WRITER + NOTES + json.dumps(SCHEMA)).encode()).hexdigest()[:8]  # cannot be forgotten
+PROMPT_VERSION = hashlib.sha256(json.dumps([WRITER, NOTES, SHOWN, SCHEMA]).encode()).hexdigest()[:8]  # cannot be forgotten
 
 
 def number(*parts) -> int:
@@ -1046,7 +1052,7 @@ def writing_prompt(clip: Example) -> list[dict]:
     text = NOTES.format("\n".join("- " + " ".join(c.split()) for c in captions))
     if HALF.search(text):
         raise DataError(f'clip {clip.id!r:.80}: field "captions": holds half a character; mend or drop the line')
-    return [{"role": "system", "content": WRITER}, {"role": "user", "content": text}]
+    return [{"role": "system", "content": WRITER}, *SHOWN, {"role": "user", "content": text}]
 
 
 # ---- what is accepted
@@ -1382,7 +1388,7 @@ def generate(clips, out: str, rejects: str, model: str, *, base_url: str | None 
                     counts["done before"] += 1
                     continue
                 messages = writing_prompt(clip)
-                prompt = sum(rough_tokens(text) for text in (WRITER, messages[1]["content"], json.dumps(SCHEMA)))
+                prompt = sum(rough_tokens(text) for text in (json.dumps(SCHEMA), *(m["content"] for m in messages)))
                 yield clip, messages, [attempts * prompt, attempts * max_tokens]
         except UserError as e:  # a broken line: all that stands before it is still asked and written
             broken.append(e)
