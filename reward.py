@@ -37,7 +37,7 @@ ANSWER = re.compile(r"<\s*(/?)\s*(?:answer|response)\s*>|\\boxed\s*\{(?:\\(?:tex
 
 def tokens(text: str) -> list[str]:
     text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'").replace("_", " ")
-    return TOKEN.findall(text)
+    return [t if t in FILLER else t.removesuffix("'s") for t in TOKEN.findall(text)]  # "a woman's voice" mentions a woman
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ CASES = [
     ("The answer is (A)", 0), ("the correct option is c.", 2), ("**B**", 1), ("E", None), ("Z.", None),
     # letter and text
     ("B. cat", 1), ("(B) cat", 1), ("b) Cat", 1), ("B: cat", 1), ("B. dog", None), ("Answer: (D) car horn", 3),
-    ("The correct answer is B) cat.", 1), ("A. I hear a dog barking", 0), ("B. Because it meows", 1), ("A. It is a cat", None),
+    ("The correct answer is B) cat.", 1), ("A. I hear a dog barking", 0), ("B. Because it meows", 1),
+    ("A. It is a cat", None),
     # sentences
     ("The answer is cat.", 1), ("The answer is a dog", 0), ("I think it's a bird", 2), ("That is a car horn, I believe", 3),
     ("I choose option B because it meows", 1), ("It sounds like a dog barking in the distance.", 0),
@@ -37,7 +38,8 @@ CASES = [
     # tags and thinking
     ("<answer>bird</answer>", 2), ("<answer> B </answer>", 1), ("<answer>bird", 2), ("<ANSWER>dog</ANSWER>", 0),
     ("<think>dog, surely dog</think><answer>cat</answer>", 1), ("<think>dog</think> cat", 1), ("<think>dog", None),
-    ("cat<think>dog", 1), ("<answer>dog</answer><answer>cat</answer>", None), ("<answer>dog</answer> <answer>dog</answer>", 0),
+    ("cat<think>dog", 1), ("<answer>dog</answer><answer>cat</answer>", None),
+    ("<answer>dog</answer> <answer>dog</answer>", 0),
     ("<answer></answer>", None), ("<answer>dog or cat</answer>", None), ("dog <answer>cat</answer>", 1),
     ("<THINK>a cat</THINK><RESPONSE>The answer is A.</RESPONSE>", 0), ("\\boxed{B}", 1),
     ("so it is $\\boxed{\\text{bird}}$", 2),
@@ -47,6 +49,49 @@ CASES = [
 @pytest.mark.parametrize("text, index", CASES, ids=[t[:30] for t, _ in CASES])
 def test_table(text, index):
     assert reward.resolve(text, FOUR) == index
+
+
+MORE = [  # choices, [(text, index)]
+    # (choices, [(text, index)...])
+    (["a dog", "two dogs", "a dog and a cat", "a cat"], [
+        ("a dog and a cat", 2), ("I hear a dog and a cat.", 2), ("A dog", 0), ("two dogs are barking", 1), ("It is a cat", 3),
+        ("the answer is a dog and a cat, not two dogs", 2), ("Option (c) a dog and a cat", 2), ("a cat and a dog", None)]),
+    (["440 Hz", "44 Hz", "4.4 kHz", "440"], [
+        ("440 Hz", 0), ("440", 3), ("44 Hz", 1), ("about 4.4 kHz", 2), ("The tone is at 440 Hz.", 0), ("4,400", None),
+        ("440hz", None), ("B) 44 Hz", 1)]),
+    (["Happy", "Unhappy", "Sad", "Not sure"], [
+        ("happy", 0), ("Unhappy.", 1), ("The speaker is unhappy", 1), ("not sure", 3), ("I am not sure", 3),
+        ("She is not happy", None),
+        ("not happy but sad", 2), ("Sad!", 2), ("SAD", 2), ("**Sad**", 2), ("Sad (not happy)", 2)]),
+    (["Yes", "No"], [
+        ("yes", 0), ("No", 1), ("Yes, it is.", 0), ("No, there is no dog.", 1), ("The answer is yes.", 0), ("B", 1),
+        ("A. Yes", 0),
+        ("A. No", None), ("<answer>no</answer>", 1), ("$\\boxed{\\text{Yes}}$", 0), ("yes and no", None)]),
+    (["Guitar, drums, and bass", "Piano and violin", "Guitar", "Drums"], [
+        ("Guitar, drums, and bass", 0), ("guitar, drums and bass", 0), ("Guitar", 2), ("C", 2), ("drums", 3),
+        ("guitar and drums", None),
+        ("I hear piano and violin", 1), ("A: Guitar, drums, and bass", 0)]),
+    (["C major", "A minor", "G major", "E minor"], [
+        ("A minor", 1), ("a minor", 1), ("The key is G major.", 2), ("C", 2), ("C major", 0), ("A", 0), ("(A)", 0),
+        ("(B) A minor", 1),
+        ("E minor, I think", 3), ("It is in A", None)]),
+    (["1", "2", "3", "4"], [
+        ("2", 1), ("two", None), ("B", 1), ("There are 3 beeps", 2), ("3.", 2), ("(4)", 3), ("12", None),
+        ("answer: 2", 1), ("B. 2", 1),
+        ("1 or 2", None)]),
+    (["man", "woman", "child", "robot"], [
+        ("woman", 1), ("man", 0), ("a young woman's voice", 1), ("I'm sorry, I cannot answer that.", None),
+        ("As an AI model, I can't hear audio.", None),
+        ("Neither man nor woman, a child", 2), ("robot\n\nExplanation: the voice is flat", 3),
+        ("The speaker is a man. So the answer is A.", 0),
+        ("the correct answer is: **D. robot**", 3), ("{\"answer\": \"woman\"}", 1), ("Answer - child", 2),
+        ("It's not the man, it's the woman", 1)]),
+]
+
+
+@pytest.mark.parametrize("text, choices, index", [(text, choices, index) for choices, cases in MORE for text, index in cases])
+def test_table_of_other_choices(text, choices, index):
+    assert reward.resolve(text, choices) == index
 
 
 @pytest.mark.parametrize("text, choices, index", [
@@ -126,3 +171,26 @@ def test_score_weighs_and_keeps_the_parts():
 def test_reward_needs_no_torch():
     code = "import sys, reward; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=reward.__file__.rpartition("/")[0]).returncode == 0
+
+
+@pytest.mark.parametrize("text, value, last_line", [
+    ("<answer>3*5-2</answer>", 1, 1), ("<answer>(3 * 5) - 2 = 13</answer>", 1, 1), ("<answer>5*3-2</answer>\nDone.", 1, 0),
+    ("<answer>1</answer> no: <answer>3*5-2</answer>", 1, 1), ("<answer>13</answer>", 0.1, 0.1),
+    ("<answer>15-2</answer>", 0.1, 0.1),
+    ("<answer>3*5-2+2-2</answer>", 0.1, 0.1), ("<answer>3*5</answer>", 0.1, 0.1), ("<answer>3*5-2 = 12</answer>", 0.1, 0.1),
+    ("3*5-2", 0, 0), ("", 0, 0), ("<answer>3*5-2", 0, 0), ("<answer></answer>", 0.1, 0.1),
+    ("<answer>3//5</answer>", 0.1, 0.1),
+    ("<answer>9**9**9</answer>", 0.1, 0.1), ("<answer>__import__('os').abort()</answer>", 0.1, 0.1),
+    ("<answer>3/0</answer>", 0.1, 0.1),
+    ("<answer>" + "(" * 190 + "</answer>", 0.1, 0.1), ("<answer>" + "-" * 190 + "3</answer>", 0.1, 0.1),
+    ("<answer>3.0*5-2</answer>", 0.1, 0.1), ("<answer>03*5-2</answer>", 0.1, 0.1), ("<answer>3 5 2</answer>", 0.1, 0.1)])
+def test_countdown(text, value, last_line):
+    """Every number exactly once, the target exactly; nothing is executed."""
+    example = Example("", None, "?", meta={"nums": [3, 5, 2], "target": 13})
+    assert (reward.countdown(text, example), reward.countdown_last_line(text, example)) == (value, last_line)
+
+
+def test_countdown_is_exact():
+    thirds = Example("", None, "?", meta={"nums": [1, 3, 3], "target": 1})
+    assert reward.countdown("<answer>1/3*3</answer>", thirds) == 1
+    assert reward.countdown("<answer>1/3*3</answer>", Example("", None, "?", ["a", "b"], 0)) == 0.1  # no Countdown question
