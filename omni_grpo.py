@@ -698,43 +698,57 @@ def rollout(policy: Policy, prompts: list[Tokens], num_generations: int, tempera
     seen = F.pad(slot >= longest - sizes[:, None], (0, room), value=True).repeat_interleave(g, dim=0)  # (R, S + room)
     position = sizes.repeat_interleave(g)  # (R,) of the next token
 
-    live, sampled = set(range(len(rows))), [0] * len(rows)
+    at, sampled, history = list(range(len(rows))), [0] * len(rows), []  # at: which row decodes in which place
+    nth = torch.zeros(len(rows), dtype=torch.long, device=device)  # how many tokens were sampled in each place
     for _ in range(room):
-        nth = torch.tensor([min(n, max_new_tokens - 1) for n in sampled], device=device)
-        ids, logps = sample(logits, u.gather(1, nth[:, None])[:, 0], temperature)
-        ids, logps = ids.tolist(), logps.tolist()
-        forced = {}
-        for r in sorted(live):
+        ids, logp = sample(logits, u.gather(1, nth[:, None])[:, 0], temperature)
+        said, forced, live, taken = ids.tolist(), {}, [], []  # the one wait for the device in a step
+        for place, r in enumerate(at):
             row = rows[r]
-            if queues[r]:
-                ids[r], forced[r] = queues[r].pop(0)
-                if forced[r] is not None:
-                    row.audio.append((len(row.ids), forced[r][None]))
-            else:
-                sampled[r] += 1
-            was_sampled = r not in forced
-            row.ids.append(ids[r])
+            if row.finished or not queues[r] and sampled[r] >= max_new_tokens:
+                continue
+            was_sampled = not queues[r]
+            if not was_sampled:
+                said[place], forced[place] = queues[r].pop(0)
+                if forced[place] is not None:
+                    row.audio.append((len(row.ids), forced[place][None]))
+            sampled[r] += was_sampled
+            row.ids.append(said[place])
             row.sampled.append(was_sampled)
-            row.logps.append(logps[r] if was_sampled else 0.0)
-            if was_sampled and ids[r] in policy.stop_ids:
+            taken.append((row, place, was_sampled))
+            if was_sampled and said[place] in policy.stop_ids:
                 row.finished = True
-                live.discard(r)
             elif was_sampled and insert and (more := insert(r // g, row)) is not None:
                 audio = {start + i: a for start, block in more.audio for i, a in enumerate(block)}
                 queues[r] = [(t, audio.get(i)) for i, t in enumerate(more.ids)]
-            if not queues[r] and sampled[r] >= max_new_tokens:
-                live.discard(r)
+            if not row.finished and (queues[r] or sampled[r] < max_new_tokens):
+                live.append(place)
+        history.append((logp, taken))
         if not live:
             break
-        x = policy.embed_tokens(torch.tensor(ids, device=device))[:, None]  # (R, 1, H)
-        for r, audio in forced.items():
+        nth = (nth + 1).clamp(max=max_new_tokens - 1)
+        if forced:
+            ids = torch.tensor(said, device=device)
+            nth = torch.tensor([min(sampled[r], max_new_tokens - 1) for r in at], device=device)
+        if len(live) <= len(at) // 2:  # half of them are done: go on without them
+            keep = torch.tensor(live, device=device)
+            cache.layers = [tuple(x[keep] for x in kv) for kv in cache.layers]
+            ids, nth, u, seen, position = (x[keep] for x in (ids, nth, u, seen, position))
+            forced = {live.index(place): audio for place, audio in forced.items() if place in live}
+            at = [at[place] for place in live]
+        x = policy.embed_tokens(ids)[:, None]  # (R, 1, H)
+        for place, audio in forced.items():
             if audio is not None:
-                x[r, 0] = audio.to(x.dtype)
+                x[place, 0] = audio.to(x.dtype)
         hidden = policy.lm(inputs_embeds=x, position_ids=position[:, None], past_key_values=cache, use_cache=True,
                            attention_mask=seen[:, None, None, :cache.length + 1]).last_hidden_state
         cache.length += 1
         position = position + 1
         logits = policy.head(hidden[:, 0])
+    for logp, taken in history:
+        values = logp.tolist()
+        for row, place, was_sampled in taken:
+            row.logps.append(values[place] if was_sampled else 0.0)
     return [rows[i:i + g] for i in range(0, len(rows), g)]
 
 
@@ -841,6 +855,29 @@ def pack_groups(groups: list[Group], keep: list[int], pack_tokens: int, device) 
     return [make_pack([groups[i] for i in p], [first[i] for i in p], device) for p in packs]
 
 
+def merge_repeats(groups: list[Group], adv: Tensor, weight: Tensor) -> tuple[list[Group], Tensor, Tensor, Tensor]:
+    """Completions of a group that are the same, token by token, are scored once, with the sum of their weights.
+
+    The loss and its gradient stay the same; short answers repeat often. adv, weight (R,)
+    -> groups, adv, weight and how often each completion stood there, (R',)
+    """
+    merged, first, times, r = [], [], [], 0
+    for group in groups:
+        kept, seen = [], {}
+        for completion in group.completions:
+            key = (*completion.ids, adv[r].item(), id(completion) if not all(completion.sampled) else None)
+            if key not in seen:
+                seen[key] = len(first)
+                first.append(r)
+                times.append(0)
+                kept.append(completion)
+            times[seen[key]] += 1
+            r += 1
+        merged.append(dataclasses.replace(group, completions=kept))
+    times = torch.tensor(times, dtype=weight.dtype)
+    return merged, adv[first], weight[first] * times, times  # equal completions have equal weights
+
+
 def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bool) -> dict[str, float]:
     """Optimizer steps on one rollout.       -> what the log says of them, means over the trained tokens of the step
 
@@ -853,8 +890,8 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
     weight = loss_weights(torch.tensor([sum(c.sampled) for c in completions]), cfg.reduce, cfg.new_tokens)  # (R,)
     # without a KL a group without reward spread has no gradient: it is not scored at all
     keep = [i for i, g in enumerate(groups) if beta or cold or max(g.rewards) > min(g.rewards)]
-    packs = pack_groups(groups, keep, cfg.pack_tokens, policy.device)
-    adv, weight = adv.to(policy.device), weight.to(policy.device)
+    merged, adv, weight, times = (x if isinstance(x, list) else x.to(policy.device) for x in merge_repeats(groups, adv, weight))
+    packs = pack_groups(merged, keep, cfg.pack_tokens, policy.device)
     old_logps, sums, norms, skipped = [None] * len(packs), collections.Counter(), [], 0
 
     policy.lm.train()  # gradient checkpointing works only in training mode; there is no dropout anywhere
@@ -876,11 +913,12 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
             loss.backward()
             with torch.no_grad():
                 clipped = ((ratio < 1 - cfg.clip_low) & (a < 0)) | ((ratio > 1 + cfg.clip_high) & (a > 0))
-                sums.update({"tokens": len(logp), "policy/loss": loss.item() * len(logp), "policy/logp": logp.sum().item(),
-                             "policy/entropy": entropy.sum().item(), "policy/clip_frac": clipped.sum().item(),
-                             "policy/kl_old": kl_k3(logp, old_logps[j]).sum().item()})
-                if beta:
-                    sums["policy/kl_ref"] += kl_k3(logp, ref_logp).sum().item()
+                of_token = {"policy/logp": logp, "policy/entropy": entropy, "policy/clip_frac": clipped,
+                            "policy/kl_old": kl_k3(logp, old_logps[j])}
+                of_token |= {"policy/kl_ref": kl_k3(logp, ref_logp)} if beta else {}
+                n = times[pack.row]
+                sums.update({name: (n * x).sum() for name, x in of_token.items()})
+                sums.update({"tokens": n.sum(), "policy/loss": loss * n.sum()})
         if packs:
             norms.append(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm or math.inf).item())
             if math.isfinite(norms[-1]):
@@ -889,6 +927,7 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
                 skipped += 1
     optimizer.zero_grad(set_to_none=True)
     policy.lm.eval()
+    sums = {name: float(x) for name, x in sums.items()}  # here and not before: reading a value waits for the device
     tokens = sums.pop("tokens", 0) or 1
     return {"policy/loss": 0.0, "policy/clip_frac": 0.0, "policy/kl_old": 0.0} | {n: x / tokens for n, x in sums.items()} | {
         "optim/grad_norm": sum(norms) / max(1, len(norms)), "optim/skipped": skipped, "group/scored": len(keep) / len(groups)}

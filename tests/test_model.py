@@ -380,3 +380,43 @@ def test_cold_start_is_the_same_update(policy, prompts, config):
     logps = torch.cat([plain_logps(policy, g.prompt, c, 1.0) for g in groups for c in g.completions])
     for name, grad in gradients(policy, -logps.mean()).items():
         torch.testing.assert_close(optimizer.steps[0][name], grad, atol=2e-6, rtol=1e-4)
+
+
+def test_repeats_are_scored_once_and_count_as_often(policy, config, prompts):
+    """The same step, in the log and in the weights, whether equal completions are merged or not."""
+    _, tokens = prompts
+    said = [completion([5, 6, 7]), completion([5, 6]), completion([5, 6, 7]), completion([5, 6, 7]), completion([5, 6]),
+            completion([9], sampled=[False]), completion([9], sampled=[False])]
+    groups = [og.Group(None, tokens[0], said, [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])]
+    adv, weight = og.group_advantages(torch.tensor([groups[0].rewards]), "std").flatten(), torch.full((7,), 0.1)
+    (merged,), new_adv, new_weight, times = og.merge_repeats(groups, adv, weight)
+    assert [c.ids for c in merged.completions] == [[5, 6, 7], [5, 6], [5, 6, 7], [9], [9]]  # one of them with another reward
+    assert times.tolist() == [2, 2, 1, 1, 1] and torch.equal(new_adv, adv[[0, 1, 3, 5, 6]])
+    torch.testing.assert_close(new_weight, torch.tensor([0.2, 0.2, 0.1, 0.1, 0.1]))
+    records, weights = [], []
+    for merge in (True, False):
+        model = copy.deepcopy(policy)
+        optimizer = torch.optim.SGD(model.trainable().values(), lr=1e-2)
+        with pytest.MonkeyPatch.context() as patch:
+            if not merge:
+                patch.setattr(og, "merge_repeats", lambda groups, adv, weight: (groups, adv, weight, torch.ones_like(weight)))
+            records.append(og.update(model, optimizer, config(beta=0.04, updates_per_rollout=2, max_grad_norm=0.0),
+                                     [og.Group(None, tokens[0], said[:5], [1.0, 0.0, 1.0, 0.0, 0.0])], cold=False))
+        weights.append(torch.cat([p.detach().flatten() for p in model.trainable().values()]))
+    assert records[0].keys() == records[1].keys()
+    for key in records[0]:
+        assert records[0][key] == pytest.approx(records[1][key], abs=1e-5), key
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+
+
+def test_finished_rows_leave_the_batch(policy, prompts):
+    """Rows that stop early change nothing for the others: the same tokens as one prompt at a time."""
+    _, tokens = prompts
+    policy = dataclasses.replace(policy, stop_ids=list(range(0, len(policy.head.weight), 8)))  # one token in eight stops
+    together = og.rollout(policy, tokens[:4], 4, 9.0, 40, [1, 2, 3, 4])
+    alone = [og.rollout(policy, [t], 4, 9.0, 40, [i + 1])[0] for i, t in enumerate(tokens[:4])]
+    lengths = sorted(len(c.ids) for g in together for c in g)
+    assert lengths[len(lengths) // 2] < lengths[-1]  # more than half of them had left
+    assert [[c.ids for c in g] for g in together] == [[c.ids for c in g] for g in alone]
+    for a, b in zip((c for g in together for c in g), (c for g in alone for c in g)):
+        assert a.logps == pytest.approx(b.logps, abs=1e-4) and len(a.logps) == len(a.ids)
