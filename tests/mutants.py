@@ -43,7 +43,8 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("sampled placeholder swallowed", "x, at = F.embedding(",
      "ids = ids.masked_fill(ids == policy.audio_id, 0); x, at = F.embedding(", MODEL),
     ("end of turn dropped", "            row.ids.append(said[place])",
-     "            if said[place] in policy.stop_ids: row.finished = True; continue\n            row.ids.append(said[place])", MODEL),
+     "            if said[place] in policy.stop_ids:\n                row.finished = True\n                continue\n"
+     "            row.ids.append(said[place])", MODEL),
     ("repeats count once", "weight[first] * times, times", "weight[first], times", MODEL),
     ("repeats of another reward merged", "key = (*completion.ids, adv[r].item(), ", "key = (*completion.ids, ", MODEL),
     ("rows shifted when others leave", "at = [at[place] for place in live]", "at = at[:len(live)]", MODEL),
