@@ -4,17 +4,26 @@
     python tests/bench.py --step         a whole training step: seconds by part, peak memory (CUDA: 7B under a 48 GiB cap)
     python tests/bench.py --reading      training steps of the demo's base with 30 s clips on disk, against clips in memory
     python tests/bench.py --eval         k sampled answers a question, against the library's generate
+    python tests/bench.py --rollout      the same for groups of G = 1, 4, 8, 16
+    python tests/bench.py --trl          a whole training step against TRL's GRPOTrainer, and are the two the same step?
+    python tests/bench.py --audio        a whole training step against the usual loop: repeated rows, clips and full logits
+    python tests/bench.py --startup      seconds and memory until 1,000 ... 1,000,000 questions are ready
 
-Ratios come from one run on one machine, the two sides taking turns; times are medians.
+Ratios come from one run on one machine, the two sides taking turns; a cell is the median (lowest - highest turn). All
+tables of a run also go to --json. Memory is measured in a fresh process a side, over what it holds before its first step.
 """
 
 import argparse
+import importlib.util
 import json
 import os
+import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import types
 from itertools import islice
 
 import numpy as np
@@ -31,6 +40,8 @@ SMALL = dict(vocab_size=2048, hidden_size=384, intermediate_size=1536, num_hidde
 SMALL_AUDIO = dict(d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128, output_dim=384)
 TOKENS = ("audio", "image", "video", "audio_start", "audio_end", "vision_start", "vision_end")
 VISION = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TABLES = []  # of this run
 
 
 def random_policy(big: bool, rank: int = 16) -> og.Policy:
@@ -42,10 +53,9 @@ def random_policy(big: bool, rank: int = 16) -> og.Policy:
         text_config=dict(tie_word_embeddings=False) if big else SMALL, audio_config={} if big else SMALL_AUDIO,
         vision_config=VISION | dict(out_hidden_size=3584 if big else 384),
         **({} if big else {f"{name}_token_id": 2047 - i for i, name in enumerate(TOKENS)}))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16 if big else torch.float32)
-    with torch.device(device):
+    with torch.device(DEVICE):
         model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
     return og.take_apart(og.Config(lora_rank=rank, lora_alpha=rank), model, og.OMNI)
@@ -56,8 +66,8 @@ def sync():
         torch.cuda.synchronize()
 
 
-def by_turns(*functions, repeats: int) -> list[float]:
-    """Median seconds of each function, A B A B ..., after one warm-up turn."""
+def by_turns(*functions, repeats: int) -> list[list[float]]:
+    """Seconds of every turn of each function, A B A B ..., after one warm-up turn."""
     times = [[] for _ in functions]
     for turn in range(repeats + 1):
         for f, seconds in zip(functions, times):
@@ -67,7 +77,12 @@ def by_turns(*functions, repeats: int) -> list[float]:
             sync()
             if turn:
                 seconds.append(time.perf_counter() - start)
-    return [statistics.median(t) for t in times]
+    return times
+
+
+def over(a: list[float], b: list[float]) -> list[float]:
+    """How many times longer a took than b, turn by turn."""
+    return [x / y for x, y in zip(a, b)]
 
 
 def where() -> str:
@@ -75,12 +90,53 @@ def where() -> str:
     return f"{about['hardware']}, torch {about['torch']}, transformers {about['transformers']}"
 
 
-def scoring(repeats: int) -> None:
+def table(title: str, *columns: str) -> None:
+    print(f"\n{title}; {where()}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
+    TABLES.append(dict(title=title, columns=columns, rows=[]))
+
+
+def row(*cells) -> None:
+    """One row of the last table; a list is what was measured, turn by turn."""
+    TABLES[-1]["rows"].append(cells)
+    shown = [f"{statistics.median(c):.3g} ({min(c):.3g} - {max(c):.3g})" if isinstance(c, list) else
+             f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells]
+    print("| " + " | ".join(shown) + " |", flush=True)
+
+
+def memory_gib(peak: bool) -> float:
+    """The highest since the last call without `peak`, or what is held now. Not ru_maxrss: a child inherits its parent's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats() if not peak else None
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**30
+    if not os.path.exists("/proc/self/clear_refs"):  # not Linux
+        return og.peak_memory_gib()
+    if not peak:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    with open("/proc/self/status") as f:
+        return next(int(x.split()[1]) for x in f if x.startswith("VmHWM:" if peak else "VmRSS:")) / 2**20
+
+
+def fresh(what: str, *params) -> list[float]:
+    """[seconds, GiB before, GiB more at the peak] of CHILDREN[what](args, *params)() in a process of its own."""
+    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--child", json.dumps([what, *params])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def child(args) -> None:
+    what, *params = json.loads(args.child)
+    work = CHILDREN[what](args, *params)
+    before, start = memory_gib(peak=False), time.perf_counter()
+    work()
+    print(json.dumps([time.perf_counter() - start, before, memory_gib(peak=True) - before]))
+
+
+def scoring(args) -> None:
     """Forward and backward over one group: G full rows as one batch, against the packed row. The heads see the same tokens."""
     policy = random_policy(big=torch.cuda.is_available())
     vocab = policy.head.weight.shape[0]
-    print(f"scoring, forward and backward, {where()}\n")
-    print("| S | T | G | repeated s | shared s | faster | bound | of the bound |\n|---|---|---|---|---|---|---|---|")
+    table("scoring, forward and backward", "S", "T", "G", "repeated s", "shared s", "faster, x", "bound, x", "of the bound")
     policy.lm.train()
     for s in (330, 600, 830):
         for t in (8, 30, 100):
@@ -100,10 +156,9 @@ def scoring(repeats: int) -> None:
                     logps = policy.head(hidden).float().log_softmax(-1)
                     logps.gather(2, rows[:, s:, None]).sum().backward()
 
-                a, b = by_turns(run_repeated, run_shared, repeats=repeats)
+                a, b = by_turns(run_repeated, run_shared, repeats=args.repeats)
                 bound = g * (s + t) / (s + g * t)
-                print(f"| {s} | {t} | {g} | {a:.3f} | {b:.3f} | {a / b:.2f} x | {bound:.2f} x | {a / b / bound:.2f} |",
-                      flush=True)
+                row(s, t, g, a, b, over(a, b), bound, statistics.median(over(a, b)) / bound)
 
 
 def step(args) -> None:
@@ -141,8 +196,8 @@ def step(args) -> None:
         seconds.append((heard - start, rolled - heard, end - rolled, end - start))
         peak = og.peak_memory_gib()
         print(f"step {n}: {end - start:.2f} s, peak {peak:.2f} GiB", flush=True)
-    tower, rollout, update, whole = (statistics.median(x) for x in zip(*(seconds[1:] or seconds)))
-    print(f"median step {whole:.2f} s = tower {tower:.2f} + rollout {rollout:.2f} + update {update:.2f}; peak {peak:.2f} GiB")
+    table("a whole step", "tower s", "rollout s", "update s", "step s", "peak GiB")
+    row(*map(list, zip(*(seconds[1:] or seconds))), peak)
 
 
 def reading(args) -> None:
@@ -179,43 +234,268 @@ def reading(args) -> None:
                     seconds[name].append(time.perf_counter() - start)
             clips.close()
         data.load_audio = disk
-    a, b = (statistics.median(seconds[name]) for name in ("disk", "memory"))
-    print(f"median step {a:.3f} s from disk, {b:.3f} s from memory: {a / b:.3f} x")
+    a, b = seconds["disk"], seconds["memory"]
+    table(f"steps on {args.audio_s:g} s clips ({args.kind})", "from disk s", "from memory s", "longer, x")
+    row(a, b, statistics.median(a) / statistics.median(b))
 
 
-def evaluation(args) -> None:
-    """k answers to each question, as eval.py asks for them, against the library's generate(num_return_sequences=k)."""
+def sampling(args, counts: tuple[int, ...]) -> None:
+    """k completions of each question by our rollout, against the library's generate(num_return_sequences=k)."""
     policy = random_policy(big=torch.cuda.is_available())
     policy.stop_ids, vocab, frames = [], policy.head.weight.shape[0] - 8, int(args.audio_s * 100)
     audio_id, model = policy.model.get_base_model().config.audio_token_id, policy.model.get_base_model()
-    print(f"{args.new_tokens} tokens, {args.audio_s:g} s clips, {args.prompts} questions, {where()}\n\n"
-          "| k | generate s | ours s | faster |\n|---|---|---|---|")
+    table(f"{args.new_tokens} tokens, {args.audio_s:g} s clips, {args.prompts} questions", "k", "generate s", "ours s",
+          "faster, x")
     mels = [torch.randn(128, frames) for _ in range(args.prompts)]
     sizes = [len(a) for a in policy.encode_audio(mels)]
     before, after = torch.randint(vocab, (40,)).tolist(), torch.randint(vocab, (40,)).tolist()
     ids = torch.tensor([before + [audio_id] * n + after for n in sizes], device=policy.device)
     features = dict(input_features=torch.stack(mels).to(policy.device, model.dtype),
                     feature_attention_mask=torch.ones(args.prompts, frames, dtype=torch.long, device=policy.device))
-    for k in (1, 4, 8):
+    for k in counts:
         def theirs(k=k):
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0,
-                           num_return_sequences=k, max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens,
-                           pad_token_id=0, **features)
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_return_sequences=k,
+                           **features, **plain_sampling(args.new_tokens))
 
         def ours(k=k):
             prompts = [og.Tokens(before + [audio_id] * len(a) + after, [(40, a)]) for a in policy.encode_audio(mels)]
             og.rollout(policy, prompts, k, 1.0, args.new_tokens, list(range(len(prompts))))
 
         a, b = by_turns(theirs, ours, repeats=args.repeats)
-        print(f"| {k} | {a:.2f} | {b:.2f} | {a / b:.2f} x |", flush=True)
+        row(k, a, b, over(a, b))
+
+
+def plain_sampling(tokens: int) -> dict:
+    return dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=tokens, min_new_tokens=tokens,
+                pad_token_id=0)
+
+
+def random_rewards(completion_ids: list[list[int]], **_) -> list[float]:
+    """A reward that is a function of the tokens alone: the same on both sides."""
+    return [random.Random(repr(list(map(int, ids)))).random() for ids in completion_ids]
+
+
+def our_step(policy, optimizer, cfg, prompt: og.Tokens) -> None:
+    done = og.rollout(policy, [prompt], cfg.num_generations, 1.0, cfg.new_tokens, [0])[0]
+    og.update(policy, optimizer, cfg, [og.Group(None, prompt, done, random_rewards([c.ids for c in done]))], cold=False)
+
+
+S, T, LORA = 400, 24, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of --trl
+
+
+def causal_lm():
+    """A small Qwen2 with random weights, always the same."""
+    import transformers
+
+    torch.manual_seed(0)
+    shape = SMALL | dict(hidden_size=256, intermediate_size=1024, num_attention_heads=4)
+    shape["rope_parameters"] = dict(rope_type="default", rope_theta=10000.0)
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)).to(DEVICE)
+
+
+def fill_lora(model) -> None:
+    """Random LoRA factors, the same for both sides; B is not 0, so the KL and both factors have gradients."""
+    for i, (_, p) in enumerate(sorted((n, p) for n, p in model.named_parameters() if p.requires_grad)):
+        p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p.device) * 0.02
+
+
+def our_text(args, beta: float, checkpointing: bool):
+    """-> (policy, optimizer, cfg, prompt) of --trl"""
+    cfg = og.Config(data="-", prompts_per_step=1, num_generations=args.generations, max_new_tokens=T, lora_rank=16,
+                    lora_alpha=16, optimizer="adamw", beta=beta, scale="none", gradient_checkpointing=checkpointing)
+    policy = og.take_apart(cfg, causal_lm(), og.TEXT_ONLY)
+    fill_lora(policy.model)
+    return policy, og.make_optimizer(policy, cfg), cfg, og.Tokens([7 + i * i % 2000 for i in range(S)])
+
+
+def trl_trainer(args, beta: float, checkpointing: bool, steps: int, callbacks=()):
+    """TRL's trainer, set to the algorithm of our_text: what differs is how the step is computed."""
+    og.quiet_libraries()
+    import datasets
+    import peft
+    import tokenizers
+    import transformers
+    import trl
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"PAD": 0, "END": 1} | {f"w{i}": i for i in range(2, 2048)}))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="PAD", eos_token="END")
+    prompt = " ".join(f"w{7 + i * i % 2000}" for i in range(S))
+    g = args.generations
+    config = trl.GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=g, num_generations=g, max_completion_length=T,
+        generation_kwargs=dict(min_new_tokens=T), temperature=1.0, top_p=1.0, top_k=0, beta=beta, loss_type="grpo",
+        scale_rewards="none", use_bias_correction_kl=False, epsilon=0.2, num_iterations=1, max_steps=steps, optim="adamw_torch",
+        learning_rate=1e-5, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="constant", disable_dropout=True,
+        gradient_checkpointing=checkpointing, bf16=False, use_cpu=DEVICE == "cpu", report_to="none", logging_strategy="no",
+        save_strategy="no", disable_tqdm=True, shuffle_dataset=False)
+    trainer = trl.GRPOTrainer(causal_lm(), random_rewards, args=config, processing_class=tokenizer, callbacks=list(callbacks),
+                              train_dataset=datasets.Dataset.from_dict(dict(prompt=[prompt] * (steps + 1))),
+                              peft_config=peft.LoraConfig(r=16, lora_alpha=16, target_modules=LORA, task_type="CAUSAL_LM"))
+    trainer.remove_callback(transformers.PrinterCallback)
+    fill_lora(trainer.model)
+    return trainer
+
+
+def against_trl(args) -> None:
+    """A whole step (rollout, scoring, update) of one prompt of S = 400 tokens, G completions of 24, against GRPOTrainer.train.
+
+    Equal on both sides: a small random Qwen2 and its LoRA (rank 16, all linear layers), the prompt, rewards that depend on
+    the tokens alone, plain sampling, AdamW, float32, threads, checkpointing. Two settings of TRL's are not its defaults:
+    the KL's gradient is that of k3 itself, and rewards are not divided by their std (TRL's is the sample's, ours the
+    population's). The warm-up turn gives TRL's completions to our update and compares advantages and clipped gradients.
+    """
+    if not importlib.util.find_spec("trl"):
+        print("--trl needs TRL, for this comparison only: pip install --no-deps trl accelerate; pip install datasets")
+        return
+    og.quiet_libraries()
+    import accelerate
+    import transformers
+    import trl
+
+    class Turns(transformers.TrainerCallback):
+        """Inside TRL's own loop: its step is timed, then one of ours."""
+
+        def on_step_begin(self, *_, **__):
+            sync()
+            self.start = time.perf_counter()
+
+        def on_pre_optimizer_step(self, _, state, *__, **___):
+            if not state.global_step:
+                checks.append(same_step(trainer, *ours))
+
+        def on_step_end(self, *_, **__):
+            sync()
+            middle = time.perf_counter()
+            our_step(*ours)
+            sync()
+            turns.append((middle - self.start, time.perf_counter() - middle))
+
+    table(f"one step of one prompt, S = {S}, T = {T}, G = {args.generations}, against trl {trl.__version__}, accelerate "
+          f"{accelerate.__version__}", "beta", "checkpointing", "TRL s", "ours s", "faster, x", "TRL peak GiB", "ours peak GiB",
+          "less, x", "advantages differ by", "lowest cosine of a gradient")
+    for beta in (0.0, 0.04):
+        for checkpointing in (True, False):
+            turns, checks, ours = [], [], our_text(args, beta, checkpointing)
+            trainer = trl_trainer(args, beta, checkpointing, args.repeats + 1, [Turns()])
+            trainer.train()
+            a, b = map(list, zip(*turns[1:]))
+            peaks = [fresh(side, beta, checkpointing)[2] for side in ("trl", "ours")]
+            row(beta, checkpointing, a, b, over(a, b), *peaks, peaks[0] / peaks[1], *checks[0])
+
+
+def same_step(trainer, policy, optimizer, cfg, prompt) -> tuple[float, float]:
+    """Our update of the completions that TRL is just learning from, on equal weights.
+    -> largest difference of an advantage, lowest cosine between the two gradients of a parameter"""
+    batch, mine = trainer._buffered_inputs[0], {}
+    theirs = {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
+    done = [og.Completion(c, sampled=[True] * len(c)) for c in batch["completion_ids"].tolist()]
+    rewards = random_rewards([c.ids for c in done])
+    keep = types.SimpleNamespace(zero_grad=lambda set_to_none: None, step=lambda: mine.update(
+        {n: p.grad for n, p in policy.trainable().items()}))
+    og.update(policy, keep, cfg, [og.Group(None, prompt, done, rewards)], cold=False)
+    assert mine.keys() == theirs.keys() and all(len(c.ids) == T for c in done)
+    assert batch["prompt_ids"].tolist() == [prompt.ids] * len(done)
+    cosine = torch.nn.functional.cosine_similarity
+    advantages = og.group_advantages(torch.tensor([rewards]), cfg.scale)[0].to(DEVICE)
+    return ((advantages - batch["advantages"]).abs().max().item(),
+            min(cosine(mine[n].flatten().double(), g.flatten().double(), dim=0).item() for n, g in theirs.items()))
+
+
+def audio_step(args, naive: bool):
+    """-> (step, clips that went through the audio tower so far) on the thinker, one question with one clip"""
+    policy = random_policy(big=torch.cuda.is_available())
+    cfg = og.Config(data="-", prompts_per_step=1, num_generations=args.generations, max_new_tokens=args.new_tokens,
+                    lora_rank=16, lora_alpha=16, optimizer="adamw")
+    optimizer, heard, policy.stop_ids = og.make_optimizer(policy, cfg), [], []
+    model, vocab, frames = policy.model, policy.head.weight.shape[0] - 8, int(args.audio_s * 100)
+    tower = next(m for name, m in model.named_modules() if name.endswith("audio_tower"))
+    tower.register_forward_pre_hook(lambda _, __, kw: heard.extend(kw["feature_lens"].tolist()), with_kwargs=True)
+    mel = torch.randn(128, frames)
+    before, after = torch.randint(vocab, (40,)).tolist(), torch.randint(vocab, (40,)).tolist()
+
+    def ours():
+        clip = policy.encode_audio([mel])[0]
+        our_step(policy, optimizer, cfg, og.Tokens(before + [0] * len(clip) + after, [(40, clip)]))
+
+    def repeated():
+        """The loop as it is usually written: nothing is wrong in it, and nothing is shared."""
+        g, audio_id, n = args.generations, model.get_base_model().config.audio_token_id, ((frames - 1) // 2 - 1) // 2 + 1
+        ids = torch.tensor([before + [audio_id] * n + after] * g, device=DEVICE)
+        clip = torch.nn.functional.pad(mel, (0, 30000 - frames))[None]  # as the feature extractor gives it
+        features = dict(input_features=clip.repeat(g, 1, 1).to(DEVICE, policy.head.weight.dtype),
+                        feature_attention_mask=(torch.arange(30000) < frames).long().repeat(g, 1).to(DEVICE))
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **features, **plain_sampling(args.new_tokens),
+                             suppress_tokens=list(range(vocab, vocab + 8)))
+
+        def logps():
+            logits = model(input_ids=out, attention_mask=torch.ones_like(out), use_cache=False, **features).logits
+            every = logits[:, :-1].float().log_softmax(-1).gather(2, out[:, 1:, None])[:, :, 0]
+            return every[:, ids.shape[1] - 1:]
+
+        policy.lm.train()
+        with torch.no_grad(), model.disable_adapter():
+            ref_logp = logps()
+        logp = logps()
+        rewards = random_rewards(out[:, ids.shape[1]:].tolist())
+        advantage = og.group_advantages(torch.tensor([rewards]))[0][:, None].to(DEVICE)
+        kl = torch.exp(ref_logp - logp) - (ref_logp - logp) - 1
+        (cfg.beta * kl - torch.exp(logp - logp.detach()) * advantage).mean().backward()
+        torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        policy.lm.eval()
+
+    if naive:
+        policy.lm.set_attn_implementation("sdpa")
+    return repeated if naive else ours, heard
+
+
+def against_repeated(args) -> None:
+    """A whole step of one question with a clip, against the usual loop of audio GRPO: features padded to 300 s and repeated
+    G times, the tower run for every copy in the rollout, the policy's pass and the reference's, G full rows, logits at
+    every position. Equal on both sides: the thinker, LoRA, checkpointing, AdamW, the features before the padding."""
+    (theirs, their_clips), (ours, our_clips) = audio_step(args, True), audio_step(args, False)
+    table(f"one step of one {args.audio_s:g} s clip, T = {args.new_tokens}, G = {args.generations}", "repeated s", "ours s",
+          "faster, x", "repeated peak GiB", "ours peak GiB", "less, x", "repeated: clips through the tower a step", "ours")
+    a, b = by_turns(theirs, ours, repeats=args.repeats)
+    peaks = [fresh("audio", naive)[2] for naive in (True, False)]
+    row(a, b, over(a, b), *peaks, peaks[0] / peaks[1], *(len(c) // (args.repeats + 1) for c in (their_clips, our_clips)))
+
+
+def startup(args) -> None:
+    """What omni_grpo.py does with --data before the model loads; the probe of the audio alone takes up to 3 s by design."""
+    table("data ready", "questions", "MB of JSON lines", "s", "peak GiB", "of it before the data")
+    with tempfile.TemporaryDirectory() as folder:
+        soundfile.write(f"{folder}/clip.wav", np.sin(np.arange(16000) / 20), 16000)
+        for n in (1_000, 10_000, 100_000, 1_000_000):
+            path = f"{folder}/{n}.jsonl"
+            with open(path, "w", encoding="utf-8") as f:
+                for i in range(n):
+                    f.write(json.dumps(dict(id=f"q{i}", audio="clip.wav", question=f"What is heard at {i}?", answer=i % 4,
+                                            choices=["a dog", "a bell", "rain", "speech"])) + "\n")
+            seconds, before, more = fresh("startup", path)
+            row(n, os.path.getsize(path) / 1e6, seconds, before + more, before)
+
+
+def two_steps(step):
+    return lambda: (step(), step())
+
+
+CHILDREN = {  # work(args, *params) -> what is measured, in a fresh process
+    "trl": lambda args, *params: trl_trainer(args, *params, 2).train,
+    "ours": lambda args, *params: two_steps(lambda ours=our_text(args, *params): our_step(*ours)),
+    "audio": lambda args, naive: two_steps(audio_step(args, naive)[0]),
+    "startup": lambda args, path: lambda: og.open_data(og.Config(data=path)),
+}
+MODES = dict(scoring=scoring, step=step, reading=reading, trl=against_trl, audio=against_repeated, startup=startup,
+             eval=lambda args: sampling(args, (1, 4, 8)), rollout=lambda args: sampling(args, (1, 4, 8, 16)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scoring", action="store_true")
-    parser.add_argument("--step", action="store_true")
-    parser.add_argument("--reading", action="store_true")
-    parser.add_argument("--eval", action="store_true")
+    for mode in MODES:
+        parser.add_argument(f"--{mode}", action="store_true")
     parser.add_argument("--repeats", type=int, default=3, help="turns behind each median")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=8)
@@ -224,17 +504,23 @@ def main() -> None:
     parser.add_argument("--audio_s", type=float, default=10.0)
     parser.add_argument("--kind", default="wav", choices=["wav", "flac", "mp3"], help="of the clips of --reading")
     parser.add_argument("--cap_gib", type=float, default=48.0)
+    parser.add_argument("--threads", type=int, default=0, help="of torch on a CPU, 0: its own choice; more than are free make "
+                        "small steps crawl")
+    parser.add_argument("--json", default="bench.json", help="where the tables of a run go")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.scoring:
-        scoring(args.repeats)
-    if args.step:
-        step(args)
-    if args.reading:
-        reading(args)
-    if args.eval:
-        evaluation(args)
-    if not (args.scoring or args.step or args.reading or args.eval):
+    args.threads = args.threads or torch.get_num_threads()  # the fresh processes of some modes get it, too
+    torch.set_num_threads(args.threads)
+    if args.child:
+        return child(args)
+    asked = [mode for mode in MODES if getattr(args, mode)]
+    if not asked:
         parser.print_help()
+    for mode in asked:
+        MODES[mode](args)
+    if TABLES:
+        about = og.machine() | dict(cores=os.cpu_count(), date=time.strftime("%Y-%m-%d"), command=sys.argv[1:])
+        og.write_atomically(args.json, lambda tmp: open(tmp, "w").write(json.dumps(about | dict(tables=TABLES), indent=1)))
 
 
 if __name__ == "__main__":
