@@ -971,7 +971,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 import data, eval as ev, omni_grpo as og
-torch.set_num_threads(1)  # and so no threads that a fork would lose
+torch.set_num_threads(1)
 policy, rollout, replace, n = og.load_policy(og.Config(model={model!r}), train=False), og.rollout, os.replace, 0
 
 def die():
@@ -1011,6 +1011,7 @@ args = ev.parse_args({words!r})
 for moment in (in_the_second_rollout, in_a_line, before_the_report):
     pid = os.fork()
     if not pid:
+        torch.set_num_threads(1)  # in the child: torch renews its pool after a fork, and not safely from several threads at once
         moment()
         ev.run(args, data.Examples(args.data), args.out, policy)
         os._exit(0)
@@ -1029,7 +1030,7 @@ def test_kill_at_three_moments(ask, tiny, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{-signal.SIGKILL} {n} False" for n in (2, 5, 8)]
+    assert done.stdout.splitlines() == [f"{-signal.SIGKILL} {n} False" for n in (2, 5, 8)], done.stderr
     before, threads = (tmp_path / "killed" / "items.jsonl").read_bytes(), torch.get_num_threads()
     torch.set_num_threads(1)  # as in the killed run: another number of threads sums in another order
     try:
