@@ -39,7 +39,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, chain, count, islice
 from typing import Any
@@ -118,6 +118,7 @@ class Config:
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
     pack_tokens: int = arg(8192, "tokens scored in one forward pass (at least one group)")
     rollout_rows: int = arg(128, "completions decoded together")
+    reuse_prefix: bool = arg(True, "learn through the rollout's own pass over the prompts; off: read them again, less memory")
     workers: int = arg(4, "threads that read audio ahead of the step")
     max_audio_s: float = arg(30.0, "seconds of a clip that are heard, at most 300")
     max_bad_audio: int = arg(10, "unreadable clips that are skipped before the run stops")
@@ -225,7 +226,8 @@ def token_entropy(logps: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Packs: a group is one row [prompt | completion 1 | ... | completion G], groups follow each other, nothing is padded
+# Packs: tokens of all lengths in one row, without padding. Prompts are read first, [prompt 1 | prompt 2 | ...]; completions
+# follow in rows of their own, [completion 1 of prompt 1 | completion 2 of prompt 1 | ...], and attend to what was read.
 
 
 @dataclass
@@ -247,85 +249,175 @@ class Completion(Tokens):
 
 
 @dataclass
+class Prefix:
+    """Prompts that a policy has read: all that their completions need of them, computed once."""
+
+    prompts: list[Tokens]
+    kv: list[tuple[Tensor, Tensor]]  # a layer: keys and values (1, KV heads, N, d), the prompts one after the other
+    ends: Tensor  # (P, H) hidden states at the prompts' last tokens, which predict the completions' first
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """Where each prompt lies among the N tokens."""
+        ends = list(accumulate(len(p.ids) for p in self.prompts))
+        return list(zip([0, *ends], ends))
+
+    def cut(self) -> "Prefix":
+        """A copy that collects gradients, from as many backward passes as there are, and keeps them for `backward`."""
+        def leaf(x):
+            return x.detach().requires_grad_(x.requires_grad)
+        return Prefix(self.prompts, [(leaf(k), leaf(v)) for k, v in self.kv], leaf(self.ends))
+
+    def backward(self, leaves: "Prefix") -> None:
+        """What `leaves`, a cut of this prefix, has collected goes on to the weights."""
+        pairs = zip([self.ends, *chain(*self.kv)], [leaves.ends, *chain(*leaves.kv)])
+        pairs = [(x, leaf.grad) for x, leaf in pairs if leaf.grad is not None]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs))
+
+
+@dataclass
 class Group:
     example: Example
     prompt: Tokens
     completions: list[Completion]
     rewards: list[float] = field(default_factory=list)
     parts: list[dict] = field(default_factory=list)
-
-
-@dataclass
-class Segment:
-    """Where one group lies in a pack: prompt [start, split), completions [split, end); mask as in `packed_attention`."""
-
-    start: int
-    split: int
-    end: int
-    mask: Tensor | None = None
+    read: tuple[Prefix, int] | None = None  # the rollout's pass over the prompt, and its place there
 
 
 @dataclass
 class Pack:
+    """Completions of some groups in one row of n tokens; M of their tokens are trained."""
+
+    prompts: list[Tokens]
+    prefix: Prefix | None  # where the rollout has read these prompts, and their places there
+    places: Sequence[int]
     parts: list[Tokens]
-    positions: Tensor  # (N,)
-    segments: list[Segment]
-    predict: Tensor  # (M,) where in the pack the token is predicted: one place before it, for a first token the prompt's end
+    positions: Tensor  # (n,)
+    spans: list[tuple[int, int, Tensor]]  # a group: where its completions start and end, and their mask (1, 1, n, S + n)
+    predict: Tensor  # (M,) what predicts the token: the prompts' ends come first, then the n tokens
     target: Tensor  # (M,) the token
     row: Tensor  # (M,) which completion of the step it belongs to
 
 
-def make_pack(groups: list[Group], rows: list[int], device="cpu") -> Pack:
-    """`rows`: the number, within the step, of each group's first completion."""
-    parts, positions, segments, predict, target, row = [], [], [], [], [], []
+def make_pack(groups: list[Group], rows: list[int], device="cpu", prefixes=(None,), places=()) -> Pack:
+    """`rows`: the number, within the step, of each group's first completion. `prefixes`, all the same one, and `places` in
+    it: where the prompts were read; none: they will be read in this order."""
+    parts, positions, spans, predict, target, row = [], [], [], [], [], []
     at = 0
-    for group, first_row in zip(groups, rows):
-        size = len(group.prompt.ids)
-        start, split = at, at + size
-        parts.append(group.prompt)
-        positions.append(torch.arange(size))
-        owner = []
-        at = split
+    for n, (group, first_row) in enumerate(zip(groups, rows)):
+        size, start, owner = len(group.prompt.ids), at, []
         for i, completion in enumerate(group.completions):
-            length = len(completion.ids)
             trained = torch.tensor(completion.sampled, dtype=torch.bool).nonzero()[:, 0]
-            predict.append(torch.where(trained == 0, split - 1, at + trained - 1))
+            predict.append(torch.where(trained == 0, n, len(groups) + at + trained - 1))
             target.append(torch.tensor(completion.ids, dtype=torch.long)[trained])
             row.append(torch.full((len(trained),), first_row + i))
-            parts.append(completion)
-            positions.append(torch.arange(size, size + length))
-            owner.append(torch.full((length,), i))
-            at += length
-        owner = torch.cat(owner) if owner else torch.zeros(0, dtype=torch.long)
+            fed = len(completion.ids) - 1  # the last token predicts nothing
+            parts.append(Tokens(completion.ids[:fed], [(s, a[:fed - s]) for s, a in completion.audio if s < fed]))
+            positions.append(torch.arange(size, size + fed))
+            owner.append(torch.full((fed,), i))
+            at += fed
+        owner = torch.cat(owner)
         order = torch.arange(len(owner))
         own = (owner[:, None] == owner[None, :]) & (order[:, None] >= order[None, :])  # same completion, not later
         mask = torch.cat([torch.ones(len(owner), size, dtype=torch.bool), own], dim=1)
-        segments.append(Segment(start, split, at, mask.to(device)[None, None] if len(owner) else None))
-    cat = [torch.cat(x).to(device) if x else torch.zeros(0, dtype=torch.long, device=device)
-           for x in (positions, predict, target, row)]
-    return Pack(parts, cat[0], segments, *cat[1:])
+        spans.append((start, at, mask.to(device)[None, None]))
+    positions, predict, target, row = (torch.cat(x).to(device) for x in (positions, predict, target, row))
+    return Pack([g.prompt for g in groups], prefixes[0], places, parts, positions, spans, predict, target, row)
 
 
-def packed_attention(module, query, key, value, attention_mask, segments=None, **kwargs):
-    """Attention within the groups of a pack.       query (1, heads, N, d) -> (1, N, heads, d)
+def packed_attention(module, query, key, value, attention_mask, pattern=None, **kwargs):
+    """The library asks here for attention; `pattern` says who sees whom.       query (1, heads, N, d) -> (1, N, heads, d)
 
-    A token attends to the earlier tokens of its own prompt and of its own completion. Per group that is two calls, both
-    exact: the prompt is plainly causal; completions see the whole prompt and, through the mask, themselves. Without
-    `segments` (decoding) it is ordinary attention.
+    Without one (the library's own generate) it is ordinary attention.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+    if pattern is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("sliding_window") is not None or kwargs.get("softcap") is not None:
+        raise UserError("this model's attention has a sliding window or a soft cap, which packs do not have")
+    return pattern.attend(module.layer_idx, query, key, value, kwargs.get("scaling")).transpose(1, 2), None
 
-    kwargs = {k: v for k, v in kwargs.items() if k in ("dropout", "scaling")}
-    if segments is None:
-        return sdpa(module, query, key, value, attention_mask, **kwargs)
-    out = []
-    for s in segments:
-        q, k, v = (x[:, :, s.start:s.split] for x in (query, key, value))
-        out.append(sdpa(module, q, k, v, None, is_causal=True, **kwargs)[0])
-        if s.end > s.split:
-            k, v = (x[:, :, s.start:s.end] for x in (key, value))
-            out.append(sdpa(module, query[:, :, s.split:s.end], k, v, s.mask, **kwargs)[0])
-    return torch.cat(out, dim=1), None
+
+def attend(query, key, value, scaling, mask=None, causal=False):
+    """Grouped-query attention of one row; keys are shared by heads, not copied.       (1, heads, n, d), (1, KV heads, m, d)"""
+    kv, (n, d) = key.shape[1], query.shape[2:]
+    query = query[0].reshape(kv, -1, n, d)
+    key, value = (x[0, :, None].expand(-1, query.shape[1], -1, -1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling).reshape(1, -1, n, d)
+
+
+class Reading:
+    """Prompts: every token sees the earlier ones of its own prompt. Keys and values are kept for what follows."""
+
+    def __init__(self, bounds: list[tuple[int, int]]):
+        self.bounds, self.kv = bounds, {}
+
+    def attend(self, layer: int, query, key, value, scaling):
+        self.kv.setdefault(layer, (key, value))  # a checkpointed layer comes by again in the backward pass
+        return torch.cat([attend(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, causal=True)
+                          for a, b in self.bounds], dim=2)
+
+
+class Scoring:
+    """Completions: every token sees its prompt, and the earlier tokens of its own completion."""
+
+    def __init__(self, prefix: Prefix, places: Sequence[int], spans: list):
+        self.kv, bounds = prefix.kv, prefix.bounds()
+        self.spans = [(*bounds[place], *span) for place, span in zip(places, spans) if span[1] > span[0]]
+
+    def attend(self, layer: int, query, key, value, scaling):
+        keys, values = self.kv[layer]
+        return torch.cat([attend(query[:, :, a:b], torch.cat([keys[:, :, p:q], key[:, :, a:b]], dim=2),
+                                 torch.cat([values[:, :, p:q], value[:, :, a:b]], dim=2), scaling, mask)
+                          for p, q, a, b, mask in self.spans], dim=2)
+
+
+class Decoding:
+    """One token of every row: it sees its prompt, and the tokens its row has so far.
+
+    Keys and values lie in one line a prompt, [prompt | token 1 of rows 1 ... G | token 2 of rows 1 ... G | ...]: the prompt's
+    are there once, read once for all its rows, and never copied. place (R,): row r of the batch is row place[r] of P * G.
+    """
+
+    def __init__(self, prefixes: list[Prefix], g: int, room: int):
+        spots = [(prefix, a, b) for prefix in prefixes for a, b in prefix.bounds()]
+        self.g, self.length, device = g, max(b - a for _, a, b in spots), prefixes[0].ends.device
+        self.place = torch.arange(len(spots) * g, device=device)
+        slot = torch.arange(self.length + g * room, device=device)
+        own = (slot >= self.length) & ((slot - self.length) % g == torch.arange(g, device=device)[:, None])  # (G, slots)
+        sizes = torch.tensor([b - a for _, a, b in spots], device=device)
+        self.mask = own | (slot < sizes[:, None])[:, None]  # (P, G, slots)
+        self.kv = []
+        for layer, kv in enumerate(prefixes[0].kv):
+            lines = tuple(x.new_zeros(len(spots), x.shape[1], len(slot), x.shape[3]) for x in kv)
+            for line, (prefix, a, b) in enumerate(spots):
+                for to, x in zip(lines, prefix.kv[layer]):
+                    to[line, :, :b - a] = x[0, :, a:b]
+            self.kv.append(lines)
+
+    def attend(self, layer: int, query, key, value, scaling):
+        (lines, kv, _, d), (heads, g, end) = self.kv[layer][0].shape, (query.shape[1], self.g, self.length + self.g)
+        line, row = self.place // g, self.place % g
+        for to, x in zip(self.kv[layer], (key, value)):
+            to[line, :, self.length + row] = x[0].transpose(0, 1)
+        keys, values = (x[:, :, :end] for x in self.kv[layer])
+        rows = query.new_zeros(lines * g, heads, d)
+        rows[self.place] = query[0].transpose(0, 1)
+        # all queries that share a key stand in one block: (P, KV heads, heads a KV head * G, d)
+        rows = rows.view(lines, g, kv, -1, d).permute(0, 2, 3, 1, 4).reshape(lines, kv, -1, d)
+        mask = self.mask[:, None, None, :, :end].expand(-1, 1, heads // kv, -1, -1).reshape(lines, 1, -1, end)
+        out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=scaling)
+        out = out.view(lines, kv, -1, g, d).permute(0, 3, 1, 2, 4).reshape(lines * g, heads, d)
+        return out[self.place].transpose(0, 1)[None]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch; prompts without one go."""
+        self.place = self.place[rows]
+        lines, line = torch.unique(self.place // self.g, return_inverse=True)
+        if len(lines) < len(self.mask):
+            self.place = line * self.g + self.place % self.g
+            self.kv, self.mask = [tuple(x[lines] for x in kv) for kv in self.kv], self.mask[lines]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -605,11 +697,28 @@ def embed(policy: Policy, parts: list[Tokens]) -> Tensor:
     return x
 
 
-def token_logps(policy: Policy, pack: Pack, temperature: float, chunk: int = 512) -> tuple[Tensor, Tensor]:
+def forward(policy: Policy, x: Tensor, positions: Tensor, pattern) -> Tensor:
+    """The language model on one row.       x (N, H), positions (N,) -> hidden states (N, H)"""
+    if policy.lm.training != torch.is_grad_enabled():  # gradient checkpointing works in training mode only; there is no
+        policy.lm.train(torch.is_grad_enabled())  # dropout anywhere
+    return policy.lm(inputs_embeds=x[None], position_ids=positions[None], pattern=pattern, use_cache=False).last_hidden_state[0]
+
+
+def read(policy: Policy, prompts: list[Tokens]) -> Prefix:
+    """The pass over the prompts, in one row; with its graph where gradients are on, for `Prefix.backward`."""
+    prefix = Prefix(prompts, [], None)
+    pattern = Reading(prefix.bounds())
+    positions = torch.cat([torch.arange(len(p.ids)) for p in prompts]).to(policy.device)
+    hidden = forward(policy, embed(policy, prompts), positions, pattern)
+    return Prefix(prompts, list(pattern.kv.values()), hidden[[b - 1 for _, b in pattern.bounds]])
+
+
+def token_logps(policy: Policy, pack: Pack, temperature: float, prefix: Prefix | None = None,
+                chunk: int = 512) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every trained token under softmax(logits / temperature).       -> (M,), (M,)
 
-    The head runs on the M predicting positions only, `chunk` at a time under checkpointing, in float32 from the softmax
-    on: neither (N, V) nor (M, V) is ever held.
+    `prefix`: where the prompts were read, at pack.places; none: they are read here. The head runs on the M predicting
+    positions only, `chunk` at a time under checkpointing, in float32 from the softmax on: (M, V) is never held.
     """
     def chunk_logps(hidden, target):
         logps = F.log_softmax(policy.head(hidden).float() / temperature, dim=-1)
@@ -617,40 +726,20 @@ def token_logps(policy: Policy, pack: Pack, temperature: float, chunk: int = 512
             entropy = token_entropy(logps)
         return logps.gather(1, target[:, None])[:, 0], entropy
 
-    hidden = policy.lm(inputs_embeds=embed(policy, pack.parts)[None], position_ids=pack.positions[None],
-                       segments=pack.segments, use_cache=False).last_hidden_state[0][pack.predict]  # (M, H)
+    places = list(pack.places if prefix else range(len(pack.prompts)))
+    prefix = prefix or read(policy, pack.prompts)
+    hidden = prefix.ends[places]
+    if len(pack.positions):  # completions of one token need no more
+        own = forward(policy, embed(policy, pack.parts), pack.positions, Scoring(prefix, places, pack.spans))
+        hidden = torch.cat([hidden, own])
+    hidden = hidden[pack.predict]  # (M, H)
     pieces = [torch.utils.checkpoint.checkpoint(chunk_logps, h, t, use_reentrant=False)
               for h, t in zip(hidden.split(chunk), pack.target.split(chunk))]
-    if not pieces:
-        return hidden.new_zeros(0), hidden.new_zeros(0)
     return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rollout: prefill every prompt once, copy its keys and values to G rows, decode all rows together
-
-
-class RowCache:
-    """Keys and values for decoding: filled by one packed prefill, then spread to rows with room for new tokens."""
-
-    def __init__(self):
-        self.layers, self.length = [], 0
-
-    def update(self, key, value, layer: int, *args, **kwargs):
-        if layer == len(self.layers):  # the prefill
-            self.layers.append((key, value))
-            return key, value
-        keys, values = self.layers[layer]
-        keys[:, :, self.length], values[:, :, self.length] = key[:, :, 0], value[:, :, 0]
-        return keys[:, :, :self.length + 1], values[:, :, :self.length + 1]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return self.length
-
-    def spread(self, index: Tensor, room: int) -> None:
-        """index (R, S): which packed position is position s of row r"""
-        self.length = index.shape[1]
-        self.layers = [tuple(F.pad(x[0][:, index].transpose(0, 1), (0, 0, 0, room)) for x in kv) for kv in self.layers]
+# Rollout: read every prompt once, then decode all completions together
 
 
 def sample(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -667,14 +756,33 @@ def sample(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tenso
     return ids[:, 0], logps.gather(1, ids)[:, 0]
 
 
+def read_in_parts(policy: Policy, prompts: list[Tokens], part_tokens: int = 8192) -> list[Prefix]:
+    """At most part_tokens in one pass: activations of a pass, and not of all prompts, are held."""
+    return [read(policy, [prompts[i] for i in part]) for part in in_parts([len(p.ids) for p in prompts], part_tokens)]
+
+
+def in_parts(sizes: list[int], limit: int) -> list[list[int]]:
+    """Places in order, in parts whose sizes sum to `limit` at most; what is larger is a part of its own."""
+    parts, room = [], 0
+    for place, size in enumerate(sizes):
+        if size > room or not parts:
+            parts.append([])
+            room = limit
+        parts[-1].append(place)
+        room -= size
+    return parts
+
+
 @torch.no_grad()
 def rollout(policy: Policy, prompts: list[Tokens], num_generations: int, temperature: float, max_new_tokens: int,
-            seeds: list[int], insert: Callable | None = None, max_inserted: int = 0) -> list[list[Completion]]:
+            seeds: list[int], insert: Callable | None = None, max_inserted: int = 0,
+            prefixes: list[Prefix] | None = None) -> list[list[Completion]]:
     """Sample num_generations completions a prompt.       -> P lists of G Completion
 
     The uniform numbers behind a prompt's samples come from its own seed alone, so they depend neither on the other
     prompts nor on how prompts are batched. `insert(prompt index, completion) -> Tokens or None` is asked after every
-    sampled token; what it returns is fed to that row, token by token, while the other rows go on sampling.
+    sampled token; what it returns is fed to that row, token by token, while the other rows go on sampling. `prefixes`: the
+    prompts, where they were read already.
     """
     g, device = num_generations, policy.device
     rows = [Completion([]) for _ in prompts for _ in range(g)]
@@ -682,21 +790,10 @@ def rollout(policy: Policy, prompts: list[Tokens], num_generations: int, tempera
     room = max_new_tokens + max_inserted
     u = torch.cat([torch.rand(g, max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 
-    # prefill: all prompts as one packed row; only the last position of each meets the head
-    pack = make_pack([Group(None, p, []) for p in prompts], [0] * len(prompts), device)
-    cache = RowCache()
-    hidden = policy.lm(inputs_embeds=embed(policy, pack.parts)[None], position_ids=pack.positions[None],
-                       segments=pack.segments, past_key_values=cache, use_cache=True).last_hidden_state[0]
-    sizes = torch.tensor([len(p.ids) for p in prompts], device=device)  # (P,)
-    ends, longest = sizes.cumsum(0), int(sizes.max())
-    logits = policy.head(hidden[ends - 1]).repeat_interleave(g, dim=0)  # (R, V)
-
-    # spread: row r gets its prompt's keys and values, right-aligned so that all rows decode in the same slot
-    slot = torch.arange(longest, device=device)[None]
-    index = (ends[:, None] - longest + slot).clamp(min=0)  # (P, S); what lies before the prompt is never seen
-    cache.spread(index.repeat_interleave(g, dim=0), room)
-    seen = F.pad(slot >= longest - sizes[:, None], (0, room), value=True).repeat_interleave(g, dim=0)  # (R, S + room)
-    position = sizes.repeat_interleave(g)  # (R,) of the next token
+    prefixes = prefixes or read_in_parts(policy, prompts)
+    cache = Decoding(prefixes, g, room)
+    position = torch.tensor([len(p.ids) for p in prompts], device=device).repeat_interleave(g)  # (R,) of the next token
+    logits = policy.head(torch.cat([p.ends for p in prefixes])).repeat_interleave(g, dim=0)  # (R, V)
 
     at, sampled, history = list(range(len(rows))), [0] * len(rows), []  # at: which row decodes in which place
     nth = torch.zeros(len(rows), dtype=torch.long, device=device)  # how many tokens were sampled in each place
@@ -732,19 +829,17 @@ def rollout(policy: Policy, prompts: list[Tokens], num_generations: int, tempera
             nth = torch.tensor([min(sampled[r], max_new_tokens - 1) for r in at], device=device)
         if len(live) <= len(at) // 2:  # half of them are done: go on without them
             keep = torch.tensor(live, device=device)
-            cache.layers = [tuple(x[keep] for x in kv) for kv in cache.layers]
-            ids, nth, u, seen, position = (x[keep] for x in (ids, nth, u, seen, position))
+            cache.keep(keep)
+            ids, nth, u, position = (x[keep] for x in (ids, nth, u, position))
             forced = {live.index(place): audio for place, audio in forced.items() if place in live}
             at = [at[place] for place in live]
-        x = policy.embed_tokens(ids)[:, None]  # (R, 1, H)
+        x = policy.embed_tokens(ids)  # (R, H)
         for place, audio in forced.items():
             if audio is not None:
-                x[place, 0] = audio.to(x.dtype)
-        hidden = policy.lm(inputs_embeds=x, position_ids=position[:, None], past_key_values=cache, use_cache=True,
-                           attention_mask=seen[:, None, None, :cache.length + 1]).last_hidden_state
-        cache.length += 1
+                x[place] = audio.to(x.dtype)
+        logits = policy.head(forward(policy, x, position, cache))
+        cache.length += g
         position = position + 1
-        logits = policy.head(hidden[:, 0])
     for logp, taken in history:
         values = logp.tolist()
         for row, place, was_sampled in taken:
@@ -802,11 +897,14 @@ def sampled_groups(policy: Policy, cfg: Config, batch: list, weights: dict) -> l
     prompts = encode(policy, examples, mels, cfg)
     for at in range(0, len(batch), at_once):
         part = slice(at, at + at_once)
+        with torch.set_grad_enabled(cfg.reuse_prefix):
+            prefixes = read_in_parts(policy, prompts[part], cfg.pack_tokens)
         sampled = rollout(policy, prompts[part], cfg.num_generations, cfg.temperature, cfg.new_tokens,
-                          [seed_of(cfg.seed, "rollout", cursor) for cursor in cursors[part]])
-        for example, prompt, completions in zip(examples[part], prompts[part], sampled):
+                          [seed_of(cfg.seed, "rollout", cursor) for cursor in cursors[part]], prefixes=prefixes)
+        places = [(prefix, i) if cfg.reuse_prefix else None for prefix in prefixes for i in range(len(prefix.prompts))]
+        for example, prompt, completions, place in zip(examples[part], prompts[part], sampled, places):
             scores = [score(text_of(policy, c), example, weights) for c in completions]
-            groups.append(Group(example, prompt, completions, *map(list, zip(*scores))))
+            groups.append(Group(example, prompt, completions, *map(list, zip(*scores)), place))
     return groups
 
 
@@ -842,17 +940,26 @@ def evaluate(policy: Policy, cfg: Config, examples: list[Example], samples: int 
 
 
 def pack_groups(groups: list[Group], keep: list[int], pack_tokens: int, device) -> list[Pack]:
-    """The groups `keep`, in packs of at most pack_tokens tokens (a larger group is a pack of its own)."""
+    """The groups `keep`, in packs of at most pack_tokens tokens (a larger group is a pack of its own).
+
+    Groups are scored with the rollout's own pass over their prompts, if it was kept. A backward pass through it goes through
+    all its prompts, at twice the price of a forward pass: where less than two thirds of them are to be scored (without a KL,
+    groups without reward spread are not), reading those again is cheaper.
+    """
     first = [0, *accumulate(len(g.completions) for g in groups)]
-    packs, room = [], 0
+    members, packs = collections.defaultdict(list), []
     for i in keep:
-        tokens = len(groups[i].prompt.ids) + sum(len(c.ids) for c in groups[i].completions)
-        if tokens > room:
-            packs.append([])
-            room = pack_tokens
-        packs[-1].append(i)
-        room -= tokens
-    return [make_pack([groups[i] for i in p], [first[i] for i in p], device) for p in packs]
+        members[id(groups[i].read[0]) if groups[i].read else None].append(i)
+    for key, some in list(members.items()):
+        if key and 3 * sum(len(groups[i].prompt.ids) for i in some) < 2 * groups[some[0]].read[0].bounds()[-1][1]:
+            members[None] += members.pop(key)
+    for key, some in members.items():
+        sizes = [(0 if key else len(groups[i].prompt.ids)) + sum(len(c.ids) for c in groups[i].completions) for i in some]
+        for part in in_parts(sizes, pack_tokens):
+            part = [some[k] for k in part]
+            read = zip(*[groups[i].read for i in part]) if key else ()
+            packs.append(make_pack([groups[i] for i in part], [first[i] for i in part], device, *read))
+    return packs
 
 
 def merge_repeats(groups: list[Group], adv: Tensor, weight: Tensor) -> tuple[list[Group], Tensor, Tensor, Tensor]:
@@ -894,15 +1001,16 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
     packs = pack_groups(merged, keep, cfg.pack_tokens, policy.device)
     old_logps, sums, norms, skipped = [None] * len(packs), collections.Counter(), [], 0
 
-    policy.lm.train()  # gradient checkpointing works only in training mode; there is no dropout anywhere
-    for _ in range(cfg.updates_per_rollout):
+    for nth in range(cfg.updates_per_rollout):
         optimizer.zero_grad(set_to_none=True)
+        prefixes = {id(p.prefix): p.prefix for p in packs if p.prefix and nth == 0}  # later updates have other weights
+        leaves = {key: prefix.cut() for key, prefix in prefixes.items()}
         for j, pack in enumerate(packs):
             ref_logp = None
             if beta:
                 with torch.no_grad(), reference(policy) as frozen:
                     ref_logp, _ = token_logps(frozen, pack, temperature)
-            logp, entropy = token_logps(policy, pack, temperature)
+            logp, entropy = token_logps(policy, pack, temperature, leaves.get(id(pack.prefix)))
             if old_logps[j] is None:
                 old_logps[j] = logp.detach()  # the first update is on-policy: no pass of its own for the old policy
             a, w = adv[pack.row], weight[pack.row]
@@ -918,7 +1026,9 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
                 of_token |= {"policy/kl_ref": kl_k3(logp, ref_logp)} if beta else {}
                 n = times[pack.row]
                 sums.update({name: (n * x).sum() for name, x in of_token.items()})
-                sums.update({"tokens": n.sum(), "policy/loss": loss * n.sum()})
+                sums.update({"tokens": n.sum(), "loss": loss})
+        for key, prefix in prefixes.items():
+            prefix.backward(leaves[key])
         if packs:
             norms.append(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm or math.inf).item())
             if math.isfinite(norms[-1]):
@@ -926,10 +1036,11 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
             else:
                 skipped += 1
     optimizer.zero_grad(set_to_none=True)
-    policy.lm.eval()
+    for group in groups:
+        group.read = None  # its memory is free
     sums = {name: float(x) for name, x in sums.items()}  # here and not before: reading a value waits for the device
-    tokens = sums.pop("tokens", 0) or 1
-    return {"policy/loss": 0.0, "policy/clip_frac": 0.0, "policy/kl_old": 0.0} | {n: x / tokens for n, x in sums.items()} | {
+    tokens, loss = sums.pop("tokens", 0) or 1, sums.pop("loss", 0.0) / cfg.updates_per_rollout
+    return {"policy/loss": loss, "policy/clip_frac": 0.0, "policy/kl_old": 0.0} | {n: x / tokens for n, x in sums.items()} | {
         "optim/grad_norm": sum(norms) / max(1, len(norms)), "optim/skipped": skipped, "group/scored": len(keep) / len(groups)}
 
 

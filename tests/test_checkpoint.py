@@ -216,9 +216,9 @@ def library_logits(model, folder, example, heard, completion=()):
 @torch.no_grad()
 def our_logits(policy, prompts):
     """Every position of the prompts in one pack.       -> [(S, V)]"""
-    pack = og.make_pack([og.Group(None, p, []) for p in prompts], [0] * len(prompts))
-    hidden = policy.lm(inputs_embeds=og.embed(policy, pack.parts)[None], position_ids=pack.positions[None],
-                       segments=pack.segments, use_cache=False).last_hidden_state[0]
+    positions = torch.cat([torch.arange(len(p.ids)) for p in prompts])
+    pattern = og.Reading(og.Prefix(prompts, [], None).bounds())
+    hidden = og.forward(policy, og.embed(policy, prompts), positions, pattern)
     return policy.head(hidden).split([len(p.ids) for p in prompts])
 
 

@@ -1011,7 +1011,7 @@ args = ev.parse_args({words!r})
 for moment in (in_the_second_rollout, in_a_line, before_the_report):
     pid = os.fork()
     if not pid:
-        torch.set_num_threads(1)  # in the child: torch renews its pool after a fork, and not safely from several threads at once
+        torch.set_num_threads(1)  # torch renews its pool after a fork, and not safely from several threads at once
         moment()
         ev.run(args, data.Examples(args.data), args.out, policy)
         os._exit(0)

@@ -58,7 +58,6 @@ def test_packed_equals_one_by_one(policy, prompts, temperature):
     """Log-probabilities and their gradients, three prompts in a pack, ragged, with forced tokens: <= 1e-5."""
     groups = ragged_groups(policy, prompts)
     pack = og.make_pack(groups, [0, 3, 6])
-    policy.lm.train()
     logps, _ = og.token_logps(policy, pack, temperature)
     weight = torch.randn(len(logps), generator=torch.Generator().manual_seed(1))
     ours = gradients(policy, (weight * logps).sum())
@@ -86,7 +85,7 @@ def test_pack_rows_and_targets(policy, prompts):
     completions = [c for g in groups for c in g.completions]
     assert pack.row.bincount().tolist() == [sum(c.sampled) for c in completions]
     assert pack.target.tolist() == [i for c in completions for i, s in zip(c.ids, c.sampled) if s]
-    assert len(pack.positions) == sum(len(p.ids) for p in pack.parts)
+    assert len(pack.positions) == sum(len(p.ids) for p in pack.parts) == sum(len(c.ids) - 1 for c in completions)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
@@ -220,7 +219,6 @@ def test_lora_is_in_the_language_model_only(policy):
 
 def test_every_lora_weight_gets_a_gradient_with_checkpointing(policy, prompts):
     assert policy.lm.is_gradient_checkpointing
-    policy.lm.train()
     logps, _ = og.token_logps(policy, og.make_pack(ragged_groups(policy, prompts), [0, 3, 6]), 1.0)
     logps.sum().backward()
     for name, p in policy.trainable().items():
@@ -230,8 +228,10 @@ def test_every_lora_weight_gets_a_gradient_with_checkpointing(policy, prompts):
 def test_checkpointing_changes_nothing(policy, prompts):
     pack = og.make_pack(ragged_groups(policy, prompts), [0, 3, 6])
     results = []
-    for training in (True, False):  # gradient checkpointing works in training mode only
-        policy.lm.train(training)
+    for switch in (None, policy.lm.gradient_checkpointing_disable):
+        if switch:
+            switch()
+        assert policy.lm.is_gradient_checkpointing == (not switch)
         results.append(gradients(policy, og.token_logps(policy, pack, 1.0)[0].sum()))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], atol=1e-6, rtol=1e-5)
@@ -337,7 +337,7 @@ def test_uniform_groups_are_not_scored_without_kl(policy, prompts, config):
     scored = []
     original = og.token_logps
     try:
-        og.token_logps = lambda policy, pack, t: (scored.append(len(pack.segments)), original(policy, pack, t))[1]
+        og.token_logps = lambda policy, pack, t, *more: (scored.append(len(pack.prompts)), original(policy, pack, t, *more))[1]
         assert step_gradient(policy, config(beta=0.0), groups)[1]["group/scored"] == pytest.approx(1 / 3)
         assert scored == [1]
         groups[2].rewards = [0.0, 0.0, 0.0]
@@ -420,3 +420,100 @@ def test_finished_rows_leave_the_batch(policy, prompts):
     assert [[c.ids for c in g] for g in together] == [[c.ids for c in g] for g in alone]
     for a, b in zip((c for g in together for c in g), (c for g in alone for c in g)):
         assert a.logps == pytest.approx(b.logps, abs=1e-4) and len(a.logps) == len(a.ids)
+
+
+# ---- a prompt is read once a step
+
+
+def sampled(policy, tiny, cfg, n=3):
+    """Groups of a real rollout, with rewards of their own making.       -> [Group]"""
+    examples = list(data.Examples(tiny.questions))[:n]
+    groups = og.sampled_groups(policy, cfg, [(i, e, og.hear(policy, e, cfg)[0], False) for i, e in enumerate(examples)],
+                               {"accuracy": 1.0})
+    for g in groups:  # by what was said, so that equal completions have equal rewards
+        g.rewards = [float(c.ids == g.completions[0].ids) for c in g.completions]
+    assert all(len({tuple(c.ids) for c in g.completions}) > 1 for g in groups)
+    return groups
+
+
+def tokens_through(policy, work):
+    """-> (what work() returns, tokens that went through the language model with gradients and without)"""
+    counts = {True: 0, False: 0}
+
+    def count(module, args, kwargs):
+        counts[torch.is_grad_enabled()] += kwargs["inputs_embeds"].shape[1]
+
+    hook = policy.lm.register_forward_pre_hook(count, with_kwargs=True)
+    result = work()
+    hook.remove()
+    return result, counts[True], counts[False]
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_learning_through_the_rollout_s_pass_is_the_same_step(policy, tiny, config, beta, updates):
+    """--reuse_prefix changes neither the gradient nor the log, however the step is cut into packs."""
+    results = []
+    for reuse, pack_tokens in ((False, 10_000), (True, 10_000), (True, 150), (True, 1)):
+        model = copy.deepcopy(policy)
+        cfg = config(reuse_prefix=reuse, beta=beta, pack_tokens=pack_tokens, updates_per_rollout=updates, max_grad_norm=0.0)
+        groups = sampled(model, tiny, cfg)
+        assert all(bool(g.read) == reuse for g in groups)
+        log = og.update(model, torch.optim.SGD(model.trainable().values(), lr=0.1), cfg, groups, cold=False)
+        assert all(g.read is None for g in groups)
+        results.append((log, {n: p.detach() for n, p in model.trainable().items()}))
+    start = policy.trainable()
+    assert all((p - start[n]).abs().max() > 1e-5 for n, p in results[0][1].items())
+    for log, weights in results[1:]:
+        for key, value in log.items():
+            assert value == pytest.approx(results[0][0][key], abs=1e-5), key
+        for name, p in weights.items():
+            torch.testing.assert_close(p, results[0][1][name], atol=2e-6, rtol=1e-4)
+
+
+def test_a_prompt_is_read_once_a_step(policy, tiny, config):
+    """beta 0: the prompt's tokens go through the model once, in the rollout, and again only without --reuse_prefix."""
+    for reuse in (True, False):
+        cfg = config(reuse_prefix=reuse, beta=0.0)
+        groups, grad, plain = tokens_through(policy, lambda cfg=cfg: sampled(policy, tiny, cfg))
+        prompt = sum(len(g.prompt.ids) for g in groups)
+        assert grad == prompt * reuse
+        fed = sum(len(ids) - 1 for g in groups for ids in {tuple(c.ids) for c in g.completions})
+        _, grad, plain = tokens_through(policy, lambda cfg=cfg, groups=groups: step_gradient(policy, cfg, groups))
+        assert (grad, plain) == (fed + prompt * (not reuse), 0)
+
+
+def test_few_scored_groups_are_read_again(policy, tiny, config):
+    """Without a KL, a backward pass through prompts that need none must not cost more than it saves."""
+    cfg = config(beta=0.0)
+    small, *large = sorted(range(3), key=lambda i: len(sampled(policy, tiny, cfg)[i].prompt.ids))
+    for kept, through in (([0, 1, 2], True), (sorted(large), True), ([small], False)):
+        packs = og.pack_groups(sampled(policy, tiny, cfg), kept, 10_000, "cpu")
+        assert len(packs) == 1 and len(packs[0].prompts) == len(kept) and bool(packs[0].prefix) == through
+        assert not through or list(packs[0].places) == kept
+    reference = None
+    for reuse in (True, False):
+        groups = sampled(policy, tiny, config(beta=0.0, reuse_prefix=reuse))
+        groups[small].rewards = [1.0] * len(groups[small].rewards)
+        grads, log = step_gradient(policy, cfg, groups)
+        assert log["group/scored"] == pytest.approx(2 / 3)
+        reference = reference or grads
+        for name in grads:
+            torch.testing.assert_close(grads[name], reference[name], atol=1e-6, rtol=1e-4)
+
+
+def test_decoding_holds_a_prompt_once(policy, prompts):
+    """Keys and values of G rows: S + G * T slots a prompt, not G * (S + T); prompts without a live row leave."""
+    prefixes = og.read_in_parts(policy, prompts[1], part_tokens=1)
+    assert [len(p.prompts) for p in prefixes] == [1, 1, 1]
+    cache = og.Decoding(prefixes, 4, 6)
+    longest = max(len(p.ids) for p in prompts[1])
+    assert cache.kv[0][0].shape[:3] == (3, policy.lm.config.num_key_value_heads, longest + 4 * 6)
+    cache.keep(torch.tensor([1, 2, 8]))
+    assert cache.place.tolist() == [1, 2, 4] and len(cache.mask) == len(cache.kv[0][0]) == 2
+
+
+def test_unusual_attention_is_refused(policy, prompts):
+    """A sliding window would be ignored without a word."""
+    with pytest.raises(data.UserError, match="sliding window"):
+        og.packed_attention(None, None, None, None, None, pattern=og.Reading([]), sliding_window=4096)
