@@ -528,7 +528,7 @@ def load_policy(cfg: Config, train: bool = True) -> Policy:
         raise UserError("--load_in_4bit: needs a CUDA card")
     options = dict(dtype=torch.bfloat16 if cuda and (cfg.lora_rank or not train) else torch.float32, use_safetensors=True)
     if cuda:
-        options["device_map"] = {"": "cuda:0"}
+        options["device_map"] = {"": torch.cuda.current_device()}
     if cfg.load_in_4bit:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
@@ -852,6 +852,64 @@ def text_of(policy: Policy, completion: Completion) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# More than one card: torchrun starts a process (rank) for each; the ranks share the prompts of a step and sum its gradient
+
+
+def join_ranks() -> None:
+    """Under torchrun, find the other ranks. Tensors go over NCCL where there are cards, all else over gloo."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+
+
+class RankLost(Exception):
+    """Another rank has ended."""
+
+
+@contextlib.contextmanager
+def together():
+    try:
+        yield
+    except RuntimeError as e:  # what the libraries say when a connection breaks
+        raise RankLost(f"rank {ranks()[0]}: another rank ended ({' '.join(str(e).split())[:120]})") from None
+
+
+def ranks() -> tuple[int, int]:
+    """-> (this process's number, how many there are)"""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def gather(x) -> list:
+    """x of every rank, in their order; all of them wait here for the last. Raises RankLost."""
+    out = [x] * ranks()[1]
+    if len(out) > 1:
+        with together():
+            torch.distributed.all_gather_object(out, x)
+    return out
+
+
+def total(x: dict[str, float]) -> dict[str, float]:
+    """Sums over the ranks; a name that only some of them have counts as 0 with the others."""
+    every = gather(x)
+    return {name: sum(y.get(name, 0) for y in every) for name in dict.fromkeys(chain(*every))}
+
+
+def sum_gradients(policy: Policy) -> None:
+    """One message with all gradients; every rank gets the same sum, and so takes the same step."""
+    if ranks()[1] > 1:
+        parameters = policy.trainable().values()
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        with together():
+            torch.distributed.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = grad.view_as(p)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # From questions to groups
 
 
@@ -860,7 +918,8 @@ def seed_of(*parts) -> int:
 
 
 def draw(cfg: Config, examples: Examples, indices: list[int], cursor: int, phase: str):
-    """Endless (cursor, Example): the question at place `cursor` of this run is a function of the seed alone."""
+    """Endless (cursor, Example): the question at place `cursor` of this run is a function of the seed alone. N ranks take
+    every N-th place each."""
     n, epoch, order = len(indices), -1, None
     if cfg.order == "easy_to_hard" and phase == "rl":
         order = sorted(indices, key=lambda i: -examples[i].meta["pass_rate"])
@@ -872,7 +931,7 @@ def draw(cfg: Config, examples: Examples, indices: list[int], cursor: int, phase
         if cfg.shuffle_choices and phase == "rl":
             example = data.shuffle_choices(example, random.Random(seed_of(cfg.seed, "choices", cursor)))
         yield cursor, example
-        cursor += 1
+        cursor += ranks()[1]
 
 
 def listen(policy: Policy, cfg: Config, stream, bad: list):
@@ -923,7 +982,9 @@ def teacher_groups(policy: Policy, cfg: Config, batch: list) -> list[Group]:
 def evaluate(policy: Policy, cfg: Config, examples: list[Example], samples: int = 0) -> dict[str, float]:
     """-> {"accuracy": greedy, "accuracy_sampled": of `samples` at the training temperature}; a bad clip is a wrong answer."""
     right = {"accuracy": 0.0} | ({"accuracy_sampled": 0.0} if samples else {})
-    heard = data.ahead(enumerate(examples), lambda item: hear(policy, item[1], cfg)[0], cfg.workers, 2 * cfg.workers)
+    rank, n_ranks = ranks()
+    heard = data.ahead(islice(enumerate(examples), rank, None, n_ranks), lambda item: hear(policy, item[1], cfg)[0],
+                       cfg.workers, 2 * cfg.workers)
     heard = ((i, e, mel) for (i, e), mel in heard if not isinstance(mel, DataError))
     while batch := list(islice(heard, max(1, cfg.rollout_rows // max(1, samples)))):
         places, questions, mels = zip(*batch)
@@ -932,7 +993,7 @@ def evaluate(policy: Policy, cfg: Config, examples: list[Example], samples: int 
         for name, n, temperature in [("accuracy", 1, 0.0), ("accuracy_sampled", samples, cfg.temperature)][:len(right)]:
             for group, e in zip(rollout(policy, prompts, n, temperature, cfg.new_tokens, seeds), questions):
                 right[name] += sum(accuracy(text_of(policy, c), e) for c in group) / n
-    return {name: total / len(examples) for name, total in right.items()}
+    return {name: n / len(examples) for name, n in total(right).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -994,12 +1055,15 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
     beta, temperature = (0.0, 1.0) if cold else (cfg.beta, cfg.temperature)
     adv = torch.ones(len(completions)) if cold else \
         group_advantages(torch.tensor([g.rewards for g in groups]), cfg.scale).flatten()  # (P, G) -> (R,)
-    weight = loss_weights(torch.tensor([sum(c.sampled) for c in completions]), cfg.reduce, cfg.new_tokens)  # (R,)
+    lengths = gather([sum(c.sampled) for c in completions])  # of every rank: the mean is over the whole step
+    weight = loss_weights(torch.tensor(sum(lengths, [])), cfg.reduce, cfg.new_tokens)
+    weight = weight.split([len(x) for x in lengths])[ranks()[0]]  # (R,)
     # without a KL a group without reward spread has no gradient: it is not scored at all
     keep = [i for i, g in enumerate(groups) if beta or cold or max(g.rewards) > min(g.rewards)]
     merged, adv, weight, times = (x if isinstance(x, list) else x.to(policy.device) for x in merge_repeats(groups, adv, weight))
     packs = pack_groups(merged, keep, cfg.pack_tokens, policy.device)
     old_logps, sums, norms, skipped = [None] * len(packs), collections.Counter(), [], 0
+    anything = any(gather(len(packs)))
 
     for nth in range(cfg.updates_per_rollout):
         optimizer.zero_grad(set_to_none=True)
@@ -1029,7 +1093,8 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
                 sums.update({"tokens": n.sum(), "loss": loss})
         for key, prefix in prefixes.items():
             prefix.backward(leaves[key])
-        if packs:
+        if anything:
+            sum_gradients(policy)
             norms.append(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm or math.inf).item())
             if math.isfinite(norms[-1]):
                 optimizer.step()
@@ -1039,9 +1104,11 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
     for group in groups:
         group.read = None  # its memory is free
     sums = {name: float(x) for name, x in sums.items()}  # here and not before: reading a value waits for the device
+    sums = total(sums | {"scored": len(keep), "groups": len(groups)})
+    scored = sums.pop("scored") / sums.pop("groups")
     tokens, loss = sums.pop("tokens", 0) or 1, sums.pop("loss", 0.0) / cfg.updates_per_rollout
     return {"policy/loss": loss, "policy/clip_frac": 0.0, "policy/kl_old": 0.0} | {n: x / tokens for n, x in sums.items()} | {
-        "optim/grad_norm": sum(norms) / max(1, len(norms)), "optim/skipped": skipped, "group/scored": len(keep) / len(groups)}
+        "optim/grad_norm": sum(norms) / max(1, len(norms)), "optim/skipped": skipped, "group/scored": scored}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1049,7 +1116,10 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
 
 
 def write_atomically(path: str, write: Callable[[str], None]) -> None:
-    """write(temporary path), then rename: a kill at any moment leaves the old file or the new one, whole."""
+    """write(temporary path), then rename: a kill at any moment leaves the old file or the new one, whole. Of several ranks,
+    the first writes."""
+    if ranks()[0]:
+        return
     tmp = path + ".tmp"
     write(tmp)
     with open(tmp, "rb+") as f:
@@ -1089,15 +1159,17 @@ def save_weights(policy: Policy, out: str) -> None:
     shutil.rmtree(tmp)
 
 
-def save_checkpoint(policy: Policy, optimizer, out: str, state: dict[str, int]) -> None:
+def save_checkpoint(policy: Policy, optimizer, out: str, state: dict) -> None:
     """One file, renamed into place. There is no random state to keep: every draw is a function of the seed and `state`."""
+    if ranks()[0]:
+        return
     content = dict(state=dict(state), weights=policy.trainable(), optimizer=optimizer.state_dict())
     os.makedirs(os.path.join(out, "checkpoint"), exist_ok=True)
     save_weights(policy, out)
     write_atomically(os.path.join(out, "checkpoint", "state.pt"), lambda path: torch.save(content, path))
 
 
-def load_checkpoint(policy: Policy, optimizer, out: str) -> dict[str, int]:
+def load_checkpoint(policy: Policy, optimizer, out: str) -> dict:
     """Put a run back as its last checkpoint left it, its logs included.       -> state"""
     def load(name):
         return torch.load(os.path.join(out, name), map_location=policy.device, weights_only=True)
@@ -1121,6 +1193,8 @@ def load_checkpoint(policy: Policy, optimizer, out: str) -> dict[str, int]:
 
 
 def append(path: str, records: list[dict]) -> None:
+    if ranks()[0]:
+        return
     with open(path, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(r) + "\n" for r in records)
 
@@ -1245,16 +1319,24 @@ def train(cfg: Config) -> tuple[str, bool]:
     """Run `cfg` from its start or its last checkpoint.       -> (run directory, did it come to its end?)"""
     questions = open_data(cfg)
     find_model(cfg.model)  # before a directory is made for a run that cannot be
-    out = cfg.resume or open_run(cfg)
+    rank, n_ranks = ranks()
+    if cfg.prompts_per_step % n_ranks:
+        raise UserError(f"--prompts_per_step {cfg.prompts_per_step}: cannot be shared evenly among {n_ranks} ranks")
+    out = cfg.resume or gather("" if rank else open_run(cfg))[0]
     torch.manual_seed(cfg.seed)  # LoRA's initial weights; everything else is seeded where it is drawn
     policy, held = load_policy(cfg), questions["held"]
     optimizer = make_optimizer(policy, cfg)
     with blame(f"--resume {out}"):
-        state = load_checkpoint(policy, optimizer, out) if cfg.resume else {"step": 0, "rl": 0, "cold": 0}
-    about = dict(config=asdict(cfg) | {"out": out, "resume": ""}, **machine())
+        state = load_checkpoint(policy, optimizer, out) if cfg.resume else {"step": 0} | {
+            phase: list(range(n_ranks)) for phase in ("rl", "cold")}  # the next place in the data, of each rank
+        if len(state["rl"]) != n_ranks:
+            raise UserError(f"--resume {out}: the run has {len(state['rl'])} ranks, each with its own place in the data, and "
+                            f"not {n_ranks}; go on with torchrun --nproc_per_node {len(state['rl'])}")
+    about = dict(config=asdict(cfg) | {"out": out, "resume": ""}, ranks=n_ranks, **machine())
     write_atomically(os.path.join(out, "config.json"), lambda tmp: open(tmp, "w").write(json.dumps(about, indent=1)))
-    print(f"{out}: {cfg.model} on {about['hardware']}, {sum(p.numel() for p in policy.trainable().values()):,} trained "
-          f"parameters, {len(questions['rl'][1]) if questions['rl'] else 0} questions, {len(held)} held out", flush=True)
+    if rank == 0:
+        print(f"{out}: {cfg.model} on {about['hardware']}, {sum(p.numel() for p in policy.trainable().values()):,} trained "
+              f"parameters, {len(questions['rl'][1]) if questions['rl'] else 0} questions, {len(held)} held out", flush=True)
     log_path, stopping = os.path.join(out, "log.jsonl"), []
 
     def stop(number, frame):
@@ -1266,7 +1348,7 @@ def train(cfg: Config) -> tuple[str, bool]:
     try:
         if not cfg.resume:
             save_checkpoint(policy, optimizer, out, state)
-        if not os.path.exists(log_path):
+        if not gather(os.path.exists(log_path))[0]:
             append(log_path, [{"step": 0, **measure(policy, cfg, held, control=True)}])
         finished = loop(policy, optimizer, cfg, questions, out, state, stopping)
     finally:
@@ -1276,35 +1358,38 @@ def train(cfg: Config) -> tuple[str, bool]:
     return out, finished
 
 
-def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, state: dict[str, int], stopping: list) -> bool:
+def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, state: dict, stopping: list) -> bool:
     """rollout -> reward -> advantage -> update -> log -> evaluate -> save, until the last step or a signal."""
     weights, held, last = parse_rewards(cfg.reward), questions["held"], cfg.cold_start_steps + cfg.steps
     log_path, rollouts_path = os.path.join(out, "log.jsonl"), os.path.join(out, "rollouts.jsonl")
-    phase, clips, bad, flat_steps, saved = None, None, [], 0, state["step"]
-    with open(log_path, encoding="utf-8") as f:
-        last_eval = [r["eval/accuracy"] for r in map(json.loads, f) if "eval/accuracy" in r][-1:]
-    bar = tqdm(total=last, initial=state["step"], unit="step", dynamic_ncols=True)
-    while state["step"] < last and not stopping:
+    phase, clips, bad, flat_steps, saved, last_eval, (rank, n_ranks) = None, None, [], 0, state["step"], [], ranks()
+    share = cfg.prompts_per_step // n_ranks
+    if rank == 0:
+        with open(log_path, encoding="utf-8") as f:
+            last_eval = [r["eval/accuracy"] for r in map(json.loads, f) if "eval/accuracy" in r][-1:]
+    bar = tqdm(total=last, initial=state["step"], unit="step", dynamic_ncols=True, disable=rank > 0)
+    while state["step"] < last and not any(gather(bool(stopping))):  # a signal may reach the ranks in different steps
         start, step = time.monotonic(), state["step"] + 1
         cold = step <= cfg.cold_start_steps
         if phase != ("cold" if cold else "rl"):
             phase = "cold" if cold else "rl"
-            clips = listen(policy, cfg, draw(cfg, *questions[phase], state[phase], phase), bad)
+            clips = listen(policy, cfg, draw(cfg, *questions[phase], state[phase][rank], phase), bad)
             fresh = cfg.lora_rank and not cfg.adapter and not cfg.cold_start_steps  # then the adapter is switched off
             if not (cold or fresh or policy.reference) and cfg.beta:
                 write_atomically(os.path.join(out, "reference.pt"), lambda tmp: torch.save(policy.trainable(), tmp))
                 freeze_reference(policy)
 
         # ---- rollout and reward; --resample_uniform draws again, three times at most, for groups without reward spread
-        groups, drawn = [], []
+        groups, drawn, cut = [], [], 0
         try:
             for attempt in range(4):
-                batch = list(islice(clips, cfg.prompts_per_step - len(groups)))
+                batch = list(islice(clips, share - len(groups)))
+                cut += sum(was_cut for *_, was_cut in batch)
                 new = teacher_groups(policy, cfg, batch) if cold else sampled_groups(policy, cfg, batch, weights)
                 drawn += new
                 keep_all = cold or not cfg.resample_uniform or attempt == 3
                 groups += [g for g in new if keep_all or max(g.rewards) > min(g.rewards)]
-                if len(groups) == cfg.prompts_per_step:
+                if len(groups) == share:
                     break
         except UserError:  # too many bad clips: the last step is whole, keep it
             save_checkpoint(policy, optimizer, out, state)
@@ -1317,25 +1402,21 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         record = {"step": step, **update(policy, optimizer, cfg, groups, cold), "optim/lr": lr}
-        state |= {"step": step, phase: batch[-1][0] + 1}
+        state |= {"step": step, phase: gather(batch[-1][0] + n_ranks)}
 
         # ---- log: one line a step, means over the whole step
-        rows = [c for g in drawn for c in g.completions]
-        parts = [p for g in drawn for p in g.parts]
-        record |= {f"reward/{name}": sum(p[name] for p in parts) / len(parts) for name in parts[0]}
-        record |= {"reward/mean": sum(sum(g.rewards) for g in drawn) / len(rows),
-                   "group/frac_zero_std": sum(max(g.rewards) == min(g.rewards) for g in drawn) / len(drawn),
-                   "group/distinct": sum(len({tuple(c.ids) for c in g.completions}) for g in drawn) / len(drawn),
-                   "len/mean": sum(len(c.ids) for c in rows) / len(rows),
-                   "len/frac_truncated": sum(not c.finished for c in rows) / len(rows),
-                   "audio/cut": sum(b[3] for b in batch), "audio/bad": len(bad), "mem/peak_gib": peak_memory_gib(),
+        sums = total(tally(drawn) | {"audio/cut": cut, "audio/bad": len(bad)})
+        over = {"reward": sums["rows"], "len": sums["rows"], "group": sums["groups"], "audio": 1}
+        record |= {name: x / over[name.partition("/")[0]] for name, x in sums.items() if "/" in name}
+        record |= {"mem/peak_gib": peak_memory_gib(),
                    "time/rollout_s": rolled - start, "time/update_s": time.monotonic() - rolled}
         flat_steps = flat_steps + 1 if record["group/frac_zero_std"] == 1 and not cold else 0
-        if flat_steps == 10:
+        if flat_steps == 10 and rank == 0:
             tqdm.write(NO_SPREAD)
         if step % cfg.log_rollouts == 0 and not cold:
-            append(rollouts_path, rollout_records(policy, cfg, step, groups))
-            tqdm.write(show(policy, groups[0], step))
+            append(rollouts_path, sum(gather(rollout_records(policy, cfg, step, groups)), []))
+            if rank == 0:
+                tqdm.write(show(policy, groups[0], step))
 
         # ---- evaluate and save
         if step == last or step % cfg.eval_every == 0:
@@ -1354,6 +1435,17 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
     if saved != state["step"]:  # stopped by a signal
         save_checkpoint(policy, optimizer, out, state)
     return state["step"] >= last
+
+
+def tally(groups: list[Group]) -> dict[str, float]:
+    """Sums over groups and rows of what the log shows as means."""
+    rows = [c for g in groups for c in g.completions]
+    parts = [p for g in groups for p in g.parts]
+    return {f"reward/{name}": sum(p[name] for p in parts) for name in parts[0]} | {
+        "rows": len(rows), "groups": len(groups), "reward/mean": sum(sum(g.rewards) for g in groups),
+        "group/frac_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
+        "group/distinct": sum(len({tuple(c.ids) for c in g.completions}) for g in groups),
+        "len/mean": sum(len(c.ids) for c in rows), "len/frac_truncated": sum(not c.finished for c in rows)}
 
 
 NO_SPREAD = ("ten steps without reward spread in any group: there is nothing to learn from. If reward/mean is 0, the answers "
@@ -1491,8 +1583,12 @@ def parse_config(argv=None) -> tuple[Config, bool]:
 def main(argv=None) -> int:
     try:
         cfg, demo = parse_config(argv)
-        finished = make_demo() if demo else True
+        finished = make_demo() if demo and os.environ.get("RANK", "0") == "0" else True
+        join_ranks()  # the others wait here for the demo's base
         out, finished = train(cfg) if finished else ("", False)
+    except RankLost as e:
+        print(f"error: {e}. The last checkpoint is whole: go on with --resume", file=sys.stderr)
+        return 1
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -1504,6 +1600,8 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("stopped at once; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
+    if ranks()[0]:
+        return 0
     if not finished:
         print(f"stopped; go on with: python omni_grpo.py --resume {out}" if out else "stopped", flush=True)
         return 0
