@@ -39,7 +39,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, chain, count, islice
 from typing import Any
@@ -48,6 +49,8 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import data
@@ -514,6 +517,15 @@ def blame(what: str):
         raise UserError(f"{what}: {' '.join(str(e).split())[:300] or type(e).__name__}") from None
 
 
+def family_of(folder: str) -> tuple[Any, Family]:
+    """-> (the checkpoint's configuration, how its class is taken apart)"""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    family = FAMILIES.get(config.model_type, TEXT_ONLY)
+    return family.config(config), family
+
+
 def load_policy(cfg: Config, train: bool = True) -> Policy:
     """Checkpoint directory or Hub id -> Policy, with a fresh LoRA adapter, --adapter, or all weights trainable.
 
@@ -534,15 +546,14 @@ def load_policy(cfg: Config, train: bool = True) -> Policy:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=["lm_head", "audio_tower", "visual"])
     with blame(f"--model {cfg.model}"):
-        config = transformers.AutoConfig.from_pretrained(folder)
-        family = FAMILIES.get(config.model_type, TEXT_ONLY)
+        config, family = family_of(folder)
         index = os.path.join(folder, "model.safetensors.index.json")
         if os.path.exists(index):  # use_safetensors does not look at what the index names
             with open(index, encoding="utf-8") as f:
                 if pickles := {x for x in json.load(f)["weight_map"].values() if not x.endswith(".safetensors")}:
                     raise ValueError(f"its index names {sorted(pickles)[0]}, and only safetensors are loaded")
         model, info = getattr(transformers, family.model_class).from_pretrained(
-            folder, config=family.config(config), output_loading_info=True, **options)
+            folder, config=config, output_loading_info=True, **options)
         if missing := [n for n in sorted(info["missing_keys"]) if not n.startswith(family.drop)]:
             raise ValueError(f"its files lack {len(missing)} of the model's weights, the first is {missing[0]}")
     return make_policy(cfg, model, family, folder, train)
@@ -1112,6 +1123,124 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Will it fit? The step itself, played through on torch's meta device, where tensors have sizes and no content
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors made in this context that are still alive, and the most there were; `before`: older ones."""
+
+    def __init__(self, before: Iterable[Tensor] = ()):
+        super().__init__()
+        self.before = [x.untyped_storage() for x in before]
+        self.sizes, self.now, self.peak = dict.fromkeys(map(id, self.before), 0), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, Tensor) and id(storage := x.untyped_storage()) not in self.sizes:
+                self.sizes[id(storage)] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.forget, id(storage))
+        return out
+
+    def forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+class Fused(TorchFunctionMode):
+    """Attention without its matrix of scores, as every device but meta has it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        query, key, value, *mask = args
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, kwargs.get("is_causal", False), attn_mask=(mask or [kwargs.get("attn_mask")])[0],
+            scale=kwargs.get("scale"))[0]
+
+
+def rehearse(cfg: Config, config, family: Family, prompt_tokens: int) -> dict[str, float]:
+    """GiB that a step of bfloat16 weights needs if all prompts have prompt_tokens tokens and no completion ends early.
+    -> weights (of the base, LoRA and the optimizer), rollout and update (their peaks, the weights included)
+
+    Kernels' own workspaces and the audio tower (less than the update from about 10 prompt tokens on) are not in it.
+    """
+    import transformers
+
+    model_class = getattr(transformers, family.model_class)
+    with torch.device("meta"):
+        model = getattr(model_class, "from_config", model_class)(config).to(torch.bfloat16)
+    policy = take_apart(dataclasses.replace(cfg, adapter=""), model, family)
+    parameters = [*policy.model.parameters(), *policy.model.buffers()]
+    weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in parameters}.values())
+    trained = sum(p.numel() for p in policy.trainable().values())
+    weights += trained * (2 if cfg.optimizer == "adamw8bit" else 8)  # the optimizer's two moments
+    if cfg.load_in_4bit:  # half a byte a weight and a float32 scale for 64 of them; one matrix at a time as it was
+        large = [m.weight.numel() for n, m in policy.lm.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
+        weights += max(large) * 2 - sum(large) * (2 - 0.5 - 4 / 64)
+    g, peaks = cfg.num_generations, {}
+    with Live(parameters) as live, Fused():
+        groups = []
+        for at in range(0, cfg.prompts_per_step, max(1, cfg.rollout_rows // g)):
+            prompts = [Tokens([0] * prompt_tokens)] * len(range(cfg.prompts_per_step)[at:at + max(1, cfg.rollout_rows // g)])
+            with torch.set_grad_enabled(cfg.reuse_prefix):
+                prefixes = read_in_parts(policy, prompts, cfg.pack_tokens)
+            with torch.no_grad():
+                cache = Decoding(prefixes, g, cfg.new_tokens)
+                x = policy.embed_tokens.weight.new_zeros(len(prompts) * g, policy.embed_tokens.weight.shape[1])
+                logits = policy.head(forward(policy, x, x[:, 0].long(), cache))
+                sample(logits, logits[:, 0].float(), cfg.temperature)
+                del cache, x, logits
+            said = [Completion([0] * cfg.new_tokens, sampled=[True] * cfg.new_tokens) for _ in range(g)]
+            places = [(prefix, i) if cfg.reuse_prefix else None for prefix in prefixes for i in range(len(prefix.prompts))]
+            groups += [Group(None, prompt, said, read=place) for prompt, place in zip(prompts, places)]
+        peaks["rollout"], live.peak = live.peak, live.now
+        packs = pack_groups(groups, list(range(len(groups))), cfg.pack_tokens, "meta")
+        prefixes = {id(p.prefix): p.prefix for p in packs if p.prefix}
+        leaves = {key: prefix.cut() for key, prefix in prefixes.items()}
+        for pack in packs:
+            if cfg.beta:
+                with torch.no_grad():
+                    token_logps(policy, pack, cfg.temperature)
+            token_logps(policy, pack, cfg.temperature, leaves.get(id(pack.prefix)))[0].sum().backward()
+        for key, prefix in prefixes.items():
+            prefix.backward(leaves[key])
+        peaks["update"] = live.peak
+    return {"weights": weights / 2**30} | {name: (weights + peak) / 2**30 for name, peak in peaks.items()}
+
+
+SMALLER = [("pack_tokens", 4096), ("pack_tokens", 2048), ("reuse_prefix", False), ("rollout_rows", 64), ("load_in_4bit", True),
+           ("gradient_checkpointing", True), ("max_audio_s", 10.0), ("num_generations", 4), ("lora_rank", 8)]  # by harmlessness
+
+
+def preflight(cfg: Config, room_gib: float) -> str:
+    """What the run will need, beside what the card has; and the flags that would make it fit if it does not."""
+    config, family = family_of(find_model(cfg.model))
+
+    def peak_of(cfg):
+        hears = family.encode_audio and cfg.audio != "none"
+        return rehearse(cfg, config, family, 120 + int(25 * cfg.max_audio_s) if hears else 512)
+
+    needs = peak_of(cfg)
+    said = f"memory: at most {max(needs.values()):.1f} GiB of the card's {room_gib:.1f} by the tensors' sizes (" + ", ".join(
+        f"{name} {gib:.1f}" for name, gib in needs.items()) + ")"
+    if max(needs.values()) <= 0.95 * room_gib:
+        return said
+    flags, tried = [], cfg
+    for name, value in SMALLER:
+        if type(value) is bool and getattr(tried, name) == value or type(value) is not bool and getattr(tried, name) <= value:
+            continue
+        tried = dataclasses.replace(tried, **{name: value})
+        flags = [f for f in flags if name not in f] + [f"--no-{name}" if value is False else f"--{name}" if value is True else
+                                                       f"--{name} {value}"]
+        if (peak := max(peak_of(tried).values())) <= 0.95 * room_gib:
+            return f"{said}\nwarning: that will hardly fit; with {' '.join(flags)} it takes {peak:.1f} GiB"
+    return f"{said}\nwarning: that will not fit, and neither will any flags of one card this size"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run directory
 
 
@@ -1323,6 +1452,10 @@ def train(cfg: Config) -> tuple[str, bool]:
     if cfg.prompts_per_step % n_ranks:
         raise UserError(f"--prompts_per_step {cfg.prompts_per_step}: cannot be shared evenly among {n_ranks} ranks")
     out = cfg.resume or gather("" if rank else open_run(cfg))[0]
+    if torch.cuda.is_available() and rank == 0:
+        quiet_libraries()
+        with blame(f"--model {cfg.model}"):
+            print(preflight(cfg, torch.cuda.get_device_properties(0).total_memory / 2**30), flush=True)
     torch.manual_seed(cfg.seed)  # LoRA's initial weights; everything else is seeded where it is drawn
     policy, held = load_policy(cfg), questions["held"]
     optimizer = make_optimizer(policy, cfg)

@@ -49,8 +49,8 @@ def adapter(run):
 
 @pytest.fixture(scope="module")
 def words(tiny):
-    return ["--data", tiny.questions, "--model", tiny.base, "--eval_size", 4, "--eval_every", 4, "--eval_samples", 2, "--steps", 4,
-            "--save_every", 2, "--log_rollouts", 1, "--prompts_per_step", 4, "--num_generations", 4, "--max_new_tokens", 6,
+    return ["--data", tiny.questions, "--model", tiny.base, "--eval_size", 4, "--eval_every", 4, "--eval_samples", 2,
+            "--steps", 4, "--save_every", 2, "--log_rollouts", 1, "--prompts_per_step", 4, "--num_generations", 4, "--max_new_tokens", 6,
             "--lora_rank", 4, "--workers", 1, "--lr", 1e-4, "--warmup_steps", 0, "--temperature", 1.5, "--optimizer", "adamw"]
 
 
@@ -72,7 +72,8 @@ def test_two_ranks_take_the_step_of_one(words, two, tmp_path):
         for key in a:
             if not key.startswith(("time/", "mem/")):
                 assert a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
-    by_id = [sorted((r["step"], r["id"], r["completion"], r["reward"]) for r in read(run, "rollouts.jsonl")) for run in (one, two)]
+    by_id = [sorted((r["step"], r["id"], r["completion"], r["reward"]) for r in read(run, "rollouts.jsonl"))
+             for run in (one, two)]
     assert by_id[0] == by_id[1] and len(by_id[0]) == 64
     assert len({r["len/mean"] for r in read(two)[1:]}) > 1
     ours, theirs = adapter(one), adapter(two)
