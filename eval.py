@@ -84,7 +84,7 @@ class Result:
     key: str
     said: list[list[str]] = field(default_factory=list)  # [rotation][sample]
     error: str = ""  # why the clip could not be heard; the item counts as wrong
-    heard: list | None = None  # the clips that were played; None: the item's own
+    heard: list | None = None  # the clips it was asked with; None: its own
 
     @property
     def resolved(self) -> list[list[int | None]]:
@@ -133,7 +133,7 @@ def majority(result: Result) -> int | None:
 
 
 def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share p of n (Wilson 1927); p may be a mean of scores in [0, 1], which spread less than 0 and 1 do."""
+    """95 % interval of a share p of n (Wilson 1927), or of a mean of n scores from 0 to 1, which spread no wider."""
     if not n:
         return 0.0, 1.0
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -179,8 +179,7 @@ def report_of(results: list[Result], examples: Examples, about: dict) -> dict:
     if not known:
         return report | dict(note="no labels in this file: predictions written, nothing to score")
     accuracy = mean(r.score for r in known)
-    report |= dict(accuracy=accuracy, interval=interval(known), unresolved=sum(i is None for i in flat),
-                   answers=len(flat))
+    report |= dict(accuracy=accuracy, interval=wilson(accuracy, len(known)), unresolved=flat.count(None), answers=len(flat))
     rule = benchmark.rule and (lambda r, text: benchmark.rule(text, r.example))
     if rule:
         for name, texts in (("official_accuracy", [spoken(r)[0] for r in labelled]),
@@ -195,9 +194,8 @@ def report_of(results: list[Result], examples: Examples, about: dict) -> dict:
         report["baselines"] = baselines([r.example for r in labelled], benchmark.rule)
     width = max((len(row) for r in known for row in r.right), default=0)
     if width > 1:
-        report |= {"samples": width, f"pass@{width}": mean(mean(any(row) for row in r.right) for r in known)}
-        if labelled:
-            report["majority"] = mean(same(r.example, majority(r), r.example.answer) for r in labelled)
+        report |= {"samples": width, f"pass@{width}": mean(mean(any(row) for row in r.right) for r in known)} | (
+            {"majority": mean(same(r.example, majority(r), r.example.answer) for r in labelled)} if labelled else {})
     if any(len(r.said) > 1 for r in labelled):
         report |= dict(consistency=mean(len({row[0] for row in r.resolved} - {None}) == 1 and all(
             row[0] is not None for row in r.resolved) for r in labelled if r.said),
@@ -209,14 +207,11 @@ def report_of(results: list[Result], examples: Examples, about: dict) -> dict:
             value = r.example.meta.get(name)
             parts[", ".join(map(str, value)) if isinstance(value, list) else str(value)].append(r)
         if set(parts) != {"None"} and len(parts) <= 100:
-            groups[name] = {value: dict(n=len(part), accuracy=mean(r.score for r in part), interval=interval(part),
-                                        unresolved=sum(i is None for r in part for row in r.resolved for i in row))
+            groups[name] = {value: dict(n=len(part), accuracy=(share := mean(r.score for r in part)),
+                                        interval=wilson(share, len(part)),
+                                        unresolved=sum(row.count(None) for r in part for row in r.resolved))
                             for value, part in sorted(parts.items())}
     return report | dict(by=groups, by_task=groups.get(benchmark.by, {}))
-
-
-def interval(results: list[Result]) -> tuple[float, float]:
-    return wilson(mean(r.score for r in results), len(results))
 
 
 def percent(x: float) -> str:
@@ -228,15 +223,12 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-HEARD = {"silence": "silence in place of every clip", "none": "no clip at all", "shuffled": "the clip of another item"}
-
-
 def markdown(report: dict) -> str:
     """The report as it is shown on the screen."""
     version = f" {report['version']}" if report["version"] else ""
     lines = [f"{report['file']}: {report['format']}{version}, {report['items']} items"
-             + "".join(f"; {n} skipped: {why}" for why, n in report["skipped"].items()),
-             *(f"control: the model heard {what}" for audio, what in HEARD.items() if report.get("audio") == audio), ""]
+             + (f"; --audio {report['audio']}" if report.get("audio", "real") != "real" else "")
+             + "".join(f"; {n} skipped: {why}" for why, n in report["skipped"].items()), ""]
     last = []
     if left := report.get("left_out"):
         last.append(f"{len(left)} rows not counted, of no item or of an item that an earlier row is of: {', '.join(left[:10])}")
@@ -302,7 +294,7 @@ def fingerprint(folder: str) -> str:
     return mark.hexdigest()
 
 
-def played(clip) -> list:
+def clip_mark(clip) -> list:
     """What tells a clip from another: path, size and time of a file; place and checksum of one inside a data set."""
     content = clip.read() if isinstance(clip, data.Embedded) else clip
     if isinstance(content, bytes):
@@ -390,7 +382,7 @@ def answer(args, items: list[Example], out: str, policy=None, heard_items=None) 
     import omni_grpo as og
 
     setting = settings(args)
-    heard_items = heard_items or [e if args.audio != "none" else dataclasses.replace(e, audio=None) for e in items]
+    heard_items = heard_items or items
     done = open_results(out, setting)
     cfg = og.Config(model=args.model, adapter=args.adapter, prompt=args.prompt, max_audio_s=args.max_audio_s,
                     audio="real" if args.audio == "shuffled" else args.audio, load_in_4bit=args.load_in_4bit)
@@ -398,17 +390,16 @@ def answer(args, items: list[Example], out: str, policy=None, heard_items=None) 
     rotations = [range(len(e.choices)) if args.rotate_choices and e.choices else range(1) for e in items]
     lines = {}
     for r, e, ks in zip(results, heard_items, rotations):
-        r.heard, lines[r.key] = e.clips if args.audio != "silence" else [], {"item": r.key, "heard": list(map(played, e.clips))}
-        if any(done.get((r.key, k), lines[r.key]).get("heard") != lines[r.key]["heard"] for k in ks):
-            raise UserError(f"--out {out}: item {r.example.id:.60} was answered on another clip than is at {e.clips!s:.300} now; "
-                            "give another --out")
+        r.heard, lines[r.key] = e.clips, {"item": r.key, "heard": (now := list(map(clip_mark, e.clips)))}
+        if any(done.get((r.key, k), {}).get("heard", now) != now for k in ks):
+            raise UserError(f"--out {out}: {r.example.id:.60} was asked on another clip than {now!s:.300}; give another --out")
     todo = [i for i, r in enumerate(results) if any((r.key, k) not in done for k in rotations[i])]
     if todo:
         policy = policy or og.load_policy(cfg, train=False)
         heard = data.ahead(todo, lambda i: og.hear(policy, heard_items[i], cfg)[0], cfg.workers, 2 * args.batch_size)
         bar = tqdm(total=len(items), initial=len(items) - len(todo), unit="item", dynamic_ncols=True, disable=None)
         scores = [0.0, 0]
-        with open(os.path.join(out, "items.jsonl"), "a", encoding="utf-8") as f:
+        with open(os.path.join(out, "items.jsonl"), "a", encoding="utf-8", errors="backslashreplace") as f:
             while batch := list(zip(range(args.batch_size), heard)):
                 ok = [(i, mels) for _, (i, mels) in batch if not isinstance(mels, DataError)]
                 records = {i: [lines[results[i].key] | {"rotation": k, "said": [], "error": str(e)} for k in rotations[i]]
@@ -429,7 +420,7 @@ def answer(args, items: list[Example], out: str, policy=None, heard_items=None) 
                     f.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
                     done |= {(line["item"], line["rotation"]): line for line in new}
                     if items[i].answer is not None:
-                        collect(results[i], done, rotations[i])
+                        collect(results[i], [done[results[i].key, k] for k in rotations[i]])
                         scores = [scores[0] + results[i].score, scores[1] + 1]
                 f.flush()
                 bar.update(len(batch))
@@ -437,12 +428,11 @@ def answer(args, items: list[Example], out: str, policy=None, heard_items=None) 
                     bar.set_postfix(accuracy=f"{scores[0] / scores[1]:.3f}", refresh=False)
         bar.close()
     for r, ks in zip(results, rotations):
-        collect(r, done, ks)
+        collect(r, [done[r.key, k] for k in ks])
     return results, setting
 
 
-def collect(result: Result, done: dict, rotations) -> None:
-    records = [done[result.key, k] for k in rotations]
+def collect(result: Result, records: list[dict]) -> None:
     result.said = [r["said"] for r in records if r["said"]]
     result.error = next((r["error"] for r in records if r["error"]), "")
 
@@ -527,10 +517,8 @@ def mcnemar(b: int, c: int) -> float:
 
 
 def bootstrap(differences: list[float], seed: int = 0, repeats: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the mean of paired differences, items drawn again with replacement.
-
-    Where all are equal, drawing shows no spread: of n items that agree, Wilson's share may still lie anywhere in [-1, 1].
-    """
+    """95 % interval of the mean of paired differences, items drawn again with replacement. Where all are equal that shows no
+    spread; then Wilson's bound for 0 of n is the share of items that may be anywhere from -1 to 1."""
     values, counts = np.unique(np.asarray(differences), return_counts=True)
     if len(values) == 1:
         d, unseen = float(values[0]), wilson(0, len(differences))[1]
@@ -579,18 +567,17 @@ def load_results(folder: str) -> tuple[dict, list[dict]]:
     try:
         with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
             report = json.load(f)
-        with open(os.path.join(folder, "items.jsonl"), encoding="utf-8") as f:
-            items = list(map(record_of, f))
-        rated = list(Examples(os.path.join(folder, "examples.jsonl")))
         report["items_hash"], report["accuracy"], markdown(report)  # raises where this is no report
         said = collections.defaultdict(dict)
-        for record in items:
-            said[record["item"]][record["rotation"]] = record
+        with open(os.path.join(folder, "items.jsonl"), encoding="utf-8") as f:
+            for record in map(record_of, f):
+                said[record["item"]][record["rotation"]] = record
+        rated = list(Examples(os.path.join(folder, "examples.jsonl")))
         results = list(map(Result, rated, item_keys(rated)))
         for result in results:
-            collect(result, {(result.key, k): r for k, r in said[result.key].items()}, sorted(said[result.key]))
-            if report.get("audio", "real") != "real":
-                result.heard = [name for r in said[result.key].values() if report["audio"] != "silence" for name, *_ in r["heard"]]
+            collect(result, records := [record for _, record in sorted(said[result.key].items())])
+            if report.get("audio") == "shuffled":
+                result.heard = [name for name, *_ in records[0]["heard"]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"--compare {folder}: no finished and scored results of eval.py there ({e})") from None
     return report, results
@@ -672,13 +659,10 @@ def score_file(path: str, data_path: str) -> dict:
         raise DataError(f"{path}: no row has a prediction; looked for {', '.join(PREDICTIONS)}")
     if data_path:
         places, asked, found = range(len(rows)), range(len(items)), join(rows, items)
-        if not found:
-            raise DataError(f"{path}: no row is of an item of {data_path}, by id, clip or question; the first row has "
-                            f"{names_of(rows[0])!s:.200}, the first item is {items[0].id:.80}")
-        for j, i in sorted(found.items(), key=lambda pair: pair[1]):
-            if not agrees(rows[i], examples, j):
-                raise DataError(f"{source.where(i)}: its question or choices are not those of {data_path}; give the file that "
-                                "was asked, or predictions without these columns")
+        other = [i for j, i in found.items() if not agrees(rows[i], examples, j)]
+        if other or not found:
+            what = "its question or choices are not those" if other else "neither id, clip nor question, of this or any row, is one"
+            raise DataError(f"{source.where(min(other, default=0))}: {what} of {data_path}; give the file that was asked")
     else:
         places = [item[0] if isinstance(item, tuple) else item for item in examples.items]
         asked = sorted({(item_key(e), str(e.audio)): j for j, e in reversed([*enumerate(items)])}.values())
@@ -712,7 +696,8 @@ def sound_of(clip, max_audio_s: float) -> str:
 def page(report: dict, results: list[Result], max_audio_s: float, flips: dict[str, str] | None = None,
          budget_mib: float = 96.0) -> str:
     """Everything in one self-contained page. Past the budget clips are linked by their path and not held inside."""
-    room, clips, played = budget_mib * 2**20, {}, [r.example.clips if r.heard is None else r.heard for r in results]
+    room, clips, silent = budget_mib * 2**20, {}, report.get("audio") in ("silence", "none")
+    played = [[] if silent else r.example.clips if r.heard is None else r.heard for r in results]
     names = {str(clip): clip for heard in played for clip in heard}
     for name, sound in data.ahead(names, lambda name: sound_of(names[name], max_audio_s), os.cpu_count() or 1, 32):
         if isinstance(sound, str) and room > 0:
