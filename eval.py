@@ -661,7 +661,7 @@ def score_file(path: str, data_path: str) -> dict:
         places, asked, found = range(len(rows)), range(len(items)), join(rows, items)
         other = [i for j, i in found.items() if not agrees(rows[i], examples, j)]
         if other or not found:
-            what = "its question or choices are not those" if other else "neither id, clip nor question, of this or any row, is one"
+            what = "its question or choices are not those" if other else "no row has an id, a clip or a question"
             raise DataError(f"{source.where(min(other, default=0))}: {what} of {data_path}; give the file that was asked")
     else:
         places = [item[0] if isinstance(item, tuple) else item for item in examples.items]
