@@ -231,7 +231,7 @@ def markdown(report: dict) -> str:
              + "".join(f"; {n} skipped: {why}" for why, n in report["skipped"].items()), ""]
     last = []
     if left := report.get("left_out"):
-        last.append(f"{len(left)} rows not counted, of no item or of an item that an earlier row is of: {', '.join(left[:10])}")
+        last.append(f"{len(left)} rows not counted, of no item or of an item that an earlier row is of: {', '.join(left[:5])}")
     if report["errors"] or report["missing"]:
         last.append(("counted as wrong: " if "accuracy" in report else "not answered: ")
                     + f"{report['errors']} clips that could not be heard, {report['missing']} items without a prediction"
@@ -577,7 +577,7 @@ def load_results(folder: str) -> tuple[dict, list[dict]]:
         for result in results:
             collect(result, records := [record for _, record in sorted(said[result.key].items())])
             if report.get("audio") == "shuffled":
-                result.heard = [name for name, *_ in records[0]["heard"]]
+                result.heard = [str(name) for name, *_ in records[0]["heard"]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"--compare {folder}: no finished and scored results of eval.py there ({e})") from None
     return report, results

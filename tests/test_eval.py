@@ -447,7 +447,7 @@ def test_shuffled_pairs_over_the_whole_file(lab):
 def test_shuffled_prompts_have_room_for_the_clips_that_are_played(ask, tiny, tmp_path):
     """Items of one clip and of two change places."""
     sounds = [e.audio for e in itertools.islice(Examples(tiny.questions), 4)]
-    rows = [asks(i, audio=sounds[:2] if i == 1 else sounds[i]) for i in range(4)]
+    rows = [asks(i, audio=[sounds[1], sounds[0]] if i == 1 else sounds[i]) for i in range(4)]
     assert ask(save(tmp_path / "q.jsonl", rows), tmp_path / "out", "--audio", "shuffled")[0]["errors"] == 0
 
 
