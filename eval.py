@@ -24,6 +24,7 @@ import os
 import random
 import re
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -83,6 +84,7 @@ class Result:
     key: str
     said: list[list[str]] = field(default_factory=list)  # [rotation][sample]
     error: str = ""  # why the clip could not be heard; the item counts as wrong
+    heard: list | None = None  # the clips it was asked with; None: its own
 
     @property
     def resolved(self) -> list[list[int | None]]:
@@ -131,11 +133,11 @@ def majority(result: Result) -> int | None:
 
 
 def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share p of n (Wilson 1927)."""
+    """95 % interval of a share p of n (Wilson 1927), or of a mean of n scores from 0 to 1, which spread no wider."""
     if not n:
         return 0.0, 1.0
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))  # rounding: -2e-17
 
 
 def mean(values) -> float:
@@ -173,12 +175,11 @@ def report_of(results: list[Result], examples: Examples, about: dict) -> dict:
     report = about | dict(file=os.path.basename(examples.path), format=examples.format, version=examples.version,
                           n=len(known), items=len(results), skipped=dict(examples.skipped), note=benchmark.note)
     errors = {r.key: r.error for r in results if r.error}
-    report |= dict(errors=len(errors), error_items=errors)
+    report |= dict(errors=len(errors), error_items=errors, missing=sum(not r.said and not r.error for r in known or results))
     if not known:
         return report | dict(note="no labels in this file: predictions written, nothing to score")
     accuracy = mean(r.score for r in known)
-    report |= dict(accuracy=accuracy, interval=interval(known), unresolved=sum(i is None for i in flat),
-                   answers=len(flat), missing=sum(not r.said and not r.error for r in known))
+    report |= dict(accuracy=accuracy, interval=wilson(accuracy, len(known)), unresolved=flat.count(None), answers=len(flat))
     rule = benchmark.rule and (lambda r, text: benchmark.rule(text, r.example))
     if rule:
         for name, texts in (("official_accuracy", [spoken(r)[0] for r in labelled]),
@@ -193,8 +194,8 @@ def report_of(results: list[Result], examples: Examples, about: dict) -> dict:
         report["baselines"] = baselines([r.example for r in labelled], benchmark.rule)
     width = max((len(row) for r in known for row in r.right), default=0)
     if width > 1:
-        report |= {"samples": width, f"pass@{width}": mean(mean(any(row) for row in r.right) for r in known),
-                   "majority": mean(same(r.example, majority(r), r.example.answer) for r in labelled)}
+        report |= {"samples": width, f"pass@{width}": mean(mean(any(row) for row in r.right) for r in known)} | (
+            {"majority": mean(same(r.example, majority(r), r.example.answer) for r in labelled)} if labelled else {})
     if any(len(r.said) > 1 for r in labelled):
         report |= dict(consistency=mean(len({row[0] for row in r.resolved} - {None}) == 1 and all(
             row[0] is not None for row in r.resolved) for r in labelled if r.said),
@@ -206,40 +207,45 @@ def report_of(results: list[Result], examples: Examples, about: dict) -> dict:
             value = r.example.meta.get(name)
             parts[", ".join(map(str, value)) if isinstance(value, list) else str(value)].append(r)
         if set(parts) != {"None"} and len(parts) <= 100:
-            groups[name] = {value: dict(n=len(part), accuracy=mean(r.score for r in part), interval=interval(part),
-                                        unresolved=sum(i is None for r in part for row in r.resolved for i in row))
+            groups[name] = {value: dict(n=len(part), accuracy=(share := mean(r.score for r in part)),
+                                        interval=wilson(share, len(part)),
+                                        unresolved=sum(row.count(None) for r in part for row in r.resolved))
                             for value, part in sorted(parts.items())}
     return report | dict(by=groups, by_task=groups.get(benchmark.by, {}))
-
-
-def interval(results: list[Result]) -> tuple[float, float]:
-    """95 %: Wilson's for right or wrong; by the spread over items where an item can be half right."""
-    scores = [r.score for r in results]
-    if set(scores) <= {0.0, 1.0}:
-        return wilson(mean(scores), len(scores))
-    half = 1.96 * float(np.std(scores)) / math.sqrt(len(scores))
-    return max(0.0, mean(scores) - half), min(1.0, mean(scores) + half)
 
 
 def percent(x: float) -> str:
     return f"{100 * x:.1f}"
 
 
+def cell(text: str) -> str:
+    """What a data file says, within a row of a Markdown table: on one line, and no end of a column."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def markdown(report: dict) -> str:
     """The report as it is shown on the screen."""
     version = f" {report['version']}" if report["version"] else ""
     lines = [f"{report['file']}: {report['format']}{version}, {report['items']} items"
+             + (f"; --audio {report['audio']}" if report.get("audio", "real") != "real" else "")
              + "".join(f"; {n} skipped: {why}" for why, n in report["skipped"].items()), ""]
+    last = []
+    if left := report.get("left_out"):
+        last.append(f"{len(left)} rows not counted, of no item or of an item that an earlier row is of: {', '.join(left[:5])}")
+    if report["errors"] or report["missing"]:
+        last.append(("counted as wrong: " if "accuracy" in report else "not answered: ")
+                    + f"{report['errors']} clips that could not be heard, {report['missing']} items without a prediction"
+                    + "".join(f"\n  {why}" for why in list(report["error_items"].values())[:10]))
     if "accuracy" not in report:
-        return "\n".join([*lines, report["note"]])
+        return "\n".join([*lines, report["note"], *last])
     lines += ["| | n | accuracy % | 95 % interval | unresolved |", "|---|---|---|---|---|"]
     row = "| {} | {} | {} | {} - {} | {} |".format
     lines.append(row("**all**", report["n"], f"**{percent(report['accuracy'])}**", *map(percent, report["interval"]),
                      report["unresolved"]))
     for name, groups in report["by"].items():
         if groups is report["by_task"] or groups == report["by_task"] or name in ("difficulty", "category"):
-            lines += [row(f"{name}: {value}", g["n"], percent(g["accuracy"]), *map(percent, g["interval"]), g["unresolved"])
-                      for value, g in groups.items()]
+            lines += [row(cell(f"{name}: {value}"), g["n"], percent(g["accuracy"]), *map(percent, g["interval"]),
+                          g["unresolved"]) for value, g in groups.items()]
     lines.append("")
     if "official_accuracy" in report:
         lines.append(f"the benchmark's own rule: {percent(report['official_accuracy'])} on the resolved choices, "
@@ -252,10 +258,7 @@ def markdown(report: dict) -> str:
     for key in report:
         if key.startswith("pass@") or key in ("majority", "consistency", "right_in_every_rotation"):
             lines.append(f"{key.replace('_', ' ')}: {percent(report[key])}")
-    if report["errors"] or report["missing"]:
-        lines.append(f"counted as wrong: {report['errors']} clips that could not be heard, {report['missing']} items without a "
-                     "prediction" + "".join(f"\n  {why}" for why in list(report["error_items"].values())[:10]))
-    return "\n".join([*lines, *([f"note: {report['note']}"] if report["note"] else [])])
+    return "\n".join([*lines, *last, *([f"note: {report['note']}"] if report["note"] else [])])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,6 +294,14 @@ def fingerprint(folder: str) -> str:
     return mark.hexdigest()
 
 
+def clip_mark(clip) -> list:
+    """What tells a clip from another: path, size and time of a file; place and checksum of one inside a data set."""
+    content = clip.read() if isinstance(clip, data.Embedded) else clip
+    if isinstance(content, bytes):
+        return [repr(clip)[:200], zlib.crc32(content)]
+    return [content, *([os.path.getsize(content), os.path.getmtime(content)] if os.path.isfile(content) else [])]
+
+
 def settings(args) -> dict:
     """All that an answer depends on: results of different settings never stand in one folder."""
     import omni_grpo as og
@@ -318,6 +329,15 @@ def other_clips(items: list[Example], seed: int) -> list[Example]:
     return out
 
 
+def record_of(line: bytes | str) -> dict:
+    """A line of items.jsonl. Raises ValueError, LookupError or TypeError where it is none."""
+    record = json.loads(line)
+    if [type(record[k]) for k in ("item", "error", "rotation", "said")] != [str, str, int, list] \
+            or {*map(type, record["said"])} - {str}:
+        raise ValueError(f"no answer: {record!r:.80}")
+    return record
+
+
 def open_results(out: str, setting: dict) -> dict[tuple[str, int], dict]:
     """Make the folder, or go on with one of the very same settings.       -> what is done, by (item, rotation)
 
@@ -339,7 +359,7 @@ def open_results(out: str, setting: dict) -> dict[tuple[str, int], dict]:
             whole = f.read()
             f.truncate(whole.rfind(b"\n") + 1)
         for line in whole[:whole.rfind(b"\n") + 1].splitlines():
-            record = json.loads(line)
+            record = record_of(line)
             if not record["error"]:  # what could not be heard is tried again
                 done[record["item"], record["rotation"]] = record
     except OSError as e:
@@ -355,32 +375,37 @@ def write(path: str, content: str) -> None:
     os.replace(path + ".part", path)
 
 
-def answer(args, items: list[Example], out: str, policy=None) -> tuple[list[Result], dict]:
-    """Ask the model about every item that is not done yet.       -> (results, settings)"""
+def answer(args, items: list[Example], out: str, policy=None, heard_items=None) -> tuple[list[Result], dict]:
+    """Ask the model about every item that is not done yet, on the clips of heard_items.       -> (results, settings)"""
     from tqdm import tqdm
 
     import omni_grpo as og
 
     setting = settings(args)
-    heard_items = other_clips(items, args.seed) if args.audio == "shuffled" else items
+    heard_items = heard_items or items
     done = open_results(out, setting)
     cfg = og.Config(model=args.model, adapter=args.adapter, prompt=args.prompt, max_audio_s=args.max_audio_s,
                     audio="real" if args.audio == "shuffled" else args.audio, load_in_4bit=args.load_in_4bit)
     results = list(map(Result, items, item_keys(items)))
     rotations = [range(len(e.choices)) if args.rotate_choices and e.choices else range(1) for e in items]
+    lines = {}
+    for r, e, ks in zip(results, heard_items, rotations):
+        r.heard, lines[r.key] = e.clips, {"item": r.key, "heard": (now := list(map(clip_mark, e.clips)))}
+        if any(done.get((r.key, k), {}).get("heard", now) != now for k in ks):
+            raise UserError(f"--out {out}: {r.example.id:.60} was asked on another clip than {now!s:.300}; give another --out")
     todo = [i for i, r in enumerate(results) if any((r.key, k) not in done for k in rotations[i])]
     if todo:
         policy = policy or og.load_policy(cfg, train=False)
         heard = data.ahead(todo, lambda i: og.hear(policy, heard_items[i], cfg)[0], cfg.workers, 2 * args.batch_size)
         bar = tqdm(total=len(items), initial=len(items) - len(todo), unit="item", dynamic_ncols=True, disable=None)
         scores = [0.0, 0]
-        with open(os.path.join(out, "items.jsonl"), "a", encoding="utf-8") as f:
+        with open(os.path.join(out, "items.jsonl"), "a", encoding="utf-8", errors="backslashreplace") as f:
             while batch := list(zip(range(args.batch_size), heard)):
                 ok = [(i, mels) for _, (i, mels) in batch if not isinstance(mels, DataError)]
-                records = {i: [{"item": results[i].key, "rotation": k, "said": [], "error": str(e)} for k in rotations[i]]
+                records = {i: [lines[results[i].key] | {"rotation": k, "said": [], "error": str(e)} for k in rotations[i]]
                            for _, (i, e) in batch if isinstance(e, DataError)}
                 clips = og.embeddings(policy, [mels for _, mels in ok])  # once a clip, for all rotations and samples
-                asked = [(i, k, og.prompt_tokens(policy, rotate(items[i], k), clip, cfg))
+                asked = [(i, k, og.prompt_tokens(policy, rotate(heard_items[i], k), clip, cfg))
                          for (i, _), clip in zip(ok, clips) for k in rotations[i] if (results[i].key, k) not in done]
                 at_once = max(1, args.rollout_rows // args.samples)
                 for at in range(0, len(asked), at_once):
@@ -389,13 +414,13 @@ def answer(args, items: list[Example], out: str, policy=None) -> tuple[list[Resu
                                       setting["decoding"]["max_new_tokens"],
                                       [og.seed_of(args.seed, results[i].key, k) for i, k, _ in part])
                     for (i, k, _), completions in zip(part, said):
-                        records.setdefault(i, []).append({"item": results[i].key, "rotation": k, "error": "",
-                                                          "said": [og.text_of(policy, c) for c in completions]})
-                for i, lines in records.items():
-                    f.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-                    done |= {(line["item"], line["rotation"]): line for line in lines}
+                        records.setdefault(i, []).append(lines[results[i].key] | {
+                            "rotation": k, "error": "", "said": [og.text_of(policy, c) for c in completions]})
+                for i, new in records.items():
+                    f.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
+                    done |= {(line["item"], line["rotation"]): line for line in new}
                     if items[i].answer is not None:
-                        collect(results[i], done, rotations[i])
+                        collect(results[i], [done[results[i].key, k] for k in rotations[i]])
                         scores = [scores[0] + results[i].score, scores[1] + 1]
                 f.flush()
                 bar.update(len(batch))
@@ -403,12 +428,11 @@ def answer(args, items: list[Example], out: str, policy=None) -> tuple[list[Resu
                     bar.set_postfix(accuracy=f"{scores[0] / scores[1]:.3f}", refresh=False)
         bar.close()
     for r, ks in zip(results, rotations):
-        collect(r, done, ks)
+        collect(r, [done[r.key, k] for k in ks])
     return results, setting
 
 
-def collect(result: Result, done: dict, rotations) -> None:
-    records = [done[result.key, k] for k in rotations]
+def collect(result: Result, records: list[dict]) -> None:
     result.said = [r["said"] for r in records if r["said"]]
     result.error = next((r["error"] for r in records if r["error"]), "")
 
@@ -433,29 +457,30 @@ def own_layout(examples: Examples, results: list[Result]) -> list[dict]:
 
 def run(args, examples: Examples, out: str, policy=None) -> tuple[dict, list[Result]]:
     """Answer, score, write everything into `out`.       -> (report, results)"""
-    n = min(len(examples), args.limit or len(examples))
-    items = [examples[i] for i in range(n)]
+    items = examples[:args.limit or None]
     if args.prompt == "caption":
         return captions(args, items, out, policy), []
-    results, setting = answer(args, items, out, policy)
+    args.prompt = args.prompt or ("answer" if any("nums" in e.meta for e in items) else "direct")  # its reward reads the tags
+    heard = other_clips(examples[:], args.seed)[:len(items)] if args.audio == "shuffled" else None  # whatever the --limit
+    results, setting = answer(args, items, out, policy, heard)
     report = report_of(results, examples, {k: v for k, v in setting.items() if k != "prompt_text"})
     report["items_hash"] = hashlib.blake2b("".join(sorted(r.key for r in results)).encode(), digest_size=8).hexdigest()
     write(os.path.join(out, "predictions.json"), json.dumps(own_layout(examples, results), indent=1, ensure_ascii=False,
                                                             default=str))
     write(os.path.join(out, "report.json"), json.dumps(report, indent=1, ensure_ascii=False))
     write(os.path.join(out, "report.html"), page(report, results, args.max_audio_s))
-    rates(out, args.audio, items, results)
+    rates(out, {"pass_rate" if args.audio == "real" else f"pass_rate_{args.audio}": results})
     return report, results
 
 
-def rates(out: str, audio: str, items: list[Example], results: list[Result]) -> None:
+def rates(out: str, columns: dict[str, list[Result]]) -> None:
     """Questions with the share of right answers in their meta, for `data.py filter` and `--order easy_to_hard`."""
-    column = "pass_rate" if audio == "real" else f"pass_rate_{audio}"
     path = os.path.join(out, "examples.jsonl")
     if os.path.exists(path):
         os.remove(path)
-    rated = (dataclasses.replace(e, meta=e.meta | {column: r.score}) for e, r in zip(items, results))
-    data.write_examples(path, rated, len(items))
+    rated = [dataclasses.replace(rs[0].example, meta=rs[0].example.meta | {name: r.score for name, r in zip(columns, rs)})
+             for rs in zip(*columns.values())]
+    data.write_examples(path, rated, len(rated))
 
 
 def clip_file(clip, path: str) -> str:
@@ -492,8 +517,12 @@ def mcnemar(b: int, c: int) -> float:
 
 
 def bootstrap(differences: list[float], seed: int = 0, repeats: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the mean of paired differences, items drawn again with replacement."""
+    """95 % interval of the mean of paired differences, items drawn again with replacement. Where all are equal that shows no
+    spread; then Wilson's bound for 0 of n is the share of items that may be anywhere from -1 to 1."""
     values, counts = np.unique(np.asarray(differences), return_counts=True)
+    if len(values) == 1:
+        d, unseen = float(values[0]), wilson(0, len(differences))[1]
+        return d - unseen * (1 + d), d + unseen * (1 - d)
     draws = np.random.default_rng(seed).multinomial(len(differences), counts / len(differences), size=repeats)
     low, high = np.percentile(draws @ values / len(differences), [2.5, 97.5])
     return float(low), float(high)
@@ -529,14 +558,8 @@ def controls(args, examples: Examples) -> None:
         print(f"| {name} | {percent(report['accuracy'])} | {' - '.join(map(percent, report['interval']))} | "
               f"{report['unresolved']} {against}")
     print(f"\nrotated: the same answer in every rotation for {percent(table['rotated'].get('consistency', 0))} % of the items")
-    rated = []
-    for i, real in enumerate(all_results["real"]):
-        meta = {f"pass_rate_{name}": all_results[name][i].score for name in ("silence", "none", "shuffled")}
-        rated.append(dataclasses.replace(real.example, meta=real.example.meta | {"pass_rate": real.score} | meta))
-    path = os.path.join(args.out, "examples.jsonl")
-    if os.path.exists(path):
-        os.remove(path)
-    data.write_examples(path, rated, len(rated))
+    rates(args.out, {"pass_rate" if name == "real" else f"pass_rate_{name}": results
+                     for name, results in all_results.items() if name != "rotated"})
     write(os.path.join(args.out, "report.json"), json.dumps(table, indent=1, ensure_ascii=False))
 
 
@@ -544,16 +567,17 @@ def load_results(folder: str) -> tuple[dict, list[dict]]:
     try:
         with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
             report = json.load(f)
-        with open(os.path.join(folder, "items.jsonl"), encoding="utf-8") as f:
-            items = [json.loads(line) for line in f]
-        rated = list(Examples(os.path.join(folder, "examples.jsonl")))
-        report["items_hash"], report["accuracy"]
+        report["items_hash"], report["accuracy"], markdown(report)  # raises where this is no report
         said = collections.defaultdict(dict)
-        for record in items:
-            said[record["item"]][record["rotation"]] = record
+        with open(os.path.join(folder, "items.jsonl"), encoding="utf-8") as f:
+            for record in map(record_of, f):
+                said[record["item"]][record["rotation"]] = record
+        rated = list(Examples(os.path.join(folder, "examples.jsonl")))
         results = list(map(Result, rated, item_keys(rated)))
         for result in results:
-            collect(result, {(result.key, k): r for k, r in said[result.key].items()}, sorted(said[result.key]))
+            collect(result, records := [record for _, record in sorted(said[result.key].items())])
+            if report.get("audio") == "shuffled":
+                result.heard = [str(name) for name, *_ in records[0]["heard"]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"--compare {folder}: no finished and scored results of eval.py there ({e})") from None
     return report, results
@@ -579,7 +603,7 @@ def compare(base: str, new: str, max_audio_s: float) -> None:
     for name, indices in rows:
         p = paired([before[i] for i in indices], [after[i] for i in indices])
         low, high = (100 * x for x in p["interval"])
-        print(f"| {name} | {p['n']} | {percent(p['base'])} | {percent(p['new'])} | {100 * p['difference']:+.1f} | "
+        print(f"| {cell(name)} | {p['n']} | {percent(p['base'])} | {percent(p['new'])} | {100 * p['difference']:+.1f} | "
               f"{low:+.1f} to {high:+.1f} | {len(p['won'])} | {len(p['lost'])} | {p['p']:.2g} |")
     print("\np: McNemar's exact test on the items that changed sides; interval: bootstrap over items")
     for name in ("won", "lost"):
@@ -593,33 +617,62 @@ def compare(base: str, new: str, max_audio_s: float) -> None:
 PREDICTIONS = ("raw_output", "model_output", "model_prediction", "answer_prediction", "response", "prediction", "output")
 
 
+def names_of(row: dict) -> list[tuple]:
+    """What a row is found by, the surest first: id, clip, question; with the question, where several items share a name."""
+    names = [("id", str(row[k])) for k in ("id", "uniq_id") if row.get(k) not in (None, "")]
+    names += [("clip", os.path.splitext(os.path.basename(str(row[k]).strip("[]'")))[0])
+              for k in ("audio_id", *data.CLIP.split("|")) if row.get(k)]
+    question = ("question", str(row.get("question")))
+    return [*(n for name in names for n in (name + question, name)), question]
+
+
+def join(rows: list[dict], items: list[Example]) -> dict[int, int]:
+    """-> {item: the first row that has one of its names}; a name that different items share leads to none of them."""
+    by = {name: i for i in reversed(range(len(rows))) for name in names_of(rows[i])}
+    sought = [names_of(dict(id=e.id, audio=getattr(e.audio, "path", e.audio), question=e.question)) for e in items]
+    different = {(item_key(e), str(e.audio)): names for e, names in zip(items, sought)}
+    meant = collections.Counter(name for names in different.values() for name in set(names))
+    found = (next((by[n] for n in names if n in by and meant[n] == 1), None) for names in sought)
+    return {j: i for j, i in enumerate(found) if i is not None}
+
+
+def agrees(row: dict, examples: Examples, j: int) -> bool:
+    """With the columns of `row` in place of its own, item j is still the same question."""
+    try:
+        changed = examples.ask(lambda own: examples.convert(own if isinstance(own, list) else own | {
+            k: row[k] for k in own if row.get(k) is not None}), examples.items[j])
+    except DataError:
+        return False
+    return changed["question"] == examples[j].question and changed.get("choices") in (None, examples[j].choices)
+
+
 def score_file(path: str, data_path: str) -> dict:
-    """Anybody's predictions: rows that hold the benchmark's columns, or only an id, which are looked up in --data."""
-    rows = data.TextRows(path)
-    rows = [rows[i] for i in range(len(rows))]
+    """Anybody's predictions: rows that hold the benchmark's columns, or only what tells the items of --data apart."""
+    source = data.TextRows(path)
+    rows = [source[i] for i in range(len(source))]
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list or lines of JSON objects, one a prediction")
     examples = Examples(data_path or path)
-    items = [examples[i] for i in range(len(examples))]
-    key = next((k for k in PREDICTIONS if any(k in row for row in rows)), None)
-    if key is None:
+    items = list(examples)
+    keys = [next((k for k in PREDICTIONS if row.get(k) is not None), "") for row in rows]  # files are merged from several
+    if not any(keys):
         raise DataError(f"{path}: no row has a prediction; looked for {', '.join(PREDICTIONS)}")
-
-    def ids(row):  # the names of the item, else of its clip, else what it asks
-        names = [str(row[k]) for k in ("id", "uniq_id") if row.get(k) not in (None, "")]
-        names = names or [os.path.splitext(os.path.basename(str(row[k])))[0] for k in ("audio_id", "audio_path") if row.get(k)]
-        return names or [str(row.get("question"))]
-
-    by_id, asked, results = {i: row for row in reversed(rows) for i in ids(row)}, collections.Counter(), []
-    asked.update(e.question for e in items)
-    for e, item, name in zip(items, examples.items, item_keys(items)):
-        if data_path:
-            row = by_id.get(e.id) or asked[e.question] == 1 and by_id.get(e.question) or {}
-        else:
-            row = rows[item[0] if isinstance(item, tuple) else item]
-        text = row.get(key)
-        results.append(Result(e, name, [[text if isinstance(text, str) else str(text)]] if text is not None else []))
-    report = report_of(results, examples, dict(predictions=os.path.basename(path), prediction_key=key))
+    if data_path:
+        places, asked, found = range(len(rows)), range(len(items)), join(rows, items)
+        other = [i for j, i in found.items() if not agrees(rows[i], examples, j)]
+        if other or not found:
+            what = "its question or choices are not those" if other else "no row has an id, a clip or a question"
+            raise DataError(f"{source.where(min(other, default=0))}: {what} of {data_path}; give the file that was asked")
+    else:
+        places = [item[0] if isinstance(item, tuple) else item for item in examples.items]
+        asked = sorted({(item_key(e), str(e.audio)): j for j, e in reversed([*enumerate(items)])}.values())
+        found = {j: places[j] for j in asked}
+    left, names, results = sorted({*places} - {*found.values()}), item_keys(items), []
+    for j in asked:
+        text = rows[found[j]].get(keys[found[j]]) if j in found else None
+        results.append(Result(items[j], names[j], [[text if isinstance(text, str) else str(text)]] if text is not None else []))
+    report = report_of(results, examples, dict(predictions=os.path.basename(path), left_out=[source.where(i) for i in left],
+                                               prediction_key=", ".join(k for k in PREDICTIONS if k in keys)))
     print(markdown(report))
     return report
 
@@ -643,9 +696,9 @@ def sound_of(clip, max_audio_s: float) -> str:
 def page(report: dict, results: list[Result], max_audio_s: float, flips: dict[str, str] | None = None,
          budget_mib: float = 96.0) -> str:
     """Everything in one self-contained page. Past the budget clips are linked by their path and not held inside."""
-    names, room, clips = {}, budget_mib * 2**20, {}
-    for r in results:
-        names |= {str(clip): clip for clip in r.example.clips}
+    room, clips, silent = budget_mib * 2**20, {}, report.get("audio") in ("silence", "none")
+    played = [[] if silent else r.example.clips if r.heard is None else r.heard for r in results]
+    names = {str(clip): clip for heard in played for clip in heard}
     for name, sound in data.ahead(names, lambda name: sound_of(names[name], max_audio_s), os.cpu_count() or 1, 32):
         if isinstance(sound, str) and room > 0:
             room -= len(sound)
@@ -653,13 +706,13 @@ def page(report: dict, results: list[Result], max_audio_s: float, flips: dict[st
         elif isinstance(sound, str) and isinstance(names[name], str):
             clips[name] = "file://" + os.path.abspath(name)
     items = []
-    for r in results:
+    for r, heard in zip(results, played):
         choice, raw = majority(r), spoken(r)[1]
         state = "unscored" if not is_scored(r.example) else \
             "right" if r.score == 1 else "unresolved" if choice is None and r.example.choices else "wrong"
         items.append(dict(id=r.example.id, question=r.example.question, choices=r.example.choices, gold=r.example.answer,
                           answer=choice, said=raw, score=r.score, state=state, error=r.error, flip=(flips or {}).get(r.key, ""),
-                          clips=[str(c) for c in r.example.clips], samples=[t for row in r.said for t in row][1:],
+                          clips=list(map(str, heard)), samples=[t for row in r.said for t in row][1:],
                           tags=[f"{k}: {r.example.meta[k]}" for k in GROUPS if r.example.meta.get(k)]))
     packed = json.dumps(dict(items=items, clips=clips), ensure_ascii=False)
     packed = packed.replace("<", "\\u003c")  # no tag can close the script
@@ -673,7 +726,7 @@ def table_of(text: str) -> str:
     out = []
     for line in html.escape(text).splitlines():
         if line.startswith("|"):
-            cells = [c.strip().strip("*") for c in line.strip("|").split("|")]
+            cells = [c.strip().strip("*").replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line.strip("|"))]
             if not set("".join(cells)) <= set("-"):
                 out.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
         elif line:
@@ -770,7 +823,8 @@ def parse_args(argv=None):
     add("--model", default="Qwen/Qwen2.5-Omni-7B", help="local directory or Hub id")
     add("--adapter", default="", help="runs/NAME/adapter")
     add("--out", default="", help="folder of results; default: results/DATA-MODEL")
-    add("--prompt", default="direct", choices=list(PROMPTS), help="as in training; caption: describe instead of answering")
+    add("--prompt", choices=list(PROMPTS), help="as in training; default: direct, and answer for Countdown, which is scored by "
+        "its tags; caption: describe instead of answering")
     add("--max_new_tokens", type=int, default=0, help="0: what the prompt needs")
     add("--samples", type=int, default=1, help="answers an item; above 1: pass@k, majority vote, pass rates")
     add("--temperature", type=float, default=None, help="default: 0 (greedy) for one sample, 1 for more")
@@ -795,8 +849,8 @@ def parse_args(argv=None):
         parser.error(f"--max_audio_s {args.max_audio_s:g}: must be above 0 and at most 300, what the audio tower takes")
     if not 0 <= args.temperature < math.inf:
         parser.error(f"--temperature {args.temperature:g}: must be a number from 0 on")
-    if args.controls and args.prompt == "caption":
-        parser.error("--controls compares scores, and --prompt caption has none")
+    if args.prompt == "caption" and (args.controls or args.audio != "real"):
+        parser.error("--prompt caption describes the clips themselves, and has no score: no --controls, no other --audio")
     if args.samples > 1 and args.temperature == 0:
         parser.error("--samples above 1 needs a --temperature above 0: greedy answers are all the same")
     if not (args.data or args.compare or args.score):

@@ -28,7 +28,6 @@ import eval as ev
 import omni_grpo as og
 from data import Example, Examples, UserError
 from eval import Result
-from reward import REWARDS
 
 ROOT = os.path.dirname(os.path.abspath(ev.__file__))
 MINI = os.path.join(ROOT, "..", "shared", "data", "mmau-test-mini.json")
@@ -65,6 +64,12 @@ def save(path, content) -> str:
         content = content.encode()
     path.write_bytes(content)
     return str(path)
+
+
+def held(out) -> dict:
+    """What report.html in a folder of results holds: items, and sounds by the name of their clip."""
+    with open(os.path.join(out, "report.html"), encoding="utf-8") as f:
+        return json.loads(re.search(r'application/json">(.*?)</script>', f.read(), re.DOTALL)[1])
 
 
 @pytest.fixture
@@ -221,6 +226,8 @@ def test_wilson_closed_forms():
         half = 1.96 / 2 / math.sqrt(n + z2)
         assert ev.wilson(0.5, n) == pytest.approx((0.5 - half, 0.5 + half))
     assert ev.wilson(0.7, 1000) == pytest.approx((0.6709, 0.7276), abs=1e-4)
+    ends = [x for p in (0, 1) for n in range(1, 200) for x in ev.wilson(p, n)]
+    assert 0 <= min(ends) and max(ends) <= 1 and "-" not in "".join(map(ev.percent, ends))  # -2e-17 would read -0.0
 
 
 def test_mcnemar_is_a_fair_coin():
@@ -235,20 +242,30 @@ def test_mcnemar_is_a_fair_coin():
 
 def test_bootstrap_is_the_binomial():
     """Differences of 0 and 1, half of each: the mean of 100 drawn again is binomial(100, 1/2) / 100, and 40 to 60 hold 95 %."""
-    assert ev.bootstrap([0, 1] * 50) == (0.4, 0.6) and ev.bootstrap([0.25] * 7) == (0.25, 0.25)
-    assert ev.bootstrap([-1, 1] * 50) == pytest.approx((-0.2, 0.2)) and ev.bootstrap([1]) == (1, 1)
+    assert ev.bootstrap([0, 1] * 50) == (0.4, 0.6)
+    assert ev.bootstrap([-1, 1] * 50) == pytest.approx((-0.2, 0.2))
     assert ev.bootstrap([0, 0, 1], seed=1) == ev.bootstrap([1, 0, 0], seed=1)
 
 
+def test_bootstrap_of_equal_differences_is_no_certainty():
+    """Of n that agree, the share that may be anywhere from -1 to 1 is Wilson's for none of n."""
+    for n in (1, 7, 1000):
+        unseen = 1.96**2 / (n + 1.96**2)
+        assert ev.bootstrap([0] * n) == pytest.approx((-unseen, unseen))
+        assert ev.bootstrap([1] * n) == pytest.approx((1 - 2 * unseen, 1))
+        assert ev.bootstrap([-0.5] * n) == pytest.approx((-0.5 - unseen / 2, -0.5 + 1.5 * unseen))
+
+
 def test_interval_of_half_right_items():
-    """Wilson's where an item is right or wrong; the spread over items, within 0 and 1, where it can be half right."""
-    def results(*scores):  # of four samples each
-        return [Result(item("x", "y"), str(i), [["x"] * round(4 * s) + ["y"] * round(4 - 4 * s)]) for i, s in enumerate(scores)]
-    assert [r.score for r in results(0, 0.25, 1)] == [0, 0.25, 1]
-    assert ev.interval(results(0, 1, 1, 1)) == ev.wilson(0.75, 4)
+    """Wilson's on the items, however often each was asked: it holds what the spread gives, and is none where all are alike."""
+    def interval(*scores):  # of four samples each
+        results = [Result(item("x", "y"), "", [["x"] * round(4 * s) + ["y"] * round(4 - 4 * s)]) for s in scores]
+        assert [r.score for r in results] == list(scores)
+        return ev.report_of(results, SimpleNamespace(format="own", path="q.jsonl", version="", skipped={}), {})["interval"]
+    assert interval(0, 1, 1, 1) == ev.wilson(0.75, 4) and interval(*[0.5] * 10) == ev.wilson(0.5, 10)
+    low, high = interval(*[0.25, 0.75] * 50)
     half = 1.96 * 0.25 / math.sqrt(100)
-    assert ev.interval(results(*[0.25, 0.75] * 50)) == pytest.approx((0.5 - half, 0.5 + half))
-    assert ev.interval(results(0.75, 1)) == (pytest.approx(0.875 - 1.96 * 0.125 / math.sqrt(2)), 1.0)
+    assert 0.4 < low < 0.5 - half < 0.5 + half < high < 0.6
 
 
 def test_baselines_need_no_ears():
@@ -417,6 +434,38 @@ def test_shuffled_run_is_wrong_for_who_hears(lab):
     assert again.predictions == done.predictions != other.predictions
 
 
+def test_shuffled_pairs_over_the_whole_file(lab):
+    """The first items alone, then all: the answers of a run that asked all at once."""
+    rows = [asks(i) for i in range(8)]
+    part, more = (lab(rows, hears, "--audio", "shuffled", *words) for words in (["--limit", 3], []))
+    whole = lab(None, hears, "--audio", "shuffled", out="whole")
+    assert len(part.shown) == 3 and len(more.shown) == 5
+    assert part.predictions == whole.predictions[:3] and more.predictions == whole.predictions
+    assert len(lab(rows, hears, "--audio", "shuffled", "--limit", 1, out="one").predictions) == 1
+
+
+def test_shuffled_prompts_have_room_for_the_clips_that_are_played(ask, tiny, tmp_path):
+    """Items of one clip and of two change places."""
+    sounds = [e.audio for e in itertools.islice(Examples(tiny.questions), 4)]
+    rows = [asks(i, audio=[sounds[1], sounds[0]] if i == 1 else sounds[i]) for i in range(4)]
+    assert ask(save(tmp_path / "q.jsonl", rows), tmp_path / "out", "--audio", "shuffled")[0]["errors"] == 0
+
+
+@pytest.mark.parametrize("audio", ["real", "silence", "none", "shuffled"])
+def test_the_page_plays_what_the_model_heard(lab, capsys, audio):
+    """And it and the screen name the condition; so does the page that --compare writes."""
+    done = lab([asks(i) for i in range(4)], hears, "--audio", audio)
+    written = held(done.out)
+    assert ev.main(["--compare", done.out, done.out]) == 0
+    assert held(done.out)["items"] == written["items"] and set(held(done.out)["clips"]) == set(written["clips"])
+    named = [[os.path.splitext(os.path.basename(c))[0] for c in i["clips"]] for i in written["items"]]
+    heard = [[p["raw_output"]] for p in done.predictions] if audio in ("real", "shuffled") else [[]] * 4
+    assert named == heard and len(written["clips"]) == len(set(sum(heard, [])))
+    with open(os.path.join(done.out, "report.html"), encoding="utf-8") as f:
+        table = f.read().partition("<nav>")[0]
+    assert (f"4 items; --audio {audio}" in done.stdout) == (f"4 items; --audio {audio}" in table) == (audio != "real")
+
+
 # ---- resume
 
 
@@ -462,6 +511,54 @@ def test_other_weights_are_refused(lab, clips):
     lab([asks(0)], hears)
     (clips / "model" / "model.safetensors").write_bytes(b"other")
     assert "model_fingerprint" in lab(None, hears, code=2).stderr
+
+
+def test_another_clip_is_refused(lab, clips):
+    """Another --audio_dir, or another sound in the same place: the answers at hand are not about it."""
+    (clips / "b").mkdir()
+    for name, other in zip(NAMES, NAMES[::-1]):
+        shutil.copy(clips / f"{other}.wav", clips / "b" / f"{name}.wav")
+    rows, there = [asks(i) for i in range(3)], ["--audio_dir", clips / "b"]
+    first = lab(rows, hears, "--audio_dir", clips)
+    refused = lab(None, hears, *there, code=2)
+    assert "q0 was asked on another clip" in refused.stderr and "give another --out" in refused.stderr
+    assert lab(None, hears, *there, out="b").predictions != first.predictions
+    assert not lab(None, hears, "--audio_dir", clips).shown
+    soundfile.write(clips / "cat.wav", np.full(900, 0.3), data.RATE_HZ)
+    assert "q1 was asked on another clip" in lab(None, hears, code=2).stderr
+    (clips / "cat.wav").unlink()
+    assert "q1 was asked on another clip" in lab(None, hears, code=2).stderr
+
+
+def test_another_clip_inside_a_parquet_file_is_refused(lab, clips):
+    datasets = pytest.importorskip("datasets")
+    for names in (NAMES, NAMES[::-1]):
+        sounds = [{"bytes": (clips / f"{n}.wav").read_bytes(), "path": None} for n in names[:2]]
+        datasets.Dataset.from_dict(dict(audio=sounds, question=["?"] * 2, choices=[NAMES] * 2, answer=NAMES[:2])).to_parquet(
+            str(clips / f"{names[0]}.parquet"))
+    lab(None, hears, name="dog.parquet")
+    assert not lab(None, hears, name="dog.parquet").shown
+    assert "was asked on another clip" in lab(None, hears, name="bell.parquet", code=2).stderr
+
+
+def test_two_runs_on_different_clips_are_paired(lab, clips, capsys):
+    """An item is what is asked: where its clip lies is no part of it."""
+    (clips / "b").mkdir()
+    for name in NAMES:
+        shutil.copy(clips / f"{name}.wav", clips / "b")
+    a = lab([asks(i) for i in range(3)], hears, out="a")
+    b = lab(None, hears, "--audio_dir", clips / "b", out="other")
+    assert ev.main(["--compare", a.out, b.out]) == 0 and "3 items" in capsys.readouterr().out
+
+
+def test_a_path_that_is_no_text_is_kept(lab, clips):
+    """A folder holds names that are not UTF-8; JSON can spell them."""
+    (clips / "sounds").mkdir()
+    for folder, name in (("dog", b"1\xff.wav"), ("cat", b"2.wav")):
+        (clips / "sounds" / folder).mkdir()
+        shutil.copy(clips / f"{folder}.wav", os.path.join(os.fsencode(clips / "sounds" / folder), name))
+    assert lab(None, hears, name="sounds").report["accuracy"] == 1
+    assert not lab(None, hears, name="sounds").shown
 
 
 def test_speed_is_no_setting(lab):
@@ -521,7 +618,7 @@ def test_compare_finds_what_flipped(lab, clips, capsys):
         flips = [i["flip"] for i in json.loads(re.search(r'application/json">(.*?)</script>', f.read(), re.DOTALL)[1])["items"]]
     assert flips == ["lost"] * 2 + [""] * 2 + ["won"] * 4
     assert ev.main(["--compare", new.out, new.out]) == 0
-    assert "| 8 | 75.0 | 75.0 | +0.0 | +0.0 to +0.0 | 0 | 0 | 1 |" in capsys.readouterr().out
+    assert "| 8 | 75.0 | 75.0 | +0.0 | -32.4 to +32.4 | 0 | 0 | 1 |" in capsys.readouterr().out
 
 
 def test_compare_pairs_items_and_not_lines(lab, capsys):
@@ -552,6 +649,12 @@ def test_compare_refuses_other_versions(lab, capsys):
     assert "have different version" in capsys.readouterr().err
 
 
+NO_ANSWERS = [json.dumps({k: v for k, v in record.items() if v != "left out"}) + "\n" for change in (
+    dict(item="left out"), dict(item=1), dict(rotation="left out"), dict(rotation="0"), dict(rotation=None),
+    dict(error="left out"), dict(error=None), dict(said="left out"), dict(said=None), dict(said="dog"), dict(said=["dog", 1]),
+    dict(said=[["dog"]]), dict(said={"dog": 1})) for record in [dict(item="x", rotation=0, said=["dog"], error="") | change]]
+
+
 def test_compare_refuses_what_is_no_result(lab, clips, capsys):
     a = lab([asks(0)], hears, out="a").out
     blank = lab([asks(0, answer=None)], hears, out="blank").out
@@ -560,11 +663,14 @@ def test_compare_refuses_what_is_no_result(lab, clips, capsys):
     for other in (str(clips / "empty"), str(clips / "none"), str(clips / "q.jsonl"), blank, controls):
         assert ev.main(["--compare", a, other]) == 2 == ev.main(["--compare", other, a])
         assert "no finished and scored results" in capsys.readouterr().err
-    for name, content in (("report.json", b"{"), ("report.json", b"[]"), ("items.jsonl", b"{}\n"), ("items.jsonl", b"1\n")):
-        broken = shutil.copytree(a, clips / f"broken{name}{len(content)}")
+    for n, (name, content) in enumerate([
+            ("report.json", b"{"), ("report.json", b"[]"), ("report.json", b'{"items_hash": "", "accuracy": 1}'),
+            ("items.jsonl", b"1\n"), *(("items.jsonl", line.encode()) for line in NO_ANSWERS)]):
+        broken = shutil.copytree(a, clips / f"broken{n}")
         (broken / name).write_bytes(content)
         assert ev.main(["--compare", a, str(broken)]) == 2
-        assert capsys.readouterr().err.startswith("error: ")
+        stderr = capsys.readouterr().err
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1
 
 
 # ---- other people's predictions
@@ -598,6 +704,84 @@ def test_predictions_join_by_id(tmp_path, ids):
     for rows, right in ((said, 4), (said[::-1], 4), (said[1:3], 2), (said[:1], 1), ([*said[2:], said[0] | {key: "x"}], 2)):
         report = ev.score_file(save(tmp_path / "p.json", rows), questions)
         assert (report["n"], report["accuracy"], report["missing"]) == (4, right / 4, 4 - right)
+
+
+def test_every_row_has_its_own_key(tmp_path):
+    """A file merged from several: the first key of a row that is not null."""
+    rows = [MMAU[0] | {"model_output": "dog"}, MMAU[1] | {"model_prediction": "cat"},
+            MMAU[2] | {"model_output": None, "model_prediction": "rain"}, MMAU[3] | {"model_output": None}]
+    for words in ("", save(tmp_path / "q.json", MMAU)):
+        report = ev.score_file(save(tmp_path / "p.json", rows), words)
+        assert (report["accuracy"], report["missing"]) == (0.75, 1)
+        assert report["prediction_key"] == "model_output, model_prediction"
+
+
+def test_predictions_join_by_what_they_have(tmp_path, capsys):
+    """Ids of their own, and the right clip, or the right question: the surest name that leads to one item."""
+    data_file = save(tmp_path / "q.json", [row | {"question": f"What is {row['id']}?"} for row in MMAU])
+    asked = read(data_file)
+    said = [{"id": i, "model_output": row["answer"], "audio_id": f"elsewhere/{os.path.basename(row['audio_id'])}",
+             "question": row["question"]} for i, row in enumerate(asked)]
+    for keys in (("id", "audio_id"), ("id", "question"), ("audio_id",), ("question",), ("id", "audio_id", "question")):
+        rows = [{k: v for k, v in row.items() if k in (*keys, "model_output")} for row in said[::-1]]
+        report = ev.score_file(save(tmp_path / "p.json", rows), data_file)
+        assert (report["accuracy"], report["missing"], report["left_out"]) == (1, 0, [])
+    capsys.readouterr()
+    assert ev.main(["--score", save(tmp_path / "p.json", [{"id": 7, "model_output": "dog"}]), "--data", data_file]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and "p.json:entry 1: no row has an id, a clip or a question of " in stderr
+
+
+def test_questions_of_one_id_or_clip_have_their_own_predictions(tmp_path):
+    """Told apart by the question; where a row does not hold it, it is a guess and does not count."""
+    items = [asks(i, id="x", audio="dog.wav") for i in range(3)]
+    questions = save(tmp_path / "q.jsonl", items)
+    said = [dict(id="x", question=row["question"], response=NAMES[row["answer"]]) for row in items]
+    assert ev.score_file(save(tmp_path / "p.jsonl", said[::-1]), questions)["accuracy"] == 1
+    report = ev.score_file(save(tmp_path / "p.jsonl", [said[0], dict(id="x", response="dog")]), questions)
+    assert (report["missing"], report["left_out"]) == (2, [f"{tmp_path}/p.jsonl:2"])
+
+
+def test_predictions_of_other_questions_are_refused(tmp_path, capsys):
+    """Rows that hold what was asked must have asked the same: the text, the choices, and their order."""
+    questions = save(tmp_path / "q.json", MMAU)
+    said = [row | {"model_output": row["answer"]} for row in MMAU]
+    for change in (dict(question="Who?"), dict(choices=NAMES[::-1]), dict(choices=NAMES[:3]),
+                   dict(choices=None, question="Who?"), dict(choices="dog"), dict(choices=json.dumps(NAMES[::-1]))):
+        rows = [said[0], said[1], said[2] | change, said[3] | change]
+        assert ev.main(["--score", save(tmp_path / "p.json", rows), "--data", questions]) == 2
+        stderr = capsys.readouterr().err
+        assert stderr.startswith("error: ") and "p.json:entry 3: its question or choices are not those of" in stderr
+        assert stderr.count("\n") == 1
+    for change in (dict(choices=None), dict(choices=json.dumps(NAMES)), dict(question=None), dict(answer="", task="?")):
+        assert ev.score_file(save(tmp_path / "p.json", [row | change for row in said]), questions)["accuracy"] == 1
+    columns = [dict(id=f"c{i}", audio_path=f"{i}.wav", question="?", choice_a="dog", choice_b="cat", answer_gt="cat")
+               for i in range(2)]
+    questions = save(tmp_path / "q.json", columns)
+    rows = [row | dict(response="B", choice_a="cat", choice_b="dog") for row in columns]
+    assert ev.main(["--score", save(tmp_path / "p.json", rows), "--data", questions]) == 2
+
+
+def test_predictions_of_an_item_of_several_rows(tmp_path):
+    rows = [dict(file_name="a.wav", QuestionText="Is it a dog?", answer=a) for a in ("yes", "yes", "no")]
+    questions = save(tmp_path / "q.json", rows)
+    report = ev.score_file(save(tmp_path / "p.json", [dict(file_name="a.wav", response="yes")]), questions)
+    assert (report["n"], report["accuracy"]) == (1, 1)
+
+
+def test_no_item_counts_twice(tmp_path, capsys):
+    """Rows of an item that has one, and of none: the first counts, the others are counted and named."""
+    said = [row | {"model_output": row["answer"]} for row in MMAU]
+    again = said[0] | {"model_output": "cat"}
+    rows = save(tmp_path / "p.json", [*said, again, again])
+    for words in ([], ["--data", save(tmp_path / "q.json", MMAU)]):
+        assert ev.main(["--score", rows, *words]) == 0
+        stdout = capsys.readouterr().out
+        assert "| **all** | 4 | **100.0** |" in stdout and "2 rows not counted" in stdout and "p.json:entry 5, " in stdout
+    rows = save(tmp_path / "p.json", [{"id": "m9", "model_output": "dog"}, {"id": "m1", "model_output": "cat"}])
+    report = ev.score_file(rows, words[1])
+    assert (report["n"], report["missing"], report["left_out"]) == (4, 3, [f"{rows}:entry 1"])
+    assert "1 rows not counted" in capsys.readouterr().out
 
 
 def test_mmsu_and_air_bench_predictions_join(tmp_path):
@@ -675,7 +859,7 @@ def test_from_the_shell(tmp_path):
 @pytest.mark.parametrize("words", [
     "", "--samples 0", "--data q --samples 2 --temperature 0", "--data q --batch_size 0", "--limit -1",
     "--data q --max_audio_s 301", "--data q --temperature nan", "--dta q", "--data q --audio loud", "--compare a",
-    "--data q --prompt none"])
+    "--data q --prompt none", "--data q --prompt caption --audio shuffled"])
 def test_bad_flags(words, capsys):
     with pytest.raises(SystemExit) as e:
         ev.parse_args(words.split())
@@ -731,6 +915,12 @@ def test_blank_answers_are_written_and_not_scored(lab):
     assert "accuracy" not in done.report and "nothing to score" in done.stdout and "%" not in done.stdout
     assert done.report["version"] == "answers withheld"
     ev.score_file(os.path.join(done.out, "predictions.json"), "")
+
+
+def test_missing_clips_are_named_without_answers_too(lab):
+    done = lab([asks(i, answer=None, audio=f"gone{i}.wav") for i in range(4)], hears)
+    assert "nothing to score" in done.stdout and "4 clips that could not be heard" in done.stdout
+    assert "gone3.wav: no such file" in done.stdout and "counted as wrong" not in done.stdout and done.report["errors"] == 4
 
 
 def test_some_answers_are_blank(lab):
@@ -796,9 +986,13 @@ def test_items_without_choices(lab):
 
 
 def test_countdown_is_scored(lab):
-    """By its reward; without one it is answered and not scored."""
+    """By its reward, which reads <answer>: the prompt asks for it unless told otherwise. There is nothing to vote on."""
     done = lab([dict(nums=[3, 4, 5], target=12)], lambda *_: "<answer>3 + 4 + 5</answer>")
-    assert done.report["items"] == 1 and done.report.get("accuracy") == (1 if "countdown" in REWARDS else None)
+    assert (done.report["items"], done.report["accuracy"], done.report["prompt"]) == (1, 1, "answer")
+    sampled = lab(None, lambda e, w, n: f"<answer>{n} + 12</answer>", "--samples", 2, out="sampled")
+    assert sampled.report["pass@2"] == 0 and "majority" not in sampled.report and "majority" not in sampled.stdout
+    assert lab(None, lambda *_: "12", "--prompt", "think", out="think").report["prompt"] == "think"
+    assert lab([asks(0)], hears, out="other").report["prompt"] == "direct"
 
 
 def test_files_of_labels_and_captions(lab, clips):
@@ -857,11 +1051,13 @@ def test_bad_out(lab, clips):
         done = lab([asks(0)], hears, out=out, code=2)
         assert done.stderr.startswith("error: ") and "--out" in done.stderr
     assert (clips / "file").read_text() == "x"
-    for name, content in (("config.json", "{"), ("config.json", "[]"), ("items.jsonl", "{}\n")):
-        done = lab([asks(0)], hears, out=f"damaged{len(content)}{name}")
+    for n, (name, content) in enumerate([("config.json", "{"), ("config.json", "[]"), ("items.jsonl", "{}\n"),
+                                         *(("items.jsonl", line) for line in NO_ANSWERS)]):
+        done = lab([asks(0)], hears, out=f"damaged{n}")
         with open(os.path.join(done.out, name), "w", encoding="utf-8") as f:
             f.write(content)
-        assert lab(None, hears, out=f"damaged{len(content)}{name}", code=2).stderr.startswith("error: ")
+        stderr = lab(None, hears, out=f"damaged{n}", code=2).stderr
+        assert stderr.startswith("error: ") and "is damaged" in stderr and stderr.count("\n") == 1
 
 
 # ---- captions
@@ -944,19 +1140,19 @@ def test_the_tower_hears_a_clip_once_and_a_prompt_is_read_once(ask, taught, tmp_
         soundfile.write(tmp_path / f"{i}.wav", np.sin(np.arange(30 * data.RATE_HZ) / (5 + i)) / 2, data.RATE_HZ)
     questions = save(tmp_path / "q.jsonl", [asks(i, audio=f"{i}.wav", choices=NAMES[:3]) for i in range(2)])
     count = collections.Counter()
-    encode, lm = taught.encode_audio, taught.lm
+    encode, read_prompts = taught.encode_audio, og.read
 
     def hearing(mels):
         count["clips"] += len(mels)
         count["frames"] += sum(mel.shape[1] for mel in mels)
         return encode(mels)
 
-    def reading(*args, segments=None, **kwargs):
-        count["prompts"] += len(segments or ())
-        return lm(*args, segments=segments, **kwargs) if segments else lm(*args, **kwargs)
+    def reading(policy, prompts):
+        count["prompts"] += len(prompts)
+        return read_prompts(policy, prompts)
 
     monkeypatch.setattr(taught, "encode_audio", hearing)
-    monkeypatch.setattr(taught, "lm", reading)
+    monkeypatch.setattr(og, "read", reading)
     for name, words, prompts in (("one", [], 2), ("four", ["--samples", 4], 2), ("rotated", ["--rotate_choices"], 6)):
         count.clear()
         ask(questions, tmp_path / name, "--batch_size", 2, "--rollout_rows", 4, *words)
@@ -1090,6 +1286,21 @@ def reported(lab):
     base, new = (lab(rows, lambda e, w, n, s=s: s[int(e.id[1:])], out=out) for s, out in zip(said, ("base", "new")))
     assert ev.main(["--compare", base.out, new.out]) == 0
     return os.path.join(new.out, "report.html")
+
+
+def test_a_category_cannot_break_the_table(lab, capsys):
+    """However it is spelt it is one cell of one row."""
+    names = ["a|b", "c\nd | e", "\u2028f\r\n|", "| - |", "plain"]
+    done = lab([asks(i, meta=dict(category=name)) for i, name in enumerate(names)], hears)
+    assert ev.main(["--compare", done.out, done.out]) == 0
+    for text, width in ((done.stdout, 5), (capsys.readouterr().out, 9)):
+        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if "|" in line]
+        assert {len(row) for row in rows} == {width} and len(rows) == 8
+    with open(os.path.join(done.out, "report.html"), encoding="utf-8") as f:
+        cells = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", f.read().partition("<nav>")[0])]
+    cells = [row for row in cells if row and row[0].startswith("category")]
+    assert sorted(row[0] for row in cells) == sorted("category: " + " ".join(name.split()) for name in names)
+    assert {len(row) for row in cells} == {5}
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
