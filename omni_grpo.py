@@ -49,7 +49,6 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -347,7 +346,14 @@ def attend(query, key, value, scaling, mask=None, causal=False):
     kv, (n, d) = key.shape[1], query.shape[2:]
     query = query[0].reshape(kv, -1, n, d)
     key, value = (x[0, :, None].expand(-1, query.shape[1], -1, -1) for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling).reshape(1, -1, n, d)
+    return fused_attention(query, key, value, scaling, mask, causal).reshape(1, -1, n, d)
+
+
+def fused_attention(query, key, value, scaling, mask=None, causal=False):
+    if query.is_meta:  # left to itself, `rehearse` would count a matrix of scores that no real device holds
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query, key, value, 0.0, causal, attn_mask=mask, scale=scaling)[0]
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling)
 
 
 class Reading:
@@ -410,7 +416,7 @@ class Decoding:
         # all queries that share a key stand in one block: (P, KV heads, heads a KV head * G, d)
         rows = rows.view(lines, g, kv, -1, d).permute(0, 2, 3, 1, 4).reshape(lines, kv, -1, d)
         mask = self.mask[:, None, None, :, :end].expand(-1, 1, heads // kv, -1, -1).reshape(lines, 1, -1, end)
-        out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=scaling)
+        out = fused_attention(rows, keys, values, scaling, mask)
         out = out.view(lines, kv, -1, g, d).permute(0, 3, 1, 2, 4).reshape(lines * g, heads, d)
         return out[self.place].transpose(0, 1)[None]
 
@@ -1148,21 +1154,8 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-class Fused(TorchFunctionMode):
-    """Attention without its matrix of scores, as every device but meta has it."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        query, key, value, *mask = args
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, kwargs.get("is_causal", False), attn_mask=(mask or [kwargs.get("attn_mask")])[0],
-            scale=kwargs.get("scale"))[0]
-
-
-def rehearse(cfg: Config, config, family: Family, prompt_tokens: int) -> dict[str, float]:
-    """GiB that a step of bfloat16 weights needs if all prompts have prompt_tokens tokens and no completion ends early.
+def rehearse(cfg: Config, config, family: Family, prompt_tokens: int, dtype=torch.bfloat16) -> dict[str, float]:
+    """GiB that a step needs if all prompts have prompt_tokens tokens and no completion ends early; dtype of the base's weights.
     -> weights (of the base, LoRA and the optimizer), rollout and update (their peaks, the weights included)
 
     Kernels' own workspaces and the audio tower (less than the update from about 10 prompt tokens on) are not in it.
@@ -1171,7 +1164,7 @@ def rehearse(cfg: Config, config, family: Family, prompt_tokens: int) -> dict[st
 
     model_class = getattr(transformers, family.model_class)
     with torch.device("meta"):
-        model = getattr(model_class, "from_config", model_class)(config).to(torch.bfloat16)
+        model = getattr(model_class, "from_config", model_class)(config).to(dtype)
     policy = take_apart(dataclasses.replace(cfg, adapter=""), model, family)
     parameters = [*policy.model.parameters(), *policy.model.buffers()]
     weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in parameters}.values())
@@ -1181,7 +1174,7 @@ def rehearse(cfg: Config, config, family: Family, prompt_tokens: int) -> dict[st
         large = [m.weight.numel() for n, m in policy.lm.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
         weights += max(large) * 2 - sum(large) * (2 - 0.5 - 4 / 64)
     g, peaks = cfg.num_generations, {}
-    with Live(parameters) as live, Fused():
+    with Live(parameters) as live:
         groups = []
         for at in range(0, cfg.prompts_per_step, max(1, cfg.rollout_rows // g)):
             prompts = [Tokens([0] * prompt_tokens)] * len(range(cfg.prompts_per_step)[at:at + max(1, cfg.rollout_rows // g)])

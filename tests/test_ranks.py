@@ -50,8 +50,9 @@ def adapter(run):
 @pytest.fixture(scope="module")
 def words(tiny):
     return ["--data", tiny.questions, "--model", tiny.base, "--eval_size", 4, "--eval_every", 4, "--eval_samples", 2,
-            "--steps", 4, "--save_every", 2, "--log_rollouts", 1, "--prompts_per_step", 4, "--num_generations", 4, "--max_new_tokens", 6,
-            "--lora_rank", 4, "--workers", 1, "--lr", 1e-4, "--warmup_steps", 0, "--temperature", 1.5, "--optimizer", "adamw"]
+            "--steps", 4, "--save_every", 2, "--log_rollouts", 1, "--prompts_per_step", 4, "--num_generations", 4,
+            "--max_new_tokens", 6, "--lora_rank", 4, "--workers", 1, "--lr", 1e-4, "--warmup_steps", 0, "--temperature", 1.5,
+            "--optimizer", "adamw"]
 
 
 @pytest.fixture(scope="module")
