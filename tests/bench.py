@@ -275,12 +275,26 @@ def random_rewards(completion_ids: list[list[int]], **_) -> list[float]:
     return [random.Random(repr(list(map(int, ids)))).random() for ids in completion_ids]
 
 
-def our_step(policy, optimizer, cfg, prompt: og.Tokens) -> None:
-    done = og.rollout(policy, [prompt], cfg.num_generations, 1.0, cfg.new_tokens, [0])[0]
-    og.update(policy, optimizer, cfg, [og.Group(None, prompt, done, random_rewards([c.ids for c in done]))], cold=False)
+def sampled(policy, cfg, prompts: list[og.Tokens]) -> list[og.Group]:
+    """The rollout as `og.sampled_groups` does it, with random rewards."""
+    groups, at_once = [], max(1, cfg.rollout_rows // cfg.num_generations)
+    for at in range(0, len(prompts), at_once):
+        part = prompts[at:at + at_once]
+        with torch.set_grad_enabled(cfg.reuse_prefix):
+            prefixes = og.read_in_parts(policy, part, cfg.pack_tokens)
+        done = og.rollout(policy, part, cfg.num_generations, 1.0, cfg.new_tokens, list(range(at, at + len(part))),
+                          prefixes=prefixes)
+        places = [(p, i) if cfg.reuse_prefix else None for p in prefixes for i in range(len(p.prompts))]
+        groups += [og.Group(None, p, c, random_rewards([x.ids for x in c]), read=place)
+                   for p, c, place in zip(part, done, places)]
+    return groups
 
 
-S, T, LORA = 400, 24, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of --trl
+def our_step(policy, optimizer, cfg, prompts: list[og.Tokens]) -> None:
+    og.update(policy, optimizer, cfg, sampled(policy, cfg, prompts), cold=False)
+
+
+S, LORA = 400, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of --trl
 
 
 def causal_lm():
@@ -299,16 +313,21 @@ def fill_lora(model) -> None:
         p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p.device) * 0.02
 
 
-def our_text(args, beta: float, checkpointing: bool):
-    """-> (policy, optimizer, cfg, prompt) of --trl"""
-    cfg = og.Config(data="-", prompts_per_step=1, num_generations=args.generations, max_new_tokens=T, lora_rank=16,
+def text_prompts(n: int) -> list[list[int]]:
+    return [[7 + (i * i + 31 * j) % 2000 for i in range(S)] for j in range(n)]
+
+
+def our_text(args, t: int, beta: float, checkpointing: bool):
+    """-> (policy, optimizer, cfg, prompts) of --trl"""
+    cfg = og.Config(data="-", prompts_per_step=args.prompts, num_generations=args.generations, max_new_tokens=t, lora_rank=16,
                     lora_alpha=16, optimizer="adamw", beta=beta, scale="none", gradient_checkpointing=checkpointing)
     policy = og.take_apart(cfg, causal_lm(), og.TEXT_ONLY)
     fill_lora(policy.model)
-    return policy, og.make_optimizer(policy, cfg), cfg, og.Tokens([7 + i * i % 2000 for i in range(S)])
+    policy.stop_ids = []
+    return policy, og.make_optimizer(policy, cfg), cfg, list(map(og.Tokens, text_prompts(args.prompts)))
 
 
-def trl_trainer(args, beta: float, checkpointing: bool, steps: int, callbacks=()):
+def trl_trainer(args, t: int, beta: float, checkpointing: bool, steps: int, callbacks=()):
     """TRL's trainer, set to the algorithm of our_text: what differs is how the step is computed."""
     og.quiet_libraries()
     import datasets
@@ -320,17 +339,17 @@ def trl_trainer(args, beta: float, checkpointing: bool, steps: int, callbacks=()
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"PAD": 0, "END": 1} | {f"w{i}": i for i in range(2, 2048)}))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="PAD", eos_token="END")
-    prompt = " ".join(f"w{7 + i * i % 2000}" for i in range(S))
+    prompts = [" ".join(f"w{i}" for i in ids) for ids in text_prompts(args.prompts)] * (steps + 1)
     g = args.generations
     config = trl.GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=g, num_generations=g, max_completion_length=T,
-        generation_kwargs=dict(min_new_tokens=T), temperature=1.0, top_p=1.0, top_k=0, beta=beta, loss_type="grpo",
-        scale_rewards="none", use_bias_correction_kl=False, epsilon=0.2, num_iterations=1, max_steps=steps, optim="adamw_torch",
-        learning_rate=1e-5, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="constant", disable_dropout=True,
-        gradient_checkpointing=checkpointing, bf16=False, use_cpu=DEVICE == "cpu", report_to="none", logging_strategy="no",
-        save_strategy="no", disable_tqdm=True, shuffle_dataset=False)
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.prompts * g, num_generations=g,
+        max_completion_length=t, generation_kwargs=dict(min_new_tokens=t), temperature=1.0, top_p=1.0, top_k=0, beta=beta,
+        loss_type="grpo", scale_rewards="none", use_bias_correction_kl=False, epsilon=0.2, num_iterations=1, max_steps=steps,
+        optim="adamw_torch", learning_rate=1e-5, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="constant",
+        disable_dropout=True, gradient_checkpointing=checkpointing, bf16=False, use_cpu=DEVICE == "cpu", report_to="none",
+        logging_strategy="no", save_strategy="no", disable_tqdm=True, shuffle_dataset=False)
     trainer = trl.GRPOTrainer(causal_lm(), random_rewards, args=config, processing_class=tokenizer, callbacks=list(callbacks),
-                              train_dataset=datasets.Dataset.from_dict(dict(prompt=[prompt] * (steps + 1))),
+                              train_dataset=datasets.Dataset.from_dict(dict(prompt=prompts)),
                               peft_config=peft.LoraConfig(r=16, lora_alpha=16, target_modules=LORA, task_type="CAUSAL_LM"))
     trainer.remove_callback(transformers.PrinterCallback)
     fill_lora(trainer.model)
@@ -338,9 +357,9 @@ def trl_trainer(args, beta: float, checkpointing: bool, steps: int, callbacks=()
 
 
 def against_trl(args) -> None:
-    """A whole step (rollout, scoring, update) of one prompt of S = 400 tokens, G completions of 24, against GRPOTrainer.train.
+    """A whole step (rollout, scoring, update) of prompts of S = 400 tokens, G completions of T, against GRPOTrainer.train.
 
-    Equal on both sides: a small random Qwen2 and its LoRA (rank 16, all linear layers), the prompt, rewards that depend on
+    Equal on both sides: a small random Qwen2 and its LoRA (rank 16, all linear layers), the prompts, rewards that depend on
     the tokens alone, plain sampling, AdamW, float32, threads, checkpointing. Two settings of TRL's are not its defaults:
     the KL's gradient is that of k3 itself, and rewards are not divided by their std (TRL's is the sample's, ours the
     population's). The warm-up turn gives TRL's completions to our update and compares advantages and clipped gradients.
@@ -371,34 +390,35 @@ def against_trl(args) -> None:
             sync()
             turns.append((middle - self.start, time.perf_counter() - middle))
 
-    table(f"one step of one prompt, S = {S}, T = {T}, G = {args.generations}, against trl {trl.__version__}, accelerate "
-          f"{accelerate.__version__}", "beta", "checkpointing", "TRL s", "ours s", "faster, x", "TRL peak GiB", "ours peak GiB",
-          "less, x", "advantages differ by", "lowest cosine of a gradient")
-    for beta in (0.0, 0.04):
-        for checkpointing in (True, False):
-            turns, checks, ours = [], [], our_text(args, beta, checkpointing)
-            trainer = trl_trainer(args, beta, checkpointing, args.repeats + 1, [Turns()])
-            trainer.train()
-            a, b = map(list, zip(*turns[1:]))
-            peaks = [fresh(side, beta, checkpointing)[2] for side in ("trl", "ours")]
-            row(beta, checkpointing, a, b, over(a, b), *peaks, peaks[0] / peaks[1], *checks[0])
+    table(f"one step of {args.prompts} prompts, S = {S}, G = {args.generations}, {args.threads} threads, against trl "
+          f"{trl.__version__}, accelerate {accelerate.__version__}", "T", "beta", "checkpointing", "TRL s", "ours s",
+          "faster, x", "TRL peak GiB", "ours peak GiB", "less, x", "advantages differ by", "lowest cosine of a gradient")
+    for params in [(8, 0.0, True), (8, 0.0, False), (8, 0.04, True), (8, 0.04, False), (24, 0.0, True), (24, 0.04, True)]:
+        turns, checks, ours = [], [], our_text(args, *params)
+        trainer = trl_trainer(args, *params, args.repeats + 1, [Turns()])
+        trainer.train()
+        a, b = map(list, zip(*turns[1:]))
+        peaks = [fresh(side, *params)[2] for side in ("trl", "ours")]
+        row(*params, a, b, over(a, b), *peaks, peaks[0] / peaks[1], *checks[0])
 
 
-def same_step(trainer, policy, optimizer, cfg, prompt) -> tuple[float, float]:
+def same_step(trainer, policy, optimizer, cfg, prompts) -> tuple[float, float]:
     """Our update of the completions that TRL is just learning from, on equal weights.
     -> largest difference of an advantage, lowest cosine between the two gradients of a parameter"""
-    batch, mine = trainer._buffered_inputs[0], {}
+    batch, mine, g = trainer._buffered_inputs[0], {}, cfg.num_generations
     theirs = {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
     done = [og.Completion(c, sampled=[True] * len(c)) for c in batch["completion_ids"].tolist()]
-    rewards = random_rewards([c.ids for c in done])
+    places = [[i for i, ids in enumerate(batch["prompt_ids"].tolist()) if ids == p.ids] for p in prompts]  # it shuffles rows
+    assert all(len(p) == g for p in places) and all(len(c.ids) == cfg.new_tokens for c in done)
+    groups = [og.Group(None, p, [done[i] for i in at], random_rewards([done[i].ids for i in at]))
+              for p, at in zip(prompts, places)]
     keep = types.SimpleNamespace(zero_grad=lambda set_to_none: None, step=lambda: mine.update(
         {n: p.grad for n, p in policy.trainable().items()}))
-    og.update(policy, keep, cfg, [og.Group(None, prompt, done, rewards)], cold=False)
-    assert mine.keys() == theirs.keys() and all(len(c.ids) == T for c in done)
-    assert batch["prompt_ids"].tolist() == [prompt.ids] * len(done)
+    og.update(policy, keep, cfg, groups, cold=False)
+    assert mine.keys() == theirs.keys()
     cosine = torch.nn.functional.cosine_similarity
-    advantages = og.group_advantages(torch.tensor([rewards]), cfg.scale)[0].to(DEVICE)
-    return ((advantages - batch["advantages"]).abs().max().item(),
+    advantages = og.group_advantages(torch.tensor([p.rewards for p in groups]), cfg.scale).flatten().to(DEVICE)
+    return ((advantages - batch["advantages"][sum(places, [])]).abs().max().item(),
             min(cosine(mine[n].flatten().double(), g.flatten().double(), dim=0).item() for n, g in theirs.items()))
 
 
@@ -416,7 +436,7 @@ def audio_step(args, naive: bool):
 
     def ours():
         clip = policy.encode_audio([mel])[0]
-        our_step(policy, optimizer, cfg, og.Tokens(before + [0] * len(clip) + after, [(40, clip)]))
+        our_step(policy, optimizer, cfg, [og.Tokens(before + [0] * len(clip) + after, [(40, clip)])])
 
     def repeated():
         """The loop as it is usually written: nothing is wrong in it, and nothing is shared."""

@@ -16,7 +16,8 @@ SHAPE = dict(vocab_size=512, hidden_size=128, intermediate_size=512, num_hidden_
 @pytest.mark.parametrize("change", [dict(), dict(reuse_prefix=False), dict(gradient_checkpointing=False), dict(pack_tokens=150),
                                     dict(beta=0.0, num_generations=4, max_new_tokens=24), dict(rollout_rows=8)])
 def test_rehearsal_needs_what_the_step_needs(change):
-    """Live bytes of a real rollout and a real update, against the same step on the meta device: 10 % (at this size small things count, at 7B they do not)."""
+    """Live bytes of a real rollout and a real update, against the same step on the meta device: 10 %, as at this size
+    small things count."""
     cfg = og.Config(**dict(data="-", prompts_per_step=3, max_new_tokens=16, lora_rank=8, optimizer="adamw") | change)
     config = transformers.Qwen2Config(**SHAPE)
     policy = og.take_apart(cfg, transformers.Qwen2ForCausalLM(config), og.TEXT_ONLY)
