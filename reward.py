@@ -7,6 +7,7 @@ what a model wrote and never executes it. This file needs no torch.
 
 import ast
 import difflib
+import functools
 import math
 import operator
 import re
@@ -16,44 +17,107 @@ from fractions import Fraction
 # ---------------------------------------------------------------------------------------------------------------------
 # The resolver
 
-# One token: a CJK character; a number with its sign, decimals and percent; or a word ("C#" is one, "isn't" is one). Vowel
-# signs, as in Hindi, are no \w and yet part of their word.
+# One token: a CJK character; a number with its sign, decimals and percent; a word ("C#" is one, "isn't" is one); or a mark.
+# Vowel signs, as in Hindi, are no \w and yet part of their word.
 MARKS = "".join(chr(c) for c in range(0x300, 0x3000) if unicodedata.category(chr(c))[0] == "M")
-TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|(?<!\w)-?\d+(?:[.,:/]\d+)*%?(?![^\W\d_])|"
-                   rf"(?:[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[{MARKS}])+(?:'[^\W\d_]+)?[#♯]?|[.,;:!?，。；：！？\n]")
-STOPS = set(".,;:!?\n") | {"but"}  # marks that end a clause (NFKC has made the full-width ones plain)
-NEGATORS = set("not no never nor neither without except excluding unlike instead rather cannot isn't aren't wasn't weren't "
-               "doesn't don't didn't can't won't isnt doesnt dont cant 不 非 没".split())
-REJECTED = {"incorrect", "wrong", "false", "not", "impossible", "excluded", "eliminated", "unlikely"}
-FILLER = set("the correct final best right my answer answers option choice is would be it it's its i i'd choose select pick "
-             "letter so therefore thus hence sure sound heard hear this that's that clip audio most likely , . : !".split())
-CUE = re.compile(r"\b(?:answer|option|choice)\b(?:\s+(?:is|would be|must be|should be))?[\s:*_\"'(\[-]*|答案是?[:\s]*",
-                 re.IGNORECASE)
-LABEL = re.compile(r"[\s*_\"'`]*(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Za-z])\s*[.):\]])(?!\w)[\s*_:.-]*")
-THINK = re.compile(r"<\s*(/?)\s*think(?:ing)?\s*>", re.IGNORECASE)
-ANSWER = re.compile(r"<\s*(/?)\s*(?:answer|response)\s*>|\\boxed\s*\{(?:\\(?:text|mathrm|textbf)\s*\{)?([^{}]*)\}",
-                    re.IGNORECASE)
+CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+TOKEN = re.compile(rf"[{CJK}]|(?<!\w)-?\d+(?:[.,:/]\d+)*%?(?![^\W\d_])|(?:[^\W{CJK}]|[{MARKS}])+(?:'[^\W\d_]+)?#?|"
+                   r"\n\s*|[.,;:!?()\[\]/=—。、]")
+PUNCT = set(".,;:!?()[]/=—。、\n")
+# Spellings made one before the tokens: special tokens and markup, "10-20" as "10 to 20", "C sharp" as "C#", a dash between
+# words; "non-vocal" and "dog-like" are one word, and mention neither vocals nor a dog.
+SPELLINGS = [(re.compile(pattern, re.IGNORECASE), plain) for pattern, plain in (
+    (r"<[|/]{0,2}\w+[|/]?>", " "), (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1"), ("[’`´]", "'"), ("_", " "), ("♯", "#"),
+    ("♭", "b"), (r"(?<=\d)\s*[-–—~]\s*(?=\d)", " to "), (r"(?<!\S)[-–—]+(?!\S)|[–—]|-{2,}|[-=]>|→", " — "),
+    (r"\b([b-g]|a(?=-|\s(?:sharp|flat)\s(?:major|minor|maj|min)\b))[\s-]sharp\b", r"\1#"),
+    (r"\b([b-g]|a(?=-|\s(?:sharp|flat)\s(?:major|minor|maj|min)\b))[\s-]flat\b", r"\1b"),
+    (r"\b(non|un|anti|counter|dis|semi|pseudo|quasi)-(?=\w)", r"\1"), (r"-(?=(?:like|free|less|ish)\b)", ""))]
+
+ANSWERS = set("answer ans antwort ответ respuesta réponse risposta resposta cevap jawaban उत्तर 答 选 選 답".split())
+OPTIONS = set("option choice letter opción opcion opção opzione вариант 项 項 肢".split())
+BEST = set("best correct right final my likely appropriate suitable accurate matching chosen".split())
+CONCLUDE = set("so therefore thus hence must choose chose choosing chosen select selected pick picked go going conclude "
+               "conclusion guess".split())
+VERBS = set("is it's that's this's be are was think believe say sounds seems".split()) | CONCLUDE
+ARTICLES = {"a", "an", "the"}
+LISTING = PUNCT | ARTICLES | set("and or nor to vs option options choice choices 或 和 oder und o y ou et".split())
+FILLER = LISTING | ANSWERS | OPTIONS | BEST | VERBS | set(
+    "answers would should could will it its i i'd i'll i'm we this that most more probably definitely clearly surely certainly "
+    "maybe perhaps simply just likely in with for on sound heard hear clip audio like as seems appears here there's okay ok well "
+    "sure yes no wait actually hmm but not sorry rather instead final finally final overall summary 案 应 該 该 是 为 択 择 "
+    "え は 我 正 确 解 で す 은 는 정 ist lautet die der das richtige korrekte la el es correcta una est bonne correcte "
+    "правильный это é correta a è".split())
+REASONS = set("because since as given due 因 weil porque".split())  # what follows explains, and answers nothing
+TURNS = set("wait actually hmm however but no sorry correction scratch reconsider alternatively although though maybe perhaps "
+            "oops hold initially".split())
+ENDS = {".", "!", "?", ";", "\n", "。"}
+NEGATORS = set("not no never neither nor none non without except excluding unlike than cannot isnt doesnt dont cant wont didnt "
+               "wasnt arent hardly barely rarely scarcely less unlikely impossible wrong incorrect false whether if unable "
+               "unclear unsure rule ruled ruling rules eliminate eliminated eliminating eliminates exclude excluded rejecting "
+               "reject rejected discard discarded dismiss dismissed opposed 不 没 非 無 无 未 nicht kein keine keinen weder pas ni ne "
+               "не нет não nem नहीं".split())
+RESETS = set(", ) — but so therefore thus hence while whereas although though however then 而 但 所 sondern sino mais pero aber "
+             "mas а но 、".split()) | REASONS
+NO_NEGATION = {"doubt", "question", "only", "just", "merely", "wonder", "a doubt", "any doubt"}  # "not only", "no doubt"
+AFTER = re.compile(  # a choice is denied by what follows it: "is not", ": incorrect", "(wrong)", "can be ruled out"
+    r"(?:(?:[:()\]—]|, which|is|are|was|were|be|been|can|could|should|would|will|may|might|must|do|does|did|has|have|had|seems?|"
+    r"sounds?|looks?|appears?|to|also|all|both|clearly|definitely|probably|simply|just|obviously|really|very|most|highly|"
+    r"therefore|thus|option|choice|ist|es|est|n'est|das|here|completely|totally|quite) )*"
+    r"(?:(?:not|nicht|не|no es|pas)(?! (?:(?:a|an|the|option) )?<| only| just)|\w+n't|cannot|never|neither|hardly|unlikely|"
+    r"improbable|less|impossible|wrong|incorrect|false|absent|missing|inaudible|ruled|eliminated|excluded|discarded|rejected|"
+    r"dismissed|irrelevant|inaccurate|untrue|implausible|doubtful|değil|नहीं|(?:で は|じ ゃ) (?:な|あ)|(?:[이가은는] )?아 [니닌])\b|"
+    r"would\b(?! be)|\? no\b|[✗✘❌]")
+POSTCUE = re.compile(  # or chosen by it: "is correct", "is the best answer"
+    r"(?:is|was|seems|appears|would be|must be|as|to be|ist|es|est|是)(?: (?:the|my|most|more|best|correct|likely|right|final|only|"
+    r"clearly|definitely|indeed|therefore|accurate|appropriate))* (?:answer|option|choice|match|(?:correct|right|best|正 确|对|richtig)"
+    r"(?= [^\w]|$| answer| option| choice))")
+REFUSAL = re.compile(
+    r"\bno (?:audio|sound|clip|recording|file|attachment)\b(?! other)|\bas an ai\b|(?:can't|cannot|can not|couldn't|unable to|"
+    r"not able to|impossible to|don't have the ability to)(?: \w+)? (?:be )?(?:listen|access|process|play|analyze|determine|tell|"
+    r"answer|know|say|help|assist|identify|hear (?:the|any|this|that|your) (?:audio|sound|clip|recording|file))|"
+    r"audio (?:is|was|were) (?:missing|not)|(?:please|could you) (?:provide|upload|share)")
+THINK = re.compile(r"<\s*(?:(/)\s*)?think(?:ing)?\s*>", re.IGNORECASE)
+ANSWER = re.compile(r"<\s*(?:(/)\s*)?(?:answer|response)\s*>|\\boxed\s*\{([^{}]*)\}", re.IGNORECASE)
+MENTION, CLAIM, TERSE, EXPLICIT = range(4)  # how a choice was given: in passing, "so it is X", "X.", "the answer is X"
+
+
+def lex(text: str) -> list[str]:
+    """Tokens in their own case."""
+    text = unicodedata.normalize("NFKC", text)
+    for pattern, plain in SPELLINGS:
+        text = pattern.sub(plain, text)
+    return ["\n" if t[0] == "\n" else t for t in TOKEN.findall(text)]
+
+
+def fold(token: str) -> str:
+    token = token.casefold()
+    return token if token in FILLER else token.removesuffix("'s")  # "a woman's voice" mentions a woman
 
 
 def tokens(text: str) -> list[str]:
-    text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'").replace("_", " ")
-    return [t if t in FILLER else t.removesuffix("'s") for t in TOKEN.findall(text)]  # "a woman's voice" mentions a woman
+    return [fold(t) for t in lex(text)]
 
 
+@functools.lru_cache(4096)
 def words(text: str) -> tuple[str, ...]:
     """A choice as the resolver compares it: its tokens without punctuation."""
-    return tuple(t for t in tokens(text) if t not in STOPS or t == "but")
+    return tuple(t for t in tokens(text) if t not in PUNCT)
 
 
 def resolve(text: str, choices: list[str]) -> int | None:
     """The one choice that a completion gives as its answer, or None: never a guess, never a fallback.
 
-    What counts, in this order: only what follows </think>; only what stands in <answer>, <response> or \\boxed{};
-    the text of a choice, its letter, or both if they agree; after a cue ("the answer is"); else the only choice that is
-    mentioned and not denied. Two different answers are none. Choices that read the same are one (the first index).
+    What counts, in this order: only what follows </think>; only what stands in <answer>, <response> or \\boxed{}; then what
+    is given as the answer, what stands alone, what is concluded, and last what is mentioned at all; by the text of a choice or
+    by its letter, unless denied. Two different answers are none. Choices that read the same are one (the first index).
     """
-    found = {resolve_part(part, choices) for part in answer_parts(text)}
-    return found.pop() if len(found) == 1 else None
+    given = None
+    for part in set(answer_parts(text)):
+        index = resolve_part(part, choices)
+        if index is None or given not in (None, index):
+            return None
+        given = index
+    return given
 
 
 def answer_parts(text: str) -> list[str]:
@@ -61,109 +125,259 @@ def answer_parts(text: str) -> list[str]:
     thinks = list(THINK.finditer(text))
     if thinks:  # an unclosed <think> hides all that follows it
         text = text[thinks[-1].end():] if thinks[-1].group(1) else text[:thinks[-1].start()]
+    text = SPELLINGS[1][0].sub(r"\1", text)  # \boxed{\text{B}}
     parts, start, boxed = [], None, []
     for m in ANSWER.finditer(text):
         if m.group(2) is not None:
             boxed.append(m.group(2))
-        elif not m.group(1):
-            start = m.end()
-        elif start is not None:
+            continue
+        if start is not None:
             parts.append(text[start:m.start()])
-            start = None
-    if start is not None:  # cut off before </answer>
+        start = None if m.group(1) else m.end()
+    if start is not None and (text[start:].strip() or not parts):  # cut off before </answer>; or <answer> for </answer>
         parts.append(text[start:])
-    if not parts and not boxed and not text.strip():
-        return []
-    return parts or boxed or [ANSWER.sub(" ", text)]
+    return parts or boxed or [text]
 
 
 def resolve_part(text: str, choices: list[str]) -> int | None:
-    texts = {}  # raw text -> first index
-    keys = {}  # words -> first index, or None where choices that differ only in punctuation share them
+    """Three passes: choices become symbols, letters become symbols, and every symbol is weighed."""
+    texts, keys, letters = {}, {}, []  # raw text -> first index; words -> it, or -1 where punctuation tells choices apart
     for i, choice in enumerate(choices):
         raw = choice.strip().casefold()
-        if raw not in texts:
-            texts[raw] = i
-            key = words(choice)
-            keys[key] = None if key in keys else i
+        letters.append(texts.setdefault(raw, i))
+        if letters[i] == i:
+            keys[words(choice)] = -1 if words(choice) in keys else i
     keys.pop((), None)
     boxed = [m.group(2) for m in ANSWER.finditer(text) if m.group(2) is not None]
     text = boxed[-1] if len(boxed) == 1 else text
     for stripped in (text.strip(), text.strip().strip("\"'`*_.“”‘’ \n")):
         if stripped.casefold() in texts:
             return texts[stripped.casefold()]
-    found = short_answer(text, keys, len(choices))
-    if found:
-        return found.pop() if len(found) == 1 else None
-    after_cue = set()
-    for m in list(CUE.finditer(text))[-20:]:  # a bound on the work, not a rule: who says it 20 times says no more
-        sentence = re.split(r"[.!?](?:\s|$)|\n", text[m.end():m.end() + 400].strip(" \n"), maxsplit=1)[0]
-        after_cue |= short_answer(sentence, keys, len(choices)) or label_after_cue(text[m.end():], keys, len(choices)) \
-            or mentions(tokens(sentence), keys)
-    found = after_cue or mentions(tokens(text), keys)
-    return found.pop() if len(found) == 1 else None
+    items = lex(text)
+    said = tuple(fold(t) for t in items if t not in PUNCT)
+    if said in keys:
+        index = keys[said]
+    elif len(said) == 1 and (index := letter_index(said[0], len(choices))) is not None:
+        index = letters[index]
+    else:
+        items = with_letters(with_mentions(items, keys, letters), letters, keys)
+        index = decide(unlisted(signals(items), items, len(set(letters))), REFUSAL.search(" ".join(items)))
+    return None if index == -1 else index
 
 
-def short_answer(text: str, keys: dict, n: int) -> set:
-    """{index} if the text is nothing but a choice, a letter, or both; both but disagreeing: two indices."""
-    read, start, longest = words(text), 0, max(map(len, keys), default=0)
-    while start < len(read) and read[start] in FILLER and not (len(read) - start <= longest and read[start:] in keys):
-        start += 1
-    read = read[start:]
-    if read in keys:
-        return {keys[read]}
-    if len(read) == 1 and len(read[0]) == 1 and read[0].isascii() and read[0].isalpha():
-        return {ord(read[0]) - 97} if ord(read[0]) - 97 < n else set()
-    label = LABEL.match(CUE.sub("", text, count=1) if CUE.match(text.strip()) else text)
-    if label:
-        letter, rest = ord((label.group(1) or label.group(2)).lower()) - 97, label.string[label.end():]
-        if letter < n:
-            return {letter} | (mentions(tokens(rest), keys) or other_labels(rest, n))
-    return set()
+def letter_index(token: str, n: int) -> int | None:
+    i = ord(token.lower()) - 97 if len(token) == 1 else -1
+    return i if 0 <= i < min(n, 26) else None
 
 
-def label_after_cue(text: str, keys: dict, n: int) -> set:
-    """ "option B because ..." : a capital letter right after the cue; "a dog" after it is an article."""
-    m = re.match(r"([A-Z])(?![\w#♯'])(?!\s+(?:minor|major|flat|sharp))", text)
-    if not m or ord(m.group(1)) - 65 >= n:
-        return set()
-    rest = re.split(r"[.!?](?:\s|$)|\n", text[m.end():m.end() + 400], maxsplit=1)[0]
-    return {ord(m.group(1)) - 65} | mentions(tokens(rest), keys) | other_labels(rest, n)
-
-
-def other_labels(text: str, n: int) -> set:
-    return {ord(c) - 65 for c in re.findall(r"(?<![\w'])([B-Z])(?![\w'#♯])", text[:2000]) if ord(c) - 65 < n}
-
-
-def mentions(read: list[str], keys: dict) -> set:
-    """Indices of the choices that a token list mentions and does not deny; a longer choice hides one inside it."""
+def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]:
+    """Every mention of the text of choice i becomes "<i>"; the longest wins. The rest is folded, but letters keep their case."""
+    low, out, at = [fold(t) for t in items], [], 0
     by_first = {}
     for key in sorted(keys, key=len, reverse=True):
         by_first.setdefault(key[0], []).append(key)
-    flat = [(i, t) for i, t in enumerate(read) if t not in STOPS or t == "but"]
-    plain = [t for _, t in flat]
-    found, at = set(), 0
-    while at < len(plain):
-        for key in by_first.get(plain[at], ()):
-            if tuple(plain[at:at + len(key)]) == key:
-                if not denied(read, flat[at][0], flat[at + len(key) - 1][0]):
-                    found.add(keys[key])
-                at += len(key) - 1
-                break
+        if key[0] in ARTICLES and len(key) > 2 and key[1:] not in keys:
+            by_first.setdefault(key[1], []).append(key[1:])
+    for found in by_first.values():
+        found.sort(key=len, reverse=True)
+    names = {k: i for key, i in keys.items() for k in ((key[1:], key) if key[0] in ARTICLES else (key,))} | keys
+    cut = cut_off(low, keys)
+    while at < len(low):
+        key, end = next(((key, end) for key in by_first.get(low[at], ()) if (end := match(low, at, key))), (None, 0))
+        if key and (end <= cut or not set(low[cut:at] + low[end:]) - LISTING) and stands(items, low, at, end, letters, keys):
+            for other in joined_to(low, at, end, key, keys):
+                out += [f"<{keys[other]}>", "or"]
+            out.append(f"<{names[key]}>")
+            at = end
+        else:
+            out.append(items[at] if len(items[at]) == 1 else low[at])
+            at += 1
+    return out
+
+
+def match(low: list[str], at: int, key: tuple) -> int:
+    """Where `key` ends if it starts at token `at`, over marks and one light word between two of its own; else 0."""
+    for k, word in enumerate(key):
+        spare = k > 0
+        while k and at < len(low) and low[at] != word and low[at] != "\n":
+            if low[at] not in PUNCT:
+                if not spare or low[at] not in {"is", "are", "was", "were", "a", "an", "the"}:
+                    return 0
+                spare = False
+            at += 1
+        if at >= len(low) or low[at] != word:
+            return 0
         at += 1
+    return at
+
+
+def cut_off(low: list[str], keys: dict) -> int:
+    """Where a choice begins that the end of the text breaks off; what is mentioned within it is not meant by itself."""
+    for size in range(min(len(low), 80), 1, -1) if low and low[-1] not in ENDS else ():
+        rest = tuple(t for t in low[-size:] if t not in PUNCT)
+        if low[-size] not in PUNCT and len(rest) > 1 and any(key[:len(rest)] == rest != key for key in keys):
+            return len(low) - size
+    return len(low)
+
+
+def stands(items: list[str], low: list[str], at: int, end: int, letters: list[int], keys: dict) -> bool:
+    """Is this word a mention? "No" and "one" are also other words, and single letters may be labels or the article."""
+    word, before, after = low[at], low[at - 1] if at else "\n", low[end] if end < len(low) else "\n"
+    if end - at > 1:
+        return True
+    if word in {"no", "not", "none", "never"}:
+        return after in PUNCT or after in {"i", "it", "there", "he", "she", "they", "this", "that", "we", "the", "or", "and"}
+    if word == "one":
+        return after != "of" and before not in {"the", "this", "that", "which", "no", "any", "first", "second", "third", "fourth",
+                                                "last", "only", "each", "every", "other", "another", "correct", "right"}
+    label = letter_index(word, len(letters))
+    if len(word) == 1 and word.isascii() and word.isalpha():
+        rest = [t for t in low[end:end + 4] if t not in PUNCT][:1]
+        if label is not None and after in PUNCT and rest and keys.get(tuple(rest)) == letters[label]:
+            return False
+        return items[at].isupper() and (word not in "ai" or after in PUNCT)
+    return True
+
+
+def joined_to(low: list[str], at: int, end: int, key: tuple, keys: dict) -> list[tuple]:
+    """Choices of which "acoustic or electric guitar" and "10 to 20 seconds" say only the word that tells them apart."""
+    near = []
+    if at > 1 and low[at - 1] in {"or", "and", "to", "nor", "/", ","}:
+        near.append(low[at - 3 if low[at - 2] == "," else at - 2])
+    if end + 1 < len(low) and low[end] in {"or", "nor", "/"}:
+        near.append(low[end + 1])
+    return [other for other in keys if any(t in other and t not in key for t in near) and set(other) & set(key) - LISTING]
+
+
+def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
+    """Every letter that is a label, and no article, note or initial, becomes "<i>" too."""
+    low, out, clear, cued = [t.lower() for t in items] + ["\n", "\n"], [], True, False
+    for i, t in enumerate(items):
+        index = letter_index(t, len(letters))
+        if index is not None and is_label(items, low, i, clear, cued) and not (
+                i == len(items) - 1 and any(len(k) == 2 and k[0] == low[i] and keys[k] != index for k in keys)):
+            out.append(f"<{letters[index]}>")
+            cued = False
+        elif out and t in {".", ")", "]", ":"} and i and items[i - 1] in {*"ABCDEFGHabcdefgh"} and out[-1][0] == "<" and (
+                re.match(r"(?:(?:a|an|the) )?<", after := " ".join(items[i + 1:i + 10])) or AFTER.match(after)):
+            continue  # the mark belongs to the label
+        else:
+            out.append(low[i])
+            if cue(low, i) or t in ENDS:
+                clear, cued = True, cue(low, i) == EXPLICIT or cued and t == "\n"
+            elif t[0] != "<" and low[i] not in FILLER:
+                clear = cued = False
+    return out
+
+
+def is_label(items: list[str], low: list[str], i: int, clear: bool, cued: bool) -> bool:
+    before, after = low[i - 1] if i else "\n", low[i + 1]
+    closed = after in PUNCT or after in REASONS or after[0] == "<" or after in {"or", "and", "nor", "but", "not", "over", "rather"}
+    if before in {"(", "["} and after in {")", "]"}:
+        return True
+    if before in OPTIONS or before == ":" and i > 1 and low[i - 2] in OPTIONS:
+        return True
+    rest = " ".join(low[i + 1:i + 11])
+    if after not in PUNCT and (AFTER.match(rest) or POSTCUE.match(rest)):
+        return clear and (items[i].isupper() or before in ANSWERS)
+    if low[i] in "ai" and (after[0] == "<" or after in {"\n"} and items[i].islower() and i > 0):
+        return False
+    if items[i].islower() and not cued:  # "b." alone, "b) cat", "a. and b."
+        return clear and after in {")", "]", ".", ":"} and before in LISTING - ARTICLES
+    return clear and closed
+
+
+def cue(low: list[str], i: int) -> int:
+    """How the answer is given after this word: EXPLICIT, CLAIM, or MENTION where it is no cue."""
+    before, after = low[i - 1] if i else "\n", low[i + 1] if i + 1 < len(low) else "\n"
+    if low[i] in ANSWERS and before not in {"to", "can", "cannot", "can't", "not", "no"} and \
+            after not in {"this", "that", "the", "your", "question", "options", "choices"}:
+        return EXPLICIT
+    if low[i] in OPTIONS and before in BEST:
+        return EXPLICIT
+    return CLAIM if low[i] in CONCLUDE else MENTION
+
+
+def signals(items: list[str]) -> list[tuple]:
+    """Every symbol as [index, level, denied, place in items, place of the last word that turns round]."""
+    found, level, turn, start, bare = [], MENTION, -1, 0, False
+    for end in [i for i, t in enumerate(items) if t in ENDS] + [len(items)]:
+        part = items[start:end]
+        asked = items[end:end + 1] == ["?"] and items[end + 1:end + 2] not in (["yes"], ["yeah"], ["correct"])
+        terse = not VERBS & set(part) and all(t[0] == "<" or t in FILLER for t in part)
+        if not bare:
+            level = MENTION
+        clear, negated, conjoined = True, False, False
+        for i in range(start, end):
+            t, after = items[i], " ".join(items[i + 1:i + 10])
+            if t[0] == "<":
+                by_after = bool(AFTER.match(after))
+                rank = EXPLICIT if POSTCUE.match(after) else max(level, TERSE if terse else MENTION)
+                if by_after:  # "dog and cat are wrong"
+                    back, at = len(found), i
+                    while back and not set(items[found[back - 1][3] + 1:at]) - LISTING:
+                        back, at = back - 1, found[back - 1][3]
+                        found[back][2] = True
+                found.append([int(t[1:-1]), rank, negated or asked or by_after, i, turn])
+                bare = False
+                continue
+            level = max(level, cue(items, i), CLAIM if clear and t in VERBS else MENTION)
+            bare = bare and t in FILLER or cue(items, i) == EXPLICIT
+            clear = clear and t in FILLER
+            turn = i if t in TURNS else turn
+            if (t in NEGATORS or t.endswith("n't") or t == "instead" and after[:3] == "of ") and not (
+                    {after.split(" ")[0], after[:7], after[:9]} & NO_NEGATION):
+                negated, conjoined = True, t == "nor"
+                level = MENTION if level == EXPLICIT else level
+            elif t in LISTING and t not in PUNCT and t not in ARTICLES:
+                conjoined = True
+            elif t == "," and negated and not conjoined and items[i - 1][0] == "<" and \
+                    re.match(r"(?:(?:or|nor|and|a|an|the) )*<", after):
+                pass  # "not happy, sad or angry"
+            elif t in RESETS:
+                negated = False
+                level = MENTION if t in REASONS else level
+        start = end + 1
+        turn = turn if end < len(items) else turn
+        bare = bare and items[end:end + 1] == ["\n"]
     return found
 
 
-def denied(read: list[str], first: int, last: int) -> bool:
-    """Is the mention read[first..last] negated: "not a dog", "rather than a dog", "a dog is wrong"?"""
-    for token in read[max(0, first - 6):first][::-1]:
-        if token in STOPS:
-            break
-        if token in NEGATORS:
-            return True
-    after = read[last + 1:last + 4]
-    return bool(after) and (after[0] in NEGATORS and after[0].endswith("n't")
-                            or after[0] in {"is", "are", "was", "were"} and bool(REJECTED & set(after[1:3])))
+def unlisted(found: list, items: list[str], n: int) -> list:
+    """Without the options as the question gave them: every choice once, with nothing but commas and the like between."""
+    merged = []
+    for s in found:
+        if merged and merged[-1][0] == s[0] and not set(items[merged[-1][4] + 1:s[3]]) - LISTING:
+            merged[-1][1:3] = max(merged[-1][1], s[1]), merged[-1][2] or s[2]
+            merged[-1][4] = s[3]
+        else:
+            merged.append([s[0], s[1], s[2], s[3], s[3], s[4]])
+    out, i = [], 0
+    while i < len(merged):
+        run = merged[i:i + n]
+        if n > 1 and len({s[0] for s in run}) == n and not any(s[2] for s in run) and not any(
+                set(items[a[4] + 1:b[3]]) - LISTING for a, b in zip(run, run[1:])):
+            i += n
+        else:
+            out.append(merged[i])
+            i += 1
+    return [s for s in out if not s[2]]
+
+
+def decide(found: list, refused) -> int | None:
+    """The strongest way in which a choice was given decides, if it was one choice and nothing after it takes it back."""
+    for level in (EXPLICIT, TERSE, CLAIM, MENTION)[:2 if refused else 4]:
+        given = [s for s in found if s[1] == level]
+        if not given:
+            continue
+        chosen = {s[0] for s in given}
+        rivals = {s[0] for s in found if s[3] > given[-1][3] and (s[1] >= CLAIM or s[5] > given[-1][3])}
+        if level == EXPLICIT:
+            alone = {s[0] for s in found if s[1] == TERSE}
+            rivals |= alone if len(alone) == 1 else set()
+        chosen |= rivals
+        return chosen.pop() if len(chosen) == 1 else None
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
