@@ -8,6 +8,7 @@ what a model wrote and never executes it. This file needs no torch.
 import ast
 import difflib
 import functools
+import itertools
 import math
 import operator
 import re
@@ -66,7 +67,9 @@ AFTER = re.compile(  # a choice is denied by what follows it: "is not", ": incor
     r"(?:(?:not|nicht|не|no es|pas)(?! (?:(?:a|an|the|option) )?<| only| just)|\w+n't|cannot|never|neither|hardly|unlikely|"
     r"improbable|less|impossible|wrong|incorrect|false|absent|missing|inaudible|ruled|eliminated|excluded|discarded|rejected|"
     r"dismissed|irrelevant|inaccurate|untrue|implausible|doubtful|değil|नहीं|(?:で は|じ ゃ) (?:な|あ)|(?:[이가은는] )?아 [니닌])\b|"
-    r"would\b(?! be)|\? no\b|[✗✘❌]")
+    r"would\b(?! be)|\? no\b|"
+    r"[.\n:?] (?:(?:this|that|it) is |that's |it's )?(?:incorrect|wrong|false|not (?:heard|correct|right|present|likely|it))(?: \W|$)")
+NOTE = re.compile(r"(?:: )?(?:maj|min|dim|aug|sus|flat|sharp|dorian|phrygian|lydian|mixolydian|aeolian|locrian)")
 POSTCUE = re.compile(  # or chosen by it: "is correct", "is the best answer"
     r"(?:is|was|seems|appears|would be|must be|as|to be|ist|es|est|是)(?: (?:the|my|most|more|best|correct|likely|right|final|only|"
     r"clearly|definitely|indeed|therefore|accurate|appropriate))* (?:answer|option|choice|match|(?:correct|right|best|正 确|对|richtig)"
@@ -155,42 +158,35 @@ def resolve_part(text: str, choices: list[str]) -> int | None:
             return texts[stripped.casefold()]
     items = lex(text)
     said = tuple(fold(t) for t in items if t not in PUNCT)
-    if said in keys:
+    if said in keys and items[0] not in "([":
         index = keys[said]
-    elif len(said) == 1 and (index := letter_index(said[0], len(choices))) is not None:
-        index = letters[index]
-    else:
+    elif len(said) != 1 or (index := label_of(said[0], letters)) is None:
         items = with_letters(with_mentions(items, keys, letters), letters, keys)
-        index = decide(unlisted(signals(items), items, len(set(letters))), REFUSAL.search(" ".join(items)))
+        index = decide(unlisted(signals(items), items, letters), REFUSAL.search(" ".join(items)))
     return None if index == -1 else index
-
-
-def letter_index(token: str, n: int) -> int | None:
-    i = ord(token.lower()) - 97 if len(token) == 1 else -1
-    return i if 0 <= i < min(n, 26) else None
 
 
 def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]:
     """Every mention of the text of choice i becomes "<i>"; the longest wins. The rest is folded, but letters keep their case."""
-    low, out, at = [fold(t) for t in items], [], 0
-    by_first = {}
-    for key in sorted(keys, key=len, reverse=True):
+    low, out, at, by_first = [fold(t) for t in items], [], 0, {}
+    shorter = {key[1:]: i for key, i in keys.items() if key[0] in ARTICLES and len(key) > 2}  # "dog barking" for "a dog barking"
+    names = shorter | keys
+    for key in sorted(names, key=len, reverse=True):
         by_first.setdefault(key[0], []).append(key)
-        if key[0] in ARTICLES and len(key) > 2 and key[1:] not in keys:
-            by_first.setdefault(key[1], []).append(key[1:])
-    for found in by_first.values():
-        found.sort(key=len, reverse=True)
-    names = {k: i for key, i in keys.items() for k in ((key[1:], key) if key[0] in ARTICLES else (key,))} | keys
+
+    def find(at: int) -> tuple:
+        return next(((key, end) for key in by_first.get("".join(low[at:at + 1]), ()) if (end := match(low, at, key))), ((), 0))
+
     cut = cut_off(low, keys)
     while at < len(low):
-        key, end = next(((key, end) for key in by_first.get(low[at], ()) if (end := match(low, at, key))), (None, 0))
-        if key and (end <= cut or not set(low[cut:at] + low[end:]) - LISTING) and stands(items, low, at, end, letters, keys):
-            for other in joined_to(low, at, end, key, keys):
+        key, end = find(at)
+        if key and (end <= cut or not set(low[cut:at] + low[end:]) - LISTING) and stands(items, low, at, end, letters, keys, find):
+            for other in joined_to(out, low, at, end, key, keys, find):
                 out += [f"<{keys[other]}>", "or"]
             out.append(f"<{names[key]}>")
             at = end
         else:
-            out.append(items[at] if len(items[at]) == 1 else low[at])
+            out.append(low[at] if len(items[at]) > 1 else items[at] if at < cut else "…")
             at += 1
     return out
 
@@ -198,8 +194,10 @@ def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]
 def match(low: list[str], at: int, key: tuple) -> int:
     """Where `key` ends if it starts at token `at`, over marks and one light word between two of its own; else 0."""
     for k, word in enumerate(key):
-        spare = k > 0
+        spare = True
         while k and at < len(low) and low[at] != word and low[at] != "\n":
+            if key[k - 1] in ARTICLES and low[at] in {".", "a"}:
+                return 0  # "A. A dog"
             if low[at] not in PUNCT:
                 if not spare or low[at] not in {"is", "are", "was", "were", "a", "an", "the"}:
                     return 0
@@ -214,13 +212,15 @@ def match(low: list[str], at: int, key: tuple) -> int:
 def cut_off(low: list[str], keys: dict) -> int:
     """Where a choice begins that the end of the text breaks off; what is mentioned within it is not meant by itself."""
     for size in range(min(len(low), 80), 1, -1) if low and low[-1] not in ENDS else ():
-        rest = tuple(t for t in low[-size:] if t not in PUNCT)
-        if low[-size] not in PUNCT and len(rest) > 1 and any(key[:len(rest)] == rest != key for key in keys):
+        *rest, last = [t for t in low[-size:] if t not in PUNCT] or [""]
+        if rest and low[-size] not in PUNCT and any(
+                list(key[:len(rest)]) == rest and key != (*rest, last) and "".join(key[len(rest):][:1]).startswith(last)
+                and len(key) > len(rest) for key in keys):
             return len(low) - size
     return len(low)
 
 
-def stands(items: list[str], low: list[str], at: int, end: int, letters: list[int], keys: dict) -> bool:
+def stands(items: list[str], low: list[str], at: int, end: int, letters: list[int], keys: dict, find) -> bool:
     """Is this word a mention? "No" and "one" are also other words, and single letters may be labels or the article."""
     word, before, after = low[at], low[at - 1] if at else "\n", low[end] if end < len(low) else "\n"
     if end - at > 1:
@@ -230,36 +230,39 @@ def stands(items: list[str], low: list[str], at: int, end: int, letters: list[in
     if word == "one":
         return after != "of" and before not in {"the", "this", "that", "which", "no", "any", "first", "second", "third", "fourth",
                                                 "last", "only", "each", "every", "other", "another", "correct", "right"}
-    label = letter_index(word, len(letters))
     if len(word) == 1 and word.isascii() and word.isalpha():
-        rest = [t for t in low[end:end + 4] if t not in PUNCT][:1]
-        if label is not None and after in PUNCT and rest and keys.get(tuple(rest)) == letters[label]:
+        text = next((keys.get((t,)) for t in low[end:end + 4] if t not in PUNCT), None)
+        if before in OPTIONS or before in "([" and after in ")]" or after in PUNCT and text == label_of(word, letters) is not None:
             return False
         return items[at].isupper() and (word not in "ai" or after in PUNCT)
     return True
 
 
-def joined_to(low: list[str], at: int, end: int, key: tuple, keys: dict) -> list[tuple]:
+def joined_to(out: list[str], low: list[str], at: int, end: int, key: tuple, keys: dict, find) -> list[tuple]:
     """Choices of which "acoustic or electric guitar" and "10 to 20 seconds" say only the word that tells them apart."""
     near = []
-    if at > 1 and low[at - 1] in {"or", "and", "to", "nor", "/", ","}:
-        near.append(low[at - 3 if low[at - 2] == "," else at - 2])
-    if end + 1 < len(low) and low[end] in {"or", "nor", "/"}:
-        near.append(low[end + 1])
+    for side, joints, whole in ((out[-5:][::-1], {"or", "and", "to", "nor", "/", ","}, None),
+                                (low[end:end + 5], {"or", "nor", "/"}, find)):
+        gap = next((k for k, t in enumerate(side) if t not in joints | ARTICLES | {","}), len(side))
+        if joints & set(side[:gap]) and not (whole and whole(end + gap)[1]):
+            near += side[gap:gap + 1]
     return [other for other in keys if any(t in other and t not in key for t in near) and set(other) & set(key) - LISTING]
+
+
+def label_of(token: str, letters: list[int]) -> int | None:
+    i = ord(token.lower()) - 97 if len(token) == 1 else -1
+    return letters[i] if 0 <= i < min(len(letters), 26) else None
 
 
 def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
     """Every letter that is a label, and no article, note or initial, becomes "<i>" too."""
     low, out, clear, cued = [t.lower() for t in items] + ["\n", "\n"], [], True, False
     for i, t in enumerate(items):
-        index = letter_index(t, len(letters))
-        if index is not None and is_label(items, low, i, clear, cued) and not (
-                i == len(items) - 1 and any(len(k) == 2 and k[0] == low[i] and keys[k] != index for k in keys)):
-            out.append(f"<{letters[index]}>")
-            cued = False
-        elif out and t in {".", ")", "]", ":"} and i and items[i - 1] in {*"ABCDEFGHabcdefgh"} and out[-1][0] == "<" and (
-                re.match(r"(?:(?:a|an|the) )?<", after := " ".join(items[i + 1:i + 10])) or AFTER.match(after)):
+        index = label_of(t, letters)
+        if index is not None and is_label(items, low, i, clear, cued):
+            out.append(f"<{meant(low, i, index, keys)}>")
+        elif out and t in {".", ")", "]", ":"} and out[-1][0] == "<" and items[i - 1][0] != "<" and (
+                "<" in {low[i + 1][0], low[i + 1] in ARTICLES and low[i + 2][0]} or AFTER.match(" ".join(low[i + 1:i + 10]))):
             continue  # the mark belongs to the label
         else:
             out.append(low[i])
@@ -270,6 +273,15 @@ def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
     return out
 
 
+def meant(low: list[str], i: int, index: int, keys: dict) -> int:
+    """The label's choice, unless the letter is the text of another, or all that is left of one ("A" of "A dog") at the end."""
+    after = next((t for t in low[i + 1:i + 4] if t not in PUNCT | ARTICLES), "")
+    if after == f"<{index}>" or i and (low[i - 1] in OPTIONS or low[i - 1] in "([" and low[i + 1] in ")]"):
+        return index
+    cut = i == len(low) - 3 and any(len(key) == 2 and key[0] == low[i] and keys[key] != index for key in keys)
+    return -1 if cut else keys.get((low[i],), index)
+
+
 def is_label(items: list[str], low: list[str], i: int, clear: bool, cued: bool) -> bool:
     before, after = low[i - 1] if i else "\n", low[i + 1]
     closed = after in PUNCT or after in REASONS or after[0] == "<" or after in {"or", "and", "nor", "but", "not", "over", "rather"}
@@ -277,7 +289,11 @@ def is_label(items: list[str], low: list[str], i: int, clear: bool, cued: bool) 
         return True
     if before in OPTIONS or before == ":" and i > 1 and low[i - 2] in OPTIONS:
         return True
+    if before in ARTICLES:
+        return False
     rest = " ".join(low[i + 1:i + 11])
+    if NOTE.match(rest):
+        return False
     if after not in PUNCT and (AFTER.match(rest) or POSTCUE.match(rest)):
         return clear and (items[i].isupper() or before in ANSWERS)
     if low[i] in "ai" and (after[0] == "<" or after in {"\n"} and items[i].islower() and i > 0):
@@ -301,7 +317,7 @@ def cue(low: list[str], i: int) -> int:
 def signals(items: list[str]) -> list[tuple]:
     """Every symbol as [index, level, denied, place in items, place of the last word that turns round]."""
     found, level, turn, start, bare = [], MENTION, -1, 0, False
-    for end in [i for i, t in enumerate(items) if t in ENDS] + [len(items)]:
+    for end in [i for i, t in enumerate(items) if t in ENDS and items[i + 1:i + 2] not in (["or"], ["and"])] + [len(items)]:
         part = items[start:end]
         asked = items[end:end + 1] == ["?"] and items[end + 1:end + 2] not in (["yes"], ["yeah"], ["correct"])
         terse = not VERBS & set(part) and all(t[0] == "<" or t in FILLER for t in part)
@@ -309,8 +325,9 @@ def signals(items: list[str]) -> list[tuple]:
             level = MENTION
         clear, negated, conjoined = True, False, False
         for i in range(start, end):
-            t, after = items[i], " ".join(items[i + 1:i + 10])
+            t = items[i]
             if t[0] == "<":
+                after = " ".join(items[i + 1:i + 10])
                 by_after = bool(AFTER.match(after))
                 rank = EXPLICIT if POSTCUE.match(after) else max(level, TERSE if terse else MENTION)
                 if by_after:  # "dog and cat are wrong"
@@ -321,18 +338,19 @@ def signals(items: list[str]) -> list[tuple]:
                 found.append([int(t[1:-1]), rank, negated or asked or by_after, i, turn])
                 bare = False
                 continue
-            level = max(level, cue(items, i), CLAIM if clear and t in VERBS else MENTION)
-            bare = bare and t in FILLER or cue(items, i) == EXPLICIT
+            how = cue(items, i)
+            level = max(level, how, CLAIM if clear and t in VERBS else MENTION)
+            bare = bare and t in FILLER or how == EXPLICIT
             clear = clear and t in FILLER
             turn = i if t in TURNS else turn
-            if (t in NEGATORS or t.endswith("n't") or t == "instead" and after[:3] == "of ") and not (
-                    {after.split(" ")[0], after[:7], after[:9]} & NO_NEGATION):
+            if (t in NEGATORS or t.endswith("n't") or t == "instead" and items[i + 1:i + 2] == ["of"]) and not (
+                    {*items[i + 1:i + 2], " ".join(items[i + 1:i + 3])} & NO_NEGATION):
                 negated, conjoined = True, t == "nor"
                 level = MENTION if level == EXPLICIT else level
             elif t in LISTING and t not in PUNCT and t not in ARTICLES:
                 conjoined = True
             elif t == "," and negated and not conjoined and items[i - 1][0] == "<" and \
-                    re.match(r"(?:(?:or|nor|and|a|an|the) )*<", after):
+                    re.match(r"(?:(?:or|nor|and|a|an|the) )*<", " ".join(items[i + 1:i + 6])):
                 pass  # "not happy, sad or angry"
             elif t in RESETS:
                 negated = False
@@ -343,7 +361,7 @@ def signals(items: list[str]) -> list[tuple]:
     return found
 
 
-def unlisted(found: list, items: list[str], n: int) -> list:
+def unlisted(found: list, items: list[str], letters: list[int]) -> list:
     """Without the options as the question gave them: every choice once, with nothing but commas and the like between."""
     merged = []
     for s in found:
@@ -352,10 +370,11 @@ def unlisted(found: list, items: list[str], n: int) -> list:
             merged[-1][4] = s[3]
         else:
             merged.append([s[0], s[1], s[2], s[3], s[3], s[4]])
-    out, i = [], 0
+    every, out, i = sorted(i for i, _ in itertools.groupby(letters)), [], 0
+    n = len(every)
     while i < len(merged):
         run = merged[i:i + n]
-        if n > 1 and len({s[0] for s in run}) == n and not any(s[2] for s in run) and not any(
+        if n > 1 and sorted(s[0] for s in run) == every and not any(s[2] for s in run) and not any(
                 set(items[a[4] + 1:b[3]]) - LISTING for a, b in zip(run, run[1:])):
             i += n
         else:
