@@ -23,12 +23,13 @@ from fractions import Fraction
 MARKS = "".join(chr(c) for c in range(0x300, 0x3000) if unicodedata.category(chr(c))[0] == "M")
 CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 TOKEN = re.compile(rf"[{CJK}]|(?<!\w)-?\d+(?:[.,:/]\d+)*%?(?![^\W\d_])|(?:[^\W{CJK}]|[{MARKS}])+(?:'[^\W\d_]+)?#?|"
-                   r"\n\s*|[.,;:!?()\[\]/=—。、]")
+                   r"\n\s*|[.,;:!?()\[\]/=—。、✓✔✅✗✘❌]")
 PUNCT = set(".,;:!?()[]/=—。、\n")
 # Spellings made one before the tokens: special tokens and markup, "10-20" as "10 to 20", "C sharp" as "C#", a dash between
 # words; "non-vocal" and "dog-like" are one word, and mention neither vocals nor a dog.
 SPELLINGS = [(re.compile(pattern, re.IGNORECASE), plain) for pattern, plain in (
-    (r"<[|/]{0,2}\w+[|/]?>", " "), (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1"), ("[’`´]", "'"), ("_", " "), ("♯", "#"),
+    (r"\b(?:far from|(?:anything|everything|all) but|instead of|least likely)\b", "except"),
+    (r"\b(?:no|without|beyond)(?: any| a| all)? (?:doubt|question)\b", "surely"), (r"<[|/]{0,2}\w+[|/]?>", " "), (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1"), ("[’`´]", "'"), ("_", " "), ("♯", "#"),
     ("♭", "b"), (r"(?<=\d)\s*[-–—~]\s*(?=\d)", " to "), (r"(?<!\S)[-–—]+(?!\S)|[–—]|-{2,}|[-=]>|→", " — "),
     (r"\b([b-g]|a(?=-|\s(?:sharp|flat)\s(?:major|minor|maj|min)\b))[\s-]sharp\b", r"\1#"),
     (r"\b([b-g]|a(?=-|\s(?:sharp|flat)\s(?:major|minor|maj|min)\b))[\s-]flat\b", r"\1b"),
@@ -39,10 +40,11 @@ OPTIONS = set("option choice letter opción opcion opção opzione вариан�
 BEST = set("best correct right final my likely appropriate suitable accurate matching chosen".split())
 CONCLUDE = set("so therefore thus hence must choose chose choosing chosen select selected pick picked go going conclude "
                "conclusion guess".split())
-VERBS = set("is it's that's this's be are was think believe say sounds seems".split()) | CONCLUDE
+VERBS = set("is it's that's are was think believe say sounds seems".split()) | CONCLUDE
+HEDGES = set("be could might may would maybe perhaps".split())
 ARTICLES = {"a", "an", "the"}
 LISTING = PUNCT | ARTICLES | set("and or nor to vs option options choice choices 或 和 oder und o y ou et".split())
-FILLER = LISTING | ANSWERS | OPTIONS | BEST | VERBS | set(
+FILLER = LISTING | HEDGES | ANSWERS | OPTIONS | BEST | VERBS | set(
     "answers would should could will it its i i'd i'll i'm we this that most more probably definitely clearly surely certainly "
     "maybe perhaps simply just likely in with for on sound heard hear clip audio like as seems appears here there's okay ok well "
     "sure yes no wait actually hmm but not sorry rather instead final finally final overall summary 案 应 該 该 是 为 択 择 "
@@ -53,25 +55,24 @@ TURNS = set("wait actually hmm however but no sorry correction scratch reconside
             "oops hold initially".split())
 ENDS = {".", "!", "?", ";", "\n", "。"}
 NEGATORS = set("not no never neither nor none non without except excluding unlike than cannot isnt doesnt dont cant wont didnt "
-               "wasnt arent hardly barely rarely scarcely less unlikely impossible wrong incorrect false whether if unable "
+               "wasnt arent hardly barely rarely scarcely less unlikely impossible doubt doubtful nobody fails lacks lacking worst wrong incorrect false whether if unable "
                "unclear unsure rule ruled ruling rules eliminate eliminated eliminating eliminates exclude excluded rejecting "
                "reject rejected discard discarded dismiss dismissed opposed 不 没 非 無 无 未 nicht kein keine keinen weder pas ni ne "
-               "не нет não nem नहीं".split())
+               "не нет não nem नहीं ✗ ✘ ❌".split())
 RESETS = set(", ) — but so therefore thus hence while whereas although though however then 而 但 所 sondern sino mais pero aber "
              "mas а но 、".split()) | REASONS
-NO_NEGATION = {"doubt", "question", "only", "just", "merely", "wonder", "a doubt", "any doubt"}  # "not only", "no doubt"
 AFTER = re.compile(  # a choice is denied by what follows it: "is not", ": incorrect", "(wrong)", "can be ruled out"
-    r"(?:(?:[:()\]—]|, which|is|are|was|were|be|been|can|could|should|would|will|may|might|must|do|does|did|has|have|had|seems?|"
+    r"(?:(?:[:()\]—]|,(?= (?:is|are|was|were|which)\b)|which|is|are|was|were|be|been|can|could|should|would|will|may|might|must|do|does|did|has|have|had|seems?|"
     r"sounds?|looks?|appears?|to|also|all|both|clearly|definitely|probably|simply|just|obviously|really|very|most|highly|"
     r"therefore|thus|option|choice|ist|es|est|n'est|das|here|completely|totally|quite) )*"
     r"(?:(?:not|nicht|не|no es|pas)(?! (?:(?:a|an|the|option) )?<| only| just)|\w+n't|cannot|never|neither|hardly|unlikely|"
     r"improbable|less|impossible|wrong|incorrect|false|absent|missing|inaudible|ruled|eliminated|excluded|discarded|rejected|"
     r"dismissed|irrelevant|inaccurate|untrue|implausible|doubtful|değil|नहीं|(?:で は|じ ゃ) (?:な|あ)|(?:[이가은는] )?아 [니닌])\b|"
-    r"would\b(?! be)|\? no\b|"
+    r"would\b(?! be)|\? no\b|[✗✘❌]|"
     r"[.\n:?] (?:(?:this|that|it) is |that's |it's )?(?:incorrect|wrong|false|not (?:heard|correct|right|present|likely|it))(?: \W|$)")
 NOTE = re.compile(r"(?:: )?(?:maj|min|dim|aug|sus|flat|sharp|dorian|phrygian|lydian|mixolydian|aeolian|locrian)")
 POSTCUE = re.compile(  # or chosen by it: "is correct", "is the best answer"
-    r"(?:is|was|seems|appears|would be|must be|as|to be|ist|es|est|是)(?: (?:the|my|most|more|best|correct|likely|right|final|only|"
+    r"[✓✔✅]|(?:is|was|seems|appears|would be|must be|as|to be|ist|es|est|是)(?: (?:to|be|the|my|most|more|best|correct|likely|right|final|only|"
     r"clearly|definitely|indeed|therefore|accurate|appropriate))* (?:answer|option|choice|match|(?:correct|right|best|正 确|对|richtig)"
     r"(?= [^\w]|$| answer| option| choice))")
 REFUSAL = re.compile(
@@ -128,7 +129,7 @@ def answer_parts(text: str) -> list[str]:
     thinks = list(THINK.finditer(text))
     if thinks:  # an unclosed <think> hides all that follows it
         text = text[thinks[-1].end():] if thinks[-1].group(1) else text[:thinks[-1].start()]
-    text = SPELLINGS[1][0].sub(r"\1", text)  # \boxed{\text{B}}
+    text = SPELLINGS[3][0].sub(r"\1", text)  # \boxed{\text{B}}
     parts, start, boxed = [], None, []
     for m in ANSWER.finditer(text):
         if m.group(2) is not None:
@@ -223,6 +224,10 @@ def cut_off(low: list[str], keys: dict) -> int:
 def stands(items: list[str], low: list[str], at: int, end: int, letters: list[int], keys: dict, find) -> bool:
     """Is this word a mention? "No" and "one" are also other words, and single letters may be labels or the article."""
     word, before, after = low[at], low[at - 1] if at else "\n", low[end] if end < len(low) else "\n"
+    if end - at > 1 and items[at] == "a" and low[at + 1] in {"minor", "major", "flat", "sharp"}:
+        return False  # "in a minor key"
+    if word[0].isdigit() and (before in {"over", "under", "above", "below", "least", "most", "beyond"} or low[at - 2:at] == ["up", "to"]):
+        return False
     if end - at > 1:
         return True
     if word in {"no", "not", "none", "never"}:
@@ -234,7 +239,7 @@ def stands(items: list[str], low: list[str], at: int, end: int, letters: list[in
         text = next((keys.get((t,)) for t in low[end:end + 4] if t not in PUNCT), None)
         if before in OPTIONS or before in "([" and after in ")]" or after in PUNCT and text == label_of(word, letters) is not None:
             return False
-        return items[at].isupper() and (word not in "ai" or after in PUNCT)
+        return items[at].isupper() and (word not in "ai" or after in PUNCT | {"or", "and"})
     return True
 
 
@@ -246,7 +251,7 @@ def joined_to(out: list[str], low: list[str], at: int, end: int, key: tuple, key
         gap = next((k for k, t in enumerate(side) if t not in joints | ARTICLES | {","}), len(side))
         if joints & set(side[:gap]) and not (whole and whole(end + gap)[1]):
             near += side[gap:gap + 1]
-    return [other for other in keys if any(t in other and t not in key for t in near) and set(other) & set(key) - LISTING]
+    return [other for other in keys if any(t in other and t not in key for t in map(str.lower, near)) and set(other) & set(key) - LISTING]
 
 
 def label_of(token: str, letters: list[int]) -> int | None:
@@ -268,7 +273,7 @@ def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
             out.append(low[i])
             if cue(low, i) or t in ENDS:
                 clear, cued = True, cue(low, i) == EXPLICIT or cued and t == "\n"
-            elif t[0] != "<" and low[i] not in FILLER:
+            elif t[0] != "<" and low[i] not in FILLER and low[i] not in NEGATORS:
                 clear = cued = False
     return out
 
@@ -284,7 +289,7 @@ def meant(low: list[str], i: int, index: int, keys: dict) -> int:
 
 def is_label(items: list[str], low: list[str], i: int, clear: bool, cued: bool) -> bool:
     before, after = low[i - 1] if i else "\n", low[i + 1]
-    closed = after in PUNCT or after in REASONS or after[0] == "<" or after in {"or", "and", "nor", "but", "not", "over", "rather"}
+    closed = after in PUNCT or after in REASONS or after in "✓✔✅✗✘❌" or cued and re.match(f"[{CJK}]", after) or after[0] == "<" or after in {"or", "and", "nor", "but", "not", "over", "rather"}
     if before in {"(", "["} and after in {")", "]"}:
         return True
     if before in OPTIONS or before == ":" and i > 1 and low[i - 2] in OPTIONS:
@@ -317,10 +322,10 @@ def cue(low: list[str], i: int) -> int:
 def signals(items: list[str]) -> list[tuple]:
     """Every symbol as [index, level, denied, place in items, place of the last word that turns round]."""
     found, level, turn, start, bare = [], MENTION, -1, 0, False
-    for end in [i for i, t in enumerate(items) if t in ENDS and items[i + 1:i + 2] not in (["or"], ["and"])] + [len(items)]:
+    for end in [i for i, t in enumerate(items) if t in ENDS and items[i + 1:i + 2] not in (["or"], ["and"], [")"])] + [len(items)]:
         part = items[start:end]
         asked = items[end:end + 1] == ["?"] and items[end + 1:end + 2] not in (["yes"], ["yeah"], ["correct"])
-        terse = not VERBS & set(part) and all(t[0] == "<" or t in FILLER for t in part)
+        terse = not (VERBS | HEDGES) & set(part) and all(t[0] == "<" or t in FILLER for t in part)
         if not bare:
             level = MENTION
         clear, negated, conjoined = True, False, False
@@ -341,10 +346,10 @@ def signals(items: list[str]) -> list[tuple]:
             how = cue(items, i)
             level = max(level, how, CLAIM if clear and t in VERBS else MENTION)
             bare = bare and t in FILLER or how == EXPLICIT
-            clear = clear and t in FILLER
+            clear = t == "," or clear and t in FILLER
             turn = i if t in TURNS else turn
-            if (t in NEGATORS or t.endswith("n't") or t == "instead" and items[i + 1:i + 2] == ["of"]) and not (
-                    {*items[i + 1:i + 2], " ".join(items[i + 1:i + 3])} & NO_NEGATION):
+            if (t in NEGATORS or t.endswith("n't") or t == "instead" and items[i + 1:i + 2] == ["of"]) and (
+                    items[i + 1:i + 2] not in (["only"], ["just"], ["merely"])):
                 negated, conjoined = True, t == "nor"
                 level = MENTION if level == EXPLICIT else level
             elif t in LISTING and t not in PUNCT and t not in ARTICLES:
