@@ -41,7 +41,7 @@ BEST = set("best correct right final my likely appropriate suitable accurate mat
 CONCLUDE = set("so therefore thus hence must choose chose choosing chosen select selected pick picked go going conclude "
                "conclusion guess".split())
 VERBS = set("is it's that's are was think believe say sounds seems".split()) | CONCLUDE
-HEDGES = set("be could might may would maybe perhaps".split())
+HEDGES = set("be could might may would maybe perhaps possibly potentially presumably".split())
 ARTICLES = {"a", "an", "the"}
 LISTING = PUNCT | ARTICLES | set("and or nor to vs option options choice choices 或 和 oder und o y ou et".split())
 FILLER = LISTING | HEDGES | ANSWERS | OPTIONS | BEST | VERBS | set(
@@ -50,11 +50,11 @@ FILLER = LISTING | HEDGES | ANSWERS | OPTIONS | BEST | VERBS | set(
     "sure yes no wait actually hmm but not sorry rather instead final finally final overall summary 案 应 該 该 是 为 択 择 "
     "え は 我 正 确 解 で す 은 는 정 ist lautet die der das richtige korrekte la el es correcta una est bonne correcte "
     "правильный это é correta a è".split())
-REASONS = set("because since as given due 因 weil porque".split())  # what follows explains, and answers nothing
-TURNS = set("wait actually hmm however but no sorry correction scratch reconsider alternatively although though maybe perhaps "
+REASONS = set("because since as given due while whereas although though 因 weil porque".split())  # no answer follows these
+TURNS = set("possibly potentially wait actually hmm however but no sorry correction scratch reconsider alternatively although though maybe perhaps "
             "oops hold initially".split())
 ENDS = {".", "!", "?", ";", "\n", "。"}
-NEGATORS = set("not no never neither nor none non without except excluding unlike than cannot isnt doesnt dont cant wont didnt "
+NEGATORS = set("nothing nowhere avoid refuse disagree opposite against zero not no never neither nor none non without except excluding unlike than cannot isnt doesnt dont cant wont didnt "
                "wasnt arent hardly barely rarely scarcely less unlikely impossible doubt doubtful nobody fails lacks lacking worst wrong incorrect false whether if unable "
                "unclear unsure rule ruled ruling rules eliminate eliminated eliminating eliminates exclude excluded rejecting "
                "reject rejected discard discarded dismiss dismissed opposed 不 没 非 無 无 未 nicht kein keine keinen weder pas ni ne "
@@ -62,13 +62,13 @@ NEGATORS = set("not no never neither nor none non without except excluding unlik
 RESETS = set(", ) — but so therefore thus hence while whereas although though however then 而 但 所 sondern sino mais pero aber "
              "mas а но 、".split()) | REASONS
 AFTER = re.compile(  # a choice is denied by what follows it: "is not", ": incorrect", "(wrong)", "can be ruled out"
-    r"(?:(?:[:()\]—]|,(?= (?:is|are|was|were|which)\b)|which|is|are|was|were|be|been|can|could|should|would|will|may|might|must|do|does|did|has|have|had|seems?|"
+    r"(?:(?:[:()\]—]|,(?= (?:is|are|was|were|which)\b)|which|is|are|was|were|be|been|can|could|should|would|will|the|may|might|must|do|does|did|has|have|had|seems?|"
     r"sounds?|looks?|appears?|to|also|all|both|clearly|definitely|probably|simply|just|obviously|really|very|most|highly|"
     r"therefore|thus|option|choice|ist|es|est|n'est|das|here|completely|totally|quite) )*"
     r"(?:(?:not|nicht|не|no es|pas)(?! (?:(?:a|an|the|option) )?<| only| just)|\w+n't|cannot|never|neither|hardly|unlikely|"
-    r"improbable|less|impossible|wrong|incorrect|false|absent|missing|inaudible|ruled|eliminated|excluded|discarded|rejected|"
+    r"improbable|except|less|least|nowhere|by no means|makes? no|out of|off(?= \W|$)|if (?!i\b)|impossible|wrong|incorrect|false|absent|missing|inaudible|ruled|eliminated|excluded|discarded|rejected|"
     r"dismissed|irrelevant|inaccurate|untrue|implausible|doubtful|değil|नहीं|(?:で は|じ ゃ) (?:な|あ)|(?:[이가은는] )?아 [니닌])\b|"
-    r"would\b(?! be)|\? no\b|[✗✘❌]|"
+    r"would\b(?! be)|[:?(—] no(?= [^\w<]|$)|[✗✘❌]|"
     r"[.\n:?] (?:(?:this|that|it) is |that's |it's )?(?:incorrect|wrong|false|not (?:heard|correct|right|present|likely|it))(?: \W|$)")
 NOTE = re.compile(r"(?:: )?(?:maj|min|dim|aug|sus|flat|sharp|dorian|phrygian|lydian|mixolydian|aeolian|locrian)")
 POSTCUE = re.compile(  # or chosen by it: "is correct", "is the best answer"
@@ -231,7 +231,7 @@ def stands(items: list[str], low: list[str], at: int, end: int, letters: list[in
     if end - at > 1:
         return True
     if word in {"no", "not", "none", "never"}:
-        return after in PUNCT or after in {"i", "it", "there", "he", "she", "they", "this", "that", "we", "the", "or", "and"}
+        return after in PUNCT | REASONS or after in {"i", "it", "there", "he", "she", "they", "this", "that", "we", "the", "or", "and"}
     if word == "one":
         return after != "of" and before not in {"the", "this", "that", "which", "no", "any", "first", "second", "third", "fourth",
                                                 "last", "only", "each", "every", "other", "another", "correct", "right"}
@@ -267,7 +267,7 @@ def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
         if index is not None and is_label(items, low, i, clear, cued):
             out.append(f"<{meant(low, i, index, keys)}>")
         elif out and t in {".", ")", "]", ":"} and out[-1][0] == "<" and items[i - 1][0] != "<" and (
-                "<" in {low[i + 1][0], low[i + 1] in ARTICLES and low[i + 2][0]} or AFTER.match(" ".join(low[i + 1:i + 10]))):
+                next((u for u in low[i + 1:i + 4] if u not in (PUNCT | ARTICLES) - {"\n"}), "")[:1] == "<" or AFTER.match(" ".join(low[i + 1:i + 10]))):
             continue  # the mark belongs to the label
         else:
             out.append(low[i])
@@ -292,7 +292,7 @@ def is_label(items: list[str], low: list[str], i: int, clear: bool, cued: bool) 
     closed = after in PUNCT or after in REASONS or after in "✓✔✅✗✘❌" or cued and re.match(f"[{CJK}]", after) or after[0] == "<" or after in {"or", "and", "nor", "but", "not", "over", "rather"}
     if before in {"(", "["} and after in {")", "]"}:
         return True
-    if before in OPTIONS or before == ":" and i > 1 and low[i - 2] in OPTIONS:
+    if before in OPTIONS or before == ":" and i > 1 and low[i - 2] in OPTIONS and (items[i].isupper() or after in PUNCT):
         return True
     if before in ARTICLES:
         return False
@@ -305,7 +305,7 @@ def is_label(items: list[str], low: list[str], i: int, clear: bool, cued: bool) 
         return False
     if items[i].islower() and not cued:  # "b." alone, "b) cat", "a. and b."
         return clear and after in {")", "]", ".", ":"} and before in LISTING - ARTICLES
-    return clear and closed
+    return clear and (closed or before in {"and", "or", "nor", "/"} and len(items[i - 2]) == 1 and items[i - 2].isupper())
 
 
 def cue(low: list[str], i: int) -> int:
@@ -332,7 +332,7 @@ def signals(items: list[str]) -> list[tuple]:
         for i in range(start, end):
             t = items[i]
             if t[0] == "<":
-                after = " ".join(items[i + 1:i + 10])
+                clear, after = False, " ".join(items[i + 1:i + 10])
                 by_after = bool(AFTER.match(after))
                 rank = EXPLICIT if POSTCUE.match(after) else max(level, TERSE if terse else MENTION)
                 if by_after:  # "dog and cat are wrong"
