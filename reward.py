@@ -6,12 +6,14 @@ what a model wrote and never executes it. This file needs no torch.
 """
 
 import ast
+import dataclasses
 import difflib
 import functools
 import itertools
 import math
 import operator
 import re
+import string
 import unicodedata
 from fractions import Fraction
 
@@ -24,65 +26,85 @@ MARKS = "".join(chr(c) for c in range(0x300, 0x3000) if unicodedata.category(chr
 CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 TOKEN = re.compile(rf"[{CJK}]|(?<!\w)-?\d+(?:[.,:/]\d+)*%?(?![^\W\d_])|(?:[^\W{CJK}]|[{MARKS}])+(?:'[^\W\d_]+)?#?|"
                    r"\n\s*|[.,;:!?()\[\]/=—。、✓✔✅✗✘❌]")
-PUNCT = set(".,;:!?()[]/=—。、\n")
-# Spellings made one before the tokens: special tokens and markup, "10-20" as "10 to 20", "C sharp" as "C#", a dash between
-# words; "non-vocal" and "dog-like" are one word, and mention neither vocals nor a dog.
+PUNCT, ENDS = set(".,;:!?()[]/=—。、\n"), set(".!?;\n。")
+UNWRAP = re.compile(r"\\(?:text|math)\w*\s*\{([^{}]*)\}")  # \text{B}, \mathbf{B}
+NOTE_A = r"a(?=-|\s(?:sharp|flat)\s(?:major|minor|maj|min)\b)"  # "a sharp sound" is no note
+# Spellings made one before the tokens: "10-20" is "10 to 20", "C sharp" is "C#", a dash between words is a mark, and
+# "non-vocal" and "dog-like" are one word, which mentions neither vocals nor a dog.
 SPELLINGS = [(re.compile(pattern, re.IGNORECASE), plain) for pattern, plain in (
     (r"\b(?:far from|(?:anything|everything|all) but|instead of|least likely)\b", "except"),
-    (r"\b(?:no|without|beyond)(?: any| a| all)? (?:doubt|question)\b", "surely"), (r"<[|/]{0,2}\w+[|/]?>", " "), (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1"), ("[’`´]", "'"), ("_", " "), ("♯", "#"),
-    ("♭", "b"), (r"(?<=\d)\s*[-–—~]\s*(?=\d)", " to "), (r"(?<!\S)[-–—]+(?!\S)|[–—]|-{2,}|[-=]>|→", " — "),
-    (r"\b([b-g]|a(?=-|\s(?:sharp|flat)\s(?:major|minor|maj|min)\b))[\s-]sharp\b", r"\1#"),
-    (r"\b([b-g]|a(?=-|\s(?:sharp|flat)\s(?:major|minor|maj|min)\b))[\s-]flat\b", r"\1b"),
-    (r"\b(non|un|anti|counter|dis|semi|pseudo|quasi)-(?=\w)", r"\1"), (r"-(?=(?:like|free|less|ish)\b)", ""))]
+    (r"\b(?:no|without|beyond)(?: any| a| all)? (?:doubt|question)\b", "surely"), (r"<[|/]{0,2}\w+[|/]?>", " "),
+    (UNWRAP.pattern, r"\1"), ("[’`´]", "'"), ("_", " "), ("♯", "#"), ("♭", "b"),
+    (r"(?<=\d)\s*[-–—~]\s*(?=\d)", " to "),
+    (r"(?<!\S)[-–—]+(?!\S)|[–—]|-{2,}|[-=]>|→", " — "), (rf"\b([b-g]|{NOTE_A})[\s-]sharp\b", r"\1#"),
+    (rf"\b([b-g]|{NOTE_A})[\s-]flat\b", r"\1b"), (r"\b(non|un|anti|counter|dis|semi|pseudo|quasi)-(?=\w)", r"\1"),
+    (r"-(?=(?:like|free|less|ish)\b)", ""))]
 
+ARTICLES = {"a", "an", "the"}
 ANSWERS = set("answer ans antwort ответ respuesta réponse risposta resposta cevap jawaban उत्तर 答 选 選 답".split())
 OPTIONS = set("option choice letter opción opcion opção opzione вариант 项 項 肢".split())
 BEST = set("best correct right final my likely appropriate suitable accurate matching chosen".split())
 CONCLUDE = set("so therefore thus hence must choose chose choosing chosen select selected pick picked go going conclude "
                "conclusion guess".split())
-VERBS = set("is it's that's are was think believe say sounds seems".split()) | CONCLUDE
+VERBS = CONCLUDE | set("is it's that's are was think believe say sounds seems".split())
 HEDGES = set("be could might may would maybe perhaps possibly potentially presumably".split())
-ARTICLES = {"a", "an", "the"}
 LISTING = PUNCT | ARTICLES | set("and or nor to vs option options choice choices 或 和 oder und o y ou et".split())
+# Words that may stand around an answer and add nothing to it.
 FILLER = LISTING | HEDGES | ANSWERS | OPTIONS | BEST | VERBS | set(
-    "answers would should could will it its i i'd i'll i'm we this that most more probably definitely clearly surely certainly "
-    "maybe perhaps simply just likely in with for on sound heard hear clip audio like as seems appears here there's okay ok well "
-    "sure yes no wait actually hmm but not sorry rather instead final finally final overall summary 案 应 該 该 是 为 択 择 "
-    "え は 我 正 确 解 で す 은 는 정 ist lautet die der das richtige korrekte la el es correcta una est bonne correcte "
-    "правильный это é correta a è".split())
+    "answers should could will it its i i'd i'll i'm we this that most more probably definitely clearly surely certainly "
+    "simply just in with for on sound heard hear clip audio like as appears here there's okay ok well sure yes no wait "
+    "actually hmm but not sorry rather instead finally overall summary 案 应 該 该 是 为 択 择 え は 我 正 确 解 で す 은 는 정 "
+    "ist lautet die der das richtige korrekte la el es correcta una est bonne correcte правильный это é correta è".split())
 REASONS = set("because since as given due while whereas although though 因 weil porque".split())  # no answer follows these
-TURNS = set("possibly potentially wait actually hmm however but no sorry correction scratch reconsider alternatively although though maybe perhaps "
-            "oops hold initially".split())
-ENDS = {".", "!", "?", ";", "\n", "。"}
-NEGATORS = set("nothing nowhere avoid refuse disagree opposite against zero not no never neither nor none non without except excluding unlike than cannot isnt doesnt dont cant wont didnt "
-               "wasnt arent hardly barely rarely scarcely less unlikely impossible doubt doubtful nobody fails lacks lacking worst wrong incorrect false whether if unable "
-               "unclear unsure rule ruled ruling rules eliminate eliminated eliminating eliminates exclude excluded rejecting "
-               "reject rejected discard discarded dismiss dismissed opposed 不 没 非 無 无 未 nicht kein keine keinen weder pas ni ne "
-               "не нет não nem नहीं ✗ ✘ ❌".split())
-RESETS = set(", ) — but so therefore thus hence while whereas although though however then 而 但 所 sondern sino mais pero aber "
-             "mas а но 、".split()) | REASONS
-AFTER = re.compile(  # a choice is denied by what follows it: "is not", ": incorrect", "(wrong)", "can be ruled out"
-    r"(?:(?:[:()\]—]|,(?= (?:is|are|was|were|which)\b)|which|is|are|was|were|be|been|can|could|should|would|will|the|may|might|must|do|does|did|has|have|had|seems?|"
-    r"sounds?|looks?|appears?|to|also|all|both|clearly|definitely|probably|simply|just|obviously|really|very|most|highly|"
-    r"therefore|thus|option|choice|ist|es|est|n'est|das|here|completely|totally|quite) )*"
+TURNS = set("wait actually hmm however but no sorry correction scratch reconsider alternatively although though maybe perhaps "
+            "possibly potentially oops hold initially".split())  # an answer may be taken back
+NEGATORS = set(
+    "not no never neither nor none non nothing nowhere nobody without except excluding unlike than cannot isnt doesnt dont cant "
+    "wont didnt wasnt arent hardly barely rarely scarcely less unlikely impossible doubt doubtful fails lacks lacking worst "
+    "wrong incorrect false whether if unable unclear unsure avoid refuse disagree opposite opposed against zero rule ruled "
+    "ruling rules eliminate eliminated eliminating eliminates exclude excluded reject rejected rejecting discard discarded "
+    "dismiss dismissed 不 没 非 無 无 未 nicht kein keine keinen weder pas ni ne не нет não nem नहीं ✗ ✘ ❌".split())
+RESETS = REASONS | set(", ) — 、 but so therefore thus hence however then 而 但 所 sondern sino mais pero aber mas а но".split())
+LIMITS = set("over under above below least most beyond".split())  # "over 10 seconds"
+PRONOUNS = set("i it there he she they this that we the or and".split())  # "no it is not"
+BEFORE_ONE = ARTICLES | set("this that which no any first second third last only each every other another correct right".split())
+CLOSERS = REASONS | set("or and nor but not over rather ✓ ✔ ✅ ✗ ✘ ❌".split())  # "B because", "B or C"
+# A choice is denied by what follows it: "is not", ": incorrect", "(wrong)", "can be ruled out" ...
+AFTER = re.compile(
+    r"(?:(?:[:()\]—]|,(?= (?:is|are|was|were|which)\b)|which|is|are|was|were|be|been|can|could|should|would|will|the|may|might|"
+    r"must|do|does|did|has|have|had|seems?|sounds?|looks?|appears?|to|also|all|both|clearly|definitely|probably|simply|just|"
+    r"obviously|really|very|most|highly|therefore|thus|option|choice|ist|es|est|n'est|das|here|completely|totally|quite) )*"
     r"(?:(?:not|nicht|не|no es|pas)(?! (?:(?:a|an|the|option) )?<| only| just)|\w+n't|cannot|never|neither|hardly|unlikely|"
-    r"improbable|except|less|least|nowhere|by no means|makes? no|out of|off(?= \W|$)|if (?!i\b)|impossible|wrong|incorrect|false|absent|missing|inaudible|ruled|eliminated|excluded|discarded|rejected|"
-    r"dismissed|irrelevant|inaccurate|untrue|implausible|doubtful|değil|नहीं|(?:で は|じ ゃ) (?:な|あ)|(?:[이가은는] )?아 [니닌])\b|"
+    r"improbable|(?<=the )except|less|least|nowhere|by no means|makes? no|out of|off(?= \W|$)|if (?!i\b)|impossible|wrong|incorrect|"
+    r"false|absent|missing|inaudible|ruled|eliminated|excluded|discarded|rejected|dismissed|irrelevant|inaccurate|untrue|"
+    r"implausible|doubtful|değil|नहीं|(?:で は|じ ゃ) (?:な|あ)|(?:[이가은는] )?아 [니닌])\b|"
     r"would\b(?! be)|[:?(—] no(?= [^\w<]|$)|[✗✘❌]|"
     r"[.\n:?] (?:(?:this|that|it) is |that's |it's )?(?:incorrect|wrong|false|not (?:heard|correct|right|present|likely|it))(?: \W|$)")
+# ... or chosen: "is correct", "would be the best answer".
+CHOSEN = re.compile(
+    r"[✓✔✅]|(?:is|was|seems|appears|would be|must be|as|to be|ist|es|est|是)(?: (?:to|be|the|my|most|more|best|correct|likely|right|"
+    r"final|only|clearly|definitely|indeed|therefore|accurate|appropriate))* (?:answer|option|choice|match|"
+    r"(?:correct|right|best|正 确|对|richtig)(?= [^\w]|$| answer| option| choice))")
 NOTE = re.compile(r"(?:: )?(?:maj|min|dim|aug|sus|flat|sharp|dorian|phrygian|lydian|mixolydian|aeolian|locrian)")
-POSTCUE = re.compile(  # or chosen by it: "is correct", "is the best answer"
-    r"[✓✔✅]|(?:is|was|seems|appears|would be|must be|as|to be|ist|es|est|是)(?: (?:to|be|the|my|most|more|best|correct|likely|right|final|only|"
-    r"clearly|definitely|indeed|therefore|accurate|appropriate))* (?:answer|option|choice|match|(?:correct|right|best|正 确|对|richtig)"
-    r"(?= [^\w]|$| answer| option| choice))")
 REFUSAL = re.compile(
-    r"\bno (?:audio|sound|clip|recording|file|attachment)\b(?! other)|\bas an ai\b|(?:can't|cannot|can not|couldn't|unable to|"
-    r"not able to|impossible to|don't have the ability to)(?: \w+)? (?:be )?(?:listen|access|process|play|analyze|determine|tell|"
-    r"answer|know|say|help|assist|identify|hear (?:the|any|this|that|your) (?:audio|sound|clip|recording|file))|"
-    r"audio (?:is|was|were) (?:missing|not)|(?:please|could you) (?:provide|upload|share)")
+    r"\bno (?:audio|sound|clip|recording|file|attachment)\b(?! other)|\bas an ai\b|audio (?:is|was|were) (?:missing|not)|"
+    r"(?:please|could you) (?:provide|upload|share)|(?:can't|cannot|can not|couldn't|unable to|not able to|impossible to)(?: \w+)? "
+    r"(?:be )?(?:listen|access|process|play|analyze|determine|tell|answer|know|say|help|assist|identify|"
+    r"hear (?:the|any|this|that|your) (?:audio|sound|clip|recording|file))")
 THINK = re.compile(r"<\s*(?:(/)\s*)?think(?:ing)?\s*>", re.IGNORECASE)
 ANSWER = re.compile(r"<\s*(?:(/)\s*)?(?:answer|response)\s*>|\\boxed\s*\{([^{}]*)\}", re.IGNORECASE)
-MENTION, CLAIM, TERSE, EXPLICIT = range(4)  # how a choice was given: in passing, "so it is X", "X.", "the answer is X"
+MENTION, CLAIM, TERSE, EXPLICIT = range(4)  # how a choice is given: in passing, "so it is X", "X.", "the answer is X"
+
+
+@dataclasses.dataclass
+class Signal:
+    """One place where a choice is named."""
+    index: int
+    level: int
+    denied: bool
+    first: int  # where it stands
+    last: int
+    turn: int  # where the last word of TURNS before it stands
 
 
 def lex(text: str) -> list[str]:
@@ -129,7 +151,7 @@ def answer_parts(text: str) -> list[str]:
     thinks = list(THINK.finditer(text))
     if thinks:  # an unclosed <think> hides all that follows it
         text = text[thinks[-1].end():] if thinks[-1].group(1) else text[:thinks[-1].start()]
-    text = SPELLINGS[3][0].sub(r"\1", text)  # \boxed{\text{B}}
+    text = UNWRAP.sub(r"\1", text)  # \boxed{\text{B}}
     parts, start, boxed = [], None, []
     for m in ANSWER.finditer(text):
         if m.group(2) is not None:
@@ -163,7 +185,7 @@ def resolve_part(text: str, choices: list[str]) -> int | None:
         index = keys[said]
     elif len(said) != 1 or (index := label_of(said[0], letters)) is None:
         items = with_letters(with_mentions(items, keys, letters), letters, keys)
-        index = decide(unlisted(signals(items), items, letters), REFUSAL.search(" ".join(items)))
+        index = decide(unlisted(signals(items), items, letters), REFUSAL.search(" ".join(items)) is not None)
     return None if index == -1 else index
 
 
@@ -181,9 +203,9 @@ def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]
     cut = cut_off(low, keys)
     while at < len(low):
         key, end = find(at)
-        if key and (end <= cut or not set(low[cut:at] + low[end:]) - LISTING) and stands(items, low, at, end, letters, keys, find):
-            for other in joined_to(out, low, at, end, key, keys, find):
-                out += [f"<{keys[other]}>", "or"]
+        whole = end <= cut or not set(low[cut:at] + low[end:]) - LISTING
+        if key and whole and stands(items, low, at, end, letters, keys):
+            out += [t for other in joined(out, low[end:end + 5], key, keys, find, end) for t in (f"<{keys[other]}>", "or")]
             out.append(f"<{names[key]}>")
             at = end
         else:
@@ -212,7 +234,7 @@ def match(low: list[str], at: int, key: tuple) -> int:
 
 def cut_off(low: list[str], keys: dict) -> int:
     """Where a choice begins that the end of the text breaks off; what is mentioned within it is not meant by itself."""
-    for size in range(min(len(low), 80), 1, -1) if low and low[-1] not in ENDS else ():
+    for size in range(min(len(low), 80), 1, -1) if low and low[-1] not in PUNCT else ():
         *rest, last = [t for t in low[-size:] if t not in PUNCT] or [""]
         if rest and low[-size] not in PUNCT and any(
                 list(key[:len(rest)]) == rest and key != (*rest, last) and "".join(key[len(rest):][:1]).startswith(last)
@@ -221,54 +243,50 @@ def cut_off(low: list[str], keys: dict) -> int:
     return len(low)
 
 
-def stands(items: list[str], low: list[str], at: int, end: int, letters: list[int], keys: dict, find) -> bool:
-    """Is this word a mention? "No" and "one" are also other words, and single letters may be labels or the article."""
+def stands(items: list[str], low: list[str], at: int, end: int, letters: list[int], keys: dict) -> bool:
+    """Is this a mention? "No" and "one" are other words, too, single letters may be labels, and "over 10" is not 10."""
     word, before, after = low[at], low[at - 1] if at else "\n", low[end] if end < len(low) else "\n"
-    if end - at > 1 and items[at] == "a" and low[at + 1] in {"minor", "major", "flat", "sharp"}:
-        return False  # "in a minor key"
-    if word[0].isdigit() and (before in {"over", "under", "above", "below", "least", "most", "beyond"} or low[at - 2:at] == ["up", "to"]):
+    if word[0].isdigit() and (before in LIMITS or low[at - 2:at] == ["up", "to"]):
         return False
     if end - at > 1:
-        return True
+        return items[at] != "a" or low[at + 1] not in {"minor", "major", "flat", "sharp"}  # "in a minor key"
     if word in {"no", "not", "none", "never"}:
-        return after in PUNCT | REASONS or after in {"i", "it", "there", "he", "she", "they", "this", "that", "we", "the", "or", "and"}
+        return after in PUNCT | REASONS | PRONOUNS
     if word == "one":
-        return after != "of" and before not in {"the", "this", "that", "which", "no", "any", "first", "second", "third", "fourth",
-                                                "last", "only", "each", "every", "other", "another", "correct", "right"}
+        return after != "of" and before not in BEFORE_ONE
     if len(word) == 1 and word.isascii() and word.isalpha():
         text = next((keys.get((t,)) for t in low[end:end + 4] if t not in PUNCT), None)
-        if before in OPTIONS or before in "([" and after in ")]" or after in PUNCT and text == label_of(word, letters) is not None:
-            return False
-        return items[at].isupper() and (word not in "ai" or after in PUNCT | {"or", "and"})
+        labelled = after in PUNCT and text == label_of(word, letters) is not None  # "D. A" where A is the fourth choice
+        return not labelled and before not in OPTIONS and not (before in "([" and after in ")]") and items[at].isupper() and (
+            word not in "ai" or after in PUNCT | {"or", "and"})
     return True
 
 
-def joined_to(out: list[str], low: list[str], at: int, end: int, key: tuple, keys: dict, find) -> list[tuple]:
+def joined(out: list[str], later: list[str], key: tuple, keys: dict, find, end: int) -> list[tuple]:
     """Choices of which "acoustic or electric guitar" and "10 to 20 seconds" say only the word that tells them apart."""
     near = []
-    for side, joints, whole in ((out[-5:][::-1], {"or", "and", "to", "nor", "/", ","}, None),
-                                (low[end:end + 5], {"or", "nor", "/"}, find)):
+    for side, joints in (out[-5:][::-1], {"or", "and", "to", "nor", "/", ","}), (later, {"or", "nor", "/"}):
         gap = next((k for k, t in enumerate(side) if t not in joints | ARTICLES | {","}), len(side))
-        if joints & set(side[:gap]) and not (whole and whole(end + gap)[1]):
-            near += side[gap:gap + 1]
-    return [other for other in keys if any(t in other and t not in key for t in map(str.lower, near)) and set(other) & set(key) - LISTING]
+        if joints & set(side[:gap]) and not (side is later and find(end + gap)[1]):
+            near += [t.lower() for t in side[gap:gap + 1]]
+    return [other for other in keys if set(other) & set(key) - LISTING and any(t in other and t not in key for t in near)]
 
 
 def label_of(token: str, letters: list[int]) -> int | None:
-    i = ord(token.lower()) - 97 if len(token) == 1 else -1
-    return letters[i] if 0 <= i < min(len(letters), 26) else None
+    i = string.ascii_lowercase.find(token.lower()) if len(token) == 1 else -1
+    return letters[i] if 0 <= i < len(letters) else None
 
 
 def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
     """Every letter that is a label, and no article, note or initial, becomes "<i>" too."""
-    low, out, clear, cued = [t.lower() for t in items] + ["\n", "\n"], [], True, False
+    low, out, clear, cued = [t.lower() for t in items] + ["\n", "\n"], [], True, False  # nothing but filler, a cue before this
     for i, t in enumerate(items):
         index = label_of(t, letters)
         if index is not None and is_label(items, low, i, clear, cued):
             out.append(f"<{meant(low, i, index, keys)}>")
-        elif out and t in {".", ")", "]", ":"} and out[-1][0] == "<" and items[i - 1][0] != "<" and (
-                next((u for u in low[i + 1:i + 4] if u not in (PUNCT | ARTICLES) - {"\n"}), "")[:1] == "<" or AFTER.match(" ".join(low[i + 1:i + 10]))):
-            continue  # the mark belongs to the label
+        elif t in {".", ")", "]", ":"} and out and out[-1][0] == "<" and items[i - 1][0] != "<" and (
+                content(low, i)[:1] == "<" or AFTER.match(" ".join(low[i + 1:i + 10]))):
+            continue  # the mark belongs to the label: "B. cat", "B. Incorrect"
         else:
             out.append(low[i])
             if cue(low, i) or t in ENDS:
@@ -278,130 +296,120 @@ def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
     return out
 
 
+def content(low: list[str], i: int) -> str:
+    """The next token that is no mark and no article."""
+    return next((t for t in low[i + 1:i + 4] if t == "\n" or t not in PUNCT and t not in ARTICLES), "")
+
+
 def meant(low: list[str], i: int, index: int, keys: dict) -> int:
     """The label's choice, unless the letter is the text of another, or all that is left of one ("A" of "A dog") at the end."""
-    after = next((t for t in low[i + 1:i + 4] if t not in PUNCT | ARTICLES), "")
-    if after == f"<{index}>" or i and (low[i - 1] in OPTIONS or low[i - 1] in "([" and low[i + 1] in ")]"):
+    if content(low, i) == f"<{index}>" or i and (low[i - 1] in OPTIONS or low[i - 1] in "([" and low[i + 1] in ")]"):
         return index
     cut = i == len(low) - 3 and any(len(key) == 2 and key[0] == low[i] and keys[key] != index for key in keys)
     return -1 if cut else keys.get((low[i],), index)
 
 
 def is_label(items: list[str], low: list[str], i: int, clear: bool, cued: bool) -> bool:
-    before, after = low[i - 1] if i else "\n", low[i + 1]
-    closed = after in PUNCT or after in REASONS or after in "✓✔✅✗✘❌" or cued and re.match(f"[{CJK}]", after) or after[0] == "<" or after in {"or", "and", "nor", "but", "not", "over", "rather"}
-    if before in {"(", "["} and after in {")", "]"}:
+    before, after, capital, rest = low[i - 1] if i else "\n", low[i + 1], items[i].isupper(), " ".join(low[i + 1:i + 11])
+    if before in "([" and after in ")]" or before in OPTIONS:
         return True
-    if before in OPTIONS or before == ":" and i > 1 and low[i - 2] in OPTIONS and (items[i].isupper() or after in PUNCT):
+    if before == ":" and i > 1 and low[i - 2] in OPTIONS and (capital or after in PUNCT):
         return True
-    if before in ARTICLES:
+    if before in ARTICLES or NOTE.match(rest):
         return False
-    rest = " ".join(low[i + 1:i + 11])
-    if NOTE.match(rest):
-        return False
-    if after not in PUNCT and (AFTER.match(rest) or POSTCUE.match(rest)):
-        return clear and (items[i].isupper() or before in ANSWERS)
-    if low[i] in "ai" and (after[0] == "<" or after in {"\n"} and items[i].islower() and i > 0):
-        return False
-    if items[i].islower() and not cued:  # "b." alone, "b) cat", "a. and b."
-        return clear and after in {")", "]", ".", ":"} and before in LISTING - ARTICLES
-    return clear and (closed or before in {"and", "or", "nor", "/"} and len(items[i - 2]) == 1 and items[i - 2].isupper())
+    if after not in PUNCT and (AFTER.match(rest) or CHOSEN.match(rest)):
+        return clear and (capital or before in ANSWERS)
+    if low[i] in "ai" and (after[0] == "<" or after == "\n" and not capital and i > 0):
+        return False  # "A dog", "it is a"
+    if not capital and not cued:  # "b." alone, "b) cat", "a. and b."
+        return clear and after in {")", "]", ".", ":"} and before in LISTING and before not in ARTICLES
+    paired = before in {"and", "or", "nor", "/"} and len(items[i - 2]) == 1 and items[i - 2].isupper()  # "A and B are ..."
+    closed = after in PUNCT or after in CLOSERS or after[0] == "<" or cued and re.match(f"[{CJK}]", after) is not None
+    return clear and (closed or paired)
 
 
 def cue(low: list[str], i: int) -> int:
-    """How the answer is given after this word: EXPLICIT, CLAIM, or MENTION where it is no cue."""
+    """How the answer is given after this word: EXPLICIT, CLAIM, or MENTION where it is no cue ("to answer this question")."""
     before, after = low[i - 1] if i else "\n", low[i + 1] if i + 1 < len(low) else "\n"
-    if low[i] in ANSWERS and before not in {"to", "can", "cannot", "can't", "not", "no"} and \
-            after not in {"this", "that", "the", "your", "question", "options", "choices"}:
-        return EXPLICIT
-    if low[i] in OPTIONS and before in BEST:
+    noun = before not in {"to", "can", "cannot", "can't", "not", "no"} and after not in {
+        "this", "that", "the", "your", "question", "options", "choices"}
+    if low[i] in ANSWERS and noun or low[i] in OPTIONS and before in BEST:
         return EXPLICIT
     return CLAIM if low[i] in CONCLUDE else MENTION
 
 
-def signals(items: list[str]) -> list[tuple]:
-    """Every symbol as [index, level, denied, place in items, place of the last word that turns round]."""
-    found, level, turn, start, bare = [], MENTION, -1, 0, False
-    for end in [i for i, t in enumerate(items) if t in ENDS and items[i + 1:i + 2] not in (["or"], ["and"], [")"])] + [len(items)]:
-        part = items[start:end]
-        asked = items[end:end + 1] == ["?"] and items[end + 1:end + 2] not in (["yes"], ["yeah"], ["correct"])
+def signals(items: list[str]) -> list[Signal]:
+    """Every symbol weighed in its sentence."""
+    found, level, turn, start, bare = [], MENTION, -1, 0, False  # bare: a cue, and nothing after it yet
+    glue = {"or", "and", ")"}  # a sentence goes on: "dog. Or cat."
+    for end in [i for i, t in enumerate(items) if t in ENDS and not glue & set(items[i + 1:i + 2])] + [len(items)]:
+        part, mark, after_it = items[start:end], items[end:end + 1], items[end + 1:end + 2]
+        asked = mark == ["?"] and after_it not in (["yes"], ["yeah"], ["correct"])
         terse = not (VERBS | HEDGES) & set(part) and all(t[0] == "<" or t in FILLER for t in part)
-        if not bare:
-            level = MENTION
+        level = level if bare else MENTION
         clear, negated, conjoined = True, False, False
         for i in range(start, end):
             t = items[i]
             if t[0] == "<":
-                clear, after = False, " ".join(items[i + 1:i + 10])
-                by_after = bool(AFTER.match(after))
-                rank = EXPLICIT if POSTCUE.match(after) else max(level, TERSE if terse else MENTION)
-                if by_after:  # "dog and cat are wrong"
-                    back, at = len(found), i
-                    while back and not set(items[found[back - 1][3] + 1:at]) - LISTING:
-                        back, at = back - 1, found[back - 1][3]
-                        found[back][2] = True
-                found.append([int(t[1:-1]), rank, negated or asked or by_after, i, turn])
-                bare = False
+                after = " ".join(items[i + 1:i + 10])
+                if denied := bool(AFTER.match(after)):  # and with it all that it is listed with: "dog and cat are wrong"
+                    here, k = i, len(found) - 1
+                    while k >= 0 and not set(items[found[k].last + 1:here]) - LISTING:
+                        found[k].denied, here, k = True, found[k].first, k - 1
+                rank = EXPLICIT if CHOSEN.match(after) else max(level, TERSE if terse else MENTION)
+                found.append(Signal(int(t[1:-1]), rank, negated or asked or denied, i, i, turn))
+                clear = bare = False
                 continue
-            how = cue(items, i)
-            level = max(level, how, CLAIM if clear and t in VERBS else MENTION)
-            bare = bare and t in FILLER or how == EXPLICIT
+            level = max(level, cue(items, i), CLAIM if clear and t in VERBS else MENTION)
+            bare = bare and t in FILLER or cue(items, i) == EXPLICIT
             clear = t == "," or clear and t in FILLER
             turn = i if t in TURNS else turn
-            if (t in NEGATORS or t.endswith("n't") or t == "instead" and items[i + 1:i + 2] == ["of"]) and (
-                    items[i + 1:i + 2] not in (["only"], ["just"], ["merely"])):
+            if (t in NEGATORS or t.endswith("n't")) and not {"only", "just", "merely"} & set(items[i + 1:i + 2]):
                 negated, conjoined = True, t == "nor"
                 level = MENTION if level == EXPLICIT else level
             elif t in LISTING and t not in PUNCT and t not in ARTICLES:
                 conjoined = True
-            elif t == "," and negated and not conjoined and items[i - 1][0] == "<" and \
-                    re.match(r"(?:(?:or|nor|and|a|an|the) )*<", " ".join(items[i + 1:i + 6])):
-                pass  # "not happy, sad or angry"
-            elif t in RESETS:
+            elif t in RESETS and not (t == "," and negated and not conjoined and items[i - 1][0] == "<" and re.match(
+                    r"(?:(?:or|nor|and|a|an|the) )*<", " ".join(items[i + 1:i + 6]))):  # "not happy, sad, or angry"
                 negated = False
                 level = MENTION if t in REASONS else level
-        start = end + 1
-        turn = turn if end < len(items) else turn
-        bare = bare and items[end:end + 1] == ["\n"]
+        start, bare = end + 1, bare and mark == ["\n"]
     return found
 
 
-def unlisted(found: list, items: list[str], letters: list[int]) -> list:
-    """Without the options as the question gave them: every choice once, with nothing but commas and the like between."""
-    merged = []
-    for s in found:
-        if merged and merged[-1][0] == s[0] and not set(items[merged[-1][4] + 1:s[3]]) - LISTING:
-            merged[-1][1:3] = max(merged[-1][1], s[1]), merged[-1][2] or s[2]
-            merged[-1][4] = s[3]
+def unlisted(found: list[Signal], items: list[str], letters: list[int]) -> list[Signal]:
+    """Without what is denied, and without the options as the question gave them: all, once, with but commas between."""
+    def near(a: Signal, b: Signal) -> bool:
+        return not set(items[a.last + 1:b.first]) - LISTING
+
+    merged, out, i = [], [], 0
+    for s in found:  # "B. cat" is one
+        if merged and merged[-1].index == s.index and near(merged[-1], s):
+            one = merged[-1]
+            one.level, one.denied, one.last = max(one.level, s.level), one.denied or s.denied, s.last
         else:
-            merged.append([s[0], s[1], s[2], s[3], s[3], s[4]])
-    every, out, i = sorted(i for i, _ in itertools.groupby(letters)), [], 0
-    n = len(every)
+            merged.append(s)
+    every = sorted(index for index, _ in itertools.groupby(letters))
     while i < len(merged):
-        run = merged[i:i + n]
-        if n > 1 and sorted(s[0] for s in run) == every and not any(s[2] for s in run) and not any(
-                set(items[a[4] + 1:b[3]]) - LISTING for a, b in zip(run, run[1:])):
-            i += n
-        else:
-            out.append(merged[i])
-            i += 1
-    return [s for s in out if not s[2]]
+        run = merged[i:i + len(every)]
+        listed = len(every) > 1 and sorted(s.index for s in run) == every and not any(s.denied for s in run) and \
+            all(near(a, b) for a, b in zip(run, run[1:]))
+        out += [] if listed else run[:1]
+        i += len(run) if listed else 1
+    return [s for s in out if not s.denied]
 
 
-def decide(found: list, refused) -> int | None:
-    """The strongest way in which a choice was given decides, if it was one choice and nothing after it takes it back."""
-    for level in (EXPLICIT, TERSE, CLAIM, MENTION)[:2 if refused else 4]:
-        given = [s for s in found if s[1] == level]
-        if not given:
-            continue
-        chosen = {s[0] for s in given}
-        rivals = {s[0] for s in found if s[3] > given[-1][3] and (s[1] >= CLAIM or s[5] > given[-1][3])}
-        if level == EXPLICIT:
-            alone = {s[0] for s in found if s[1] == TERSE}
-            rivals |= alone if len(alone) == 1 else set()
-        chosen |= rivals
-        return chosen.pop() if len(chosen) == 1 else None
-    return None
+def decide(found: list[Signal], refused: bool) -> int | None:
+    """The strongest way in which a choice is given decides, if it is one choice and nothing takes it back."""
+    level = max((s.level for s in found), default=MENTION)
+    if not found or refused and level < TERSE:
+        return None
+    given = [s for s in found if s.level == level]
+    last = given[-1].first
+    chosen = {s.index for s in given} | {s.index for s in found if s.first > last and (s.level >= CLAIM or s.turn > last)}
+    alone = {s.index for s in found if s.level == TERSE}  # one stands by itself, and another is the answer; two are an analysis
+    chosen |= alone if len(alone) == 1 else set()
+    return chosen.pop() if len(chosen) == 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
