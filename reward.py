@@ -34,8 +34,8 @@ NOTE_A = r"a(?=-|\s(?:sharp|flat)\s(?:major|minor|maj|min)\b)"  # "a sharp sound
 SPELLINGS = [(re.compile(pattern, re.IGNORECASE), plain) for pattern, plain in (
     (r"\b(?:far from|(?:anything|everything|all) but|instead of|least likely)\b", "except"),
     (r"\b(?:no|without|beyond)(?: any| a| all)? (?:doubt|question)\b", "surely"), (r"<[|/]{0,2}\w+[|/]?>", " "),
-    (UNWRAP.pattern, r"\1"), ("[’`´]", "'"), ("_", " "), ("♯", "#"), ("♭", "b"),
-    (r"(?<=\d)\s*[-–—~]\s*(?=\d)", " to "),
+    (UNWRAP.pattern, r"\1"), (r"\[ \]", "✗"), (r"\[x\]", "✓"), ("[’`´]", "'"), ("_", " "), ("♯", "#"),
+    ("♭", "b"), (r"(?<=\d)\s*[-–—~]\s*(?=\d)", " to "),
     (r"(?<!\S)[-–—]+(?!\S)|[–—]|-{2,}|[-=]>|→", " — "), (rf"\b([b-g]|{NOTE_A})[\s-]sharp\b", r"\1#"),
     (rf"\b([b-g]|{NOTE_A})[\s-]flat\b", r"\1b"), (r"\b(non|un|anti|counter|dis|semi|pseudo|quasi)-(?=\w)", r"\1"),
     (r"-(?=(?:like|free|less|ish)\b)", ""))]
@@ -53,43 +53,44 @@ LISTING = PUNCT | ARTICLES | set("and or nor to vs option options choice choices
 FILLER = LISTING | HEDGES | ANSWERS | OPTIONS | BEST | VERBS | set(
     "answers should could will it its i i'd i'll i'm we this that most more probably definitely clearly surely certainly "
     "simply just in with for on sound heard hear clip audio like as appears here there's okay ok well sure yes no wait "
-    "actually hmm but not sorry rather instead finally overall summary 案 应 該 该 是 为 択 择 え は 我 正 确 解 で す 은 는 정 "
-    "ist lautet die der das richtige korrekte la el es correcta una est bonne correcte правильный это é correta è".split())
+    "actually hmm but not sorry rather instead finally overall summary 案 应 該 该 是 为 択 择 え は 我 正 确 解 で す 은 "
+    "는 정 ist lautet die der das richtige korrekte la el es correcta una est bonne correcte правильный это é correta è".split())
 REASONS = set("because since as given due while whereas although though 因 weil porque".split())  # no answer follows these
 TURNS = set("wait actually hmm however but no sorry correction scratch reconsider alternatively although though maybe perhaps "
             "possibly potentially oops hold initially".split())  # an answer may be taken back
 NEGATORS = set(
-    "not no never neither nor none non nothing nowhere nobody without except excluding unlike than cannot isnt doesnt dont cant "
-    "wont didnt wasnt arent hardly barely rarely scarcely less unlikely impossible doubt doubtful fails lacks lacking worst "
-    "wrong incorrect false whether if unable unclear unsure avoid refuse disagree opposite opposed against zero rule ruled "
-    "ruling rules eliminate eliminated eliminating eliminates exclude excluded reject rejected rejecting discard discarded "
-    "dismiss dismissed 不 没 非 無 无 未 nicht kein keine keinen weder pas ni ne не нет não nem नहीं ✗ ✘ ❌".split())
+    "not no never neither nor none non nothing nowhere nobody without except excluding unlike than cannot isnt doesnt dont "
+    "cant wont didnt wasnt arent hardly barely rarely scarcely less unlikely impossible doubt doubtful fails lacks lacking "
+    "worst wrong incorrect false whether if unable unclear unsure avoid refuse disagree opposite opposed against zero rule "
+    "ruled ruling rules eliminate eliminated eliminating eliminates exclude excluded reject rejected rejecting discard "
+    "discarded dismiss dismissed 不 没 非 無 无 未 nicht kein keine keinen weder pas ni ne не нет não nem नहीं ✗ ✘ ❌".split())
 RESETS = REASONS | set(", ) — 、 but so therefore thus hence however then 而 但 所 sondern sino mais pero aber mas а но".split())
 LIMITS = set("over under above below least most beyond".split())  # "over 10 seconds"
 PRONOUNS = set("i it there he she they this that we the or and".split())  # "no it is not"
-BEFORE_ONE = ARTICLES | set("this that which no any first second third last only each every other another correct right".split())
-CLOSERS = REASONS | set("or and nor but not over rather ✓ ✔ ✅ ✗ ✘ ❌".split())  # "B because", "B or C"
+BEFORE_ONE = ARTICLES | set("this that which no any first second third last only each every other another correct".split())
+CLOSERS = REASONS | set("or and nor but not over rather except unlike than ✓ ✔ ✅ ✗ ✘ ❌".split())  # "B because", "B or C"
 # A choice is denied by what follows it: "is not", ": incorrect", "(wrong)", "can be ruled out" ...
 AFTER = re.compile(
     r"(?:(?:[:()\]—]|,(?= (?:is|are|was|were|which)\b)|which|is|are|was|were|be|been|can|could|should|would|will|the|may|might|"
     r"must|do|does|did|has|have|had|seems?|sounds?|looks?|appears?|to|also|all|both|clearly|definitely|probably|simply|just|"
     r"obviously|really|very|most|highly|therefore|thus|option|choice|ist|es|est|n'est|das|here|completely|totally|quite) )*"
-    r"(?:(?:not|nicht|не|no es|pas)(?! (?:(?:a|an|the|option) )?<| only| just)|\w+n't|cannot|never|neither|hardly|unlikely|"
-    r"improbable|(?<=the )except|less|least|nowhere|by no means|makes? no|out of|off(?= \W|$)|if (?!i\b)|impossible|wrong|incorrect|"
-    r"false|absent|missing|inaudible|ruled|eliminated|excluded|discarded|rejected|dismissed|irrelevant|inaccurate|untrue|"
-    r"implausible|doubtful|değil|नहीं|(?:で は|じ ゃ) (?:な|あ)|(?:[이가은는] )?아 [니닌])\b|"
-    r"would\b(?! be)|[:?(—] no(?= [^\w<]|$)|[✗✘❌]|"
-    r"[.\n:?] (?:(?:this|that|it) is |that's |it's )?(?:incorrect|wrong|false|not (?:heard|correct|right|present|likely|it))(?: \W|$)")
+    r"(?:(?:not|nicht|не|no es|pas)(?! (?:(?:a|an|the|option) )?<| only| just)|\w+n't|cannot|never|neither|"
+    r"hardly|unlikely|improbable|(?<=the )except|less|least|nowhere|by no means|makes? no|out of|off(?= \W|$)|if (?!i\b)|"
+    r"impossible|wrong|incorrect|false|absent|missing|inaudible|ruled|eliminated|excluded|discarded|rejected|dismissed|irrelevant|inaccurate|"
+    r"untrue|implausible|doubtful|değil|नहीं|(?:で は|じ ゃ) (?:な|あ)|(?:[이가은는] )?아 [니닌])\b|"
+    r"would\b(?! be)|(?:is|was) the (?:\w+ ){0,4}not\b(?! (?:(?:a|an|the|option) )?<)|[:?(—] no(?= [^\w<]|$)|[✗✘❌]|"
+    r"[.\n:?] (?:(?:this|that|it) is |that's |it's )?"
+    r"(?:incorrect|wrong|false|not (?:heard|correct|right|present|likely|it))(?: \W|$)")
 # ... or chosen: "is correct", "would be the best answer".
 CHOSEN = re.compile(
-    r"[✓✔✅]|(?:is|was|seems|appears|would be|must be|as|to be|ist|es|est|是)(?: (?:to|be|the|my|most|more|best|correct|likely|right|"
-    r"final|only|clearly|definitely|indeed|therefore|accurate|appropriate))* (?:answer|option|choice|match|"
+    r"[✓✔✅]|(?:is|was|seems|appears|would be|must be|as|to be|ist|es|est|是)(?: (?:to|be|the|my|most|more|best|correct|likely|"
+    r"right|final|only|clearly|definitely|indeed|therefore|accurate|appropriate))* (?:answer|option|choice|match|"
     r"(?:correct|right|best|正 确|对|richtig)(?= [^\w]|$| answer| option| choice))")
 NOTE = re.compile(r"(?:: )?(?:maj|min|dim|aug|sus|flat|sharp|dorian|phrygian|lydian|mixolydian|aeolian|locrian)")
 REFUSAL = re.compile(
     r"\bno (?:audio|sound|clip|recording|file|attachment)\b(?! other)|\bas an ai\b|audio (?:is|was|were) (?:missing|not)|"
-    r"(?:please|could you) (?:provide|upload|share)|(?:can't|cannot|can not|couldn't|unable to|not able to|impossible to)(?: \w+)? "
-    r"(?:be )?(?:listen|access|process|play|analyze|determine|tell|answer|know|say|help|assist|identify|"
+    r"(?:please|could you) (?:provide|upload|share)|(?:can't|cannot|can not|couldn't|unable to|not able to|impossible to)"
+    r"(?: \w+)? (?:be )?(?:listen|access|process|play|analyze|determine|tell|answer|know|say|help|assist|identify|"
     r"hear (?:the|any|this|that|your) (?:audio|sound|clip|recording|file))")
 THINK = re.compile(r"<\s*(?:(/)\s*)?think(?:ing)?\s*>", re.IGNORECASE)
 ANSWER = re.compile(r"<\s*(?:(/)\s*)?(?:answer|response)\s*>|\\boxed\s*\{([^{}]*)\}", re.IGNORECASE)
@@ -190,9 +191,9 @@ def resolve_part(text: str, choices: list[str]) -> int | None:
 
 
 def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]:
-    """Every mention of the text of choice i becomes "<i>"; the longest wins. The rest is folded, but letters keep their case."""
+    """Every mention of the text of choice i becomes "<i>"; the longest wins. The rest is folded, all but letters."""
     low, out, at, by_first = [fold(t) for t in items], [], 0, {}
-    shorter = {key[1:]: i for key, i in keys.items() if key[0] in ARTICLES and len(key) > 2}  # "dog barking" for "a dog barking"
+    shorter = {key[1:]: i for key, i in keys.items() if key[0] in ARTICLES and len(key) > 2}  # without its article
     names = shorter | keys
     for key in sorted(names, key=len, reverse=True):
         by_first.setdefault(key[0], []).append(key)
@@ -354,7 +355,7 @@ def signals(items: list[str]) -> list[Signal]:
                 after = " ".join(items[i + 1:i + 10])
                 if denied := bool(AFTER.match(after)):  # and with it all that it is listed with: "dog and cat are wrong"
                     here, k = i, len(found) - 1
-                    while k >= 0 and not set(items[found[k].last + 1:here]) - LISTING:
+                    while k >= 0 and not set(items[found[k].last + 1:here]) - (LISTING - ENDS):
                         found[k].denied, here, k = True, found[k].first, k - 1
                 rank = EXPLICIT if CHOSEN.match(after) else max(level, TERSE if terse else MENTION)
                 found.append(Signal(int(t[1:-1]), rank, negated or asked or denied, i, i, turn))
@@ -371,7 +372,7 @@ def signals(items: list[str]) -> list[Signal]:
                 conjoined = True
             elif t in RESETS and not (t == "," and negated and not conjoined and items[i - 1][0] == "<" and re.match(
                     r"(?:(?:or|nor|and|a|an|the) )*<", " ".join(items[i + 1:i + 6]))):  # "not happy, sad, or angry"
-                negated = False
+                negated = negated and t == "as"  # "not ... such as"
                 level = MENTION if t in REASONS else level
         start, bare = end + 1, bare and mark == ["\n"]
     return found
@@ -384,18 +385,17 @@ def unlisted(found: list[Signal], items: list[str], letters: list[int]) -> list[
 
     merged, out, i = [], [], 0
     for s in found:  # "B. cat" is one
-        if merged and merged[-1].index == s.index and near(merged[-1], s):
+        if merged and merged[-1].index == s.index and near(merged[-1], s) and "\n" not in items[merged[-1].last:s.first]:
             one = merged[-1]
             one.level, one.denied, one.last = max(one.level, s.level), one.denied or s.denied, s.last
         else:
             merged.append(s)
-    every = sorted(index for index, _ in itertools.groupby(letters))
+    whole = sorted(letters), sorted(index for index, _ in itertools.groupby(letters))  # choices alike, side by side, may be one
     while i < len(merged):
-        run = merged[i:i + len(every)]
-        listed = len(every) > 1 and sorted(s.index for s in run) == every and not any(s.denied for s in run) and \
-            all(near(a, b) for a, b in zip(run, run[1:]))
-        out += [] if listed else run[:1]
-        i += len(run) if listed else 1
+        runs = [merged[i:i + len(every)] for every in whole if sorted(s.index for s in merged[i:i + len(every)]) == every]
+        listed = [run for run in runs if not any(s.denied for s in run) and all(near(a, b) for a, b in zip(run, run[1:]))]
+        out += [] if listed and len(listed[0]) > 1 else merged[i:i + 1]
+        i += len(listed[0]) if listed else 1
     return [s for s in out if not s.denied]
 
 

@@ -141,24 +141,24 @@ SAID = {  # choices: {index: completions}
             "I cannot determine the answer. A dog barks usually.", "The answer cannot be determined.",
             "The answer is unclear, maybe a dog or a cat", "unknown", "N/A", "n/a", "I", "e", "The answer is E.",
             "Plan B is fine", "Vitamin C", "Hepatitis B virus", "It is in C major", "The note is C.", "grade A audio",
-            "A sound.", "A loud noise.", "这是狗叫", "不选B", "答案不是B", "La respuesta no es B.", "Die Antwort ist nicht B.",
-            "Ce n'est pas B.", "<answer>dog</answer>\n<answer>cat</answer>", "dogs", "The dogs", "catlike",
-            "a cat-like sound", "dog-free", "non-dog sound", "Cats", "The speaker says 'dog' but the sound is a cat.",
-            "I hear a dog (option B)", "The answer is B (dog).", "The answer is A, cat.", "A. dog. B. cat.",
-            "The answer is dog, which corresponds to option B.", "Answer: none", "Answer:", "The answer is", "The answer is:",
-            "Answer: the sound of rain", "<answer></answer>", "dogdog", "The correct answer is not listed.",
-            "I would not say dog", "dog... wait, cat", "It is a dog. Just kidding, it is a cat.", "It isn't A, C, or D.",
-            "I reject B.", "B is out.", "B can be excluded.", "B must be wrong.", "B doesn't fit.",
-            "B does not match the audio", "Option B doesn't match.", "It's B that is wrong.", "The wrong answer is B.",
-            "An incorrect answer would be B.", "The least likely answer is B.", "the answer is anything but B",
-            "The answer isn't B.", "The answer can't be B.", "The answer must not be B", "The answer is never B.",
-            "Answer: not B", "Answer: definitely not dog", "no, not B", "Anything but dog", "B is false", "B (wrong)",
-            "B - wrong", "B: wrong", "Not (B)", "B ❌", "❌ B"],
+            "A sound.", "A loud noise.", "这是狗叫", "不选B", "答案不是B", "La respuesta no es B.",
+            "Die Antwort ist nicht B.", "Ce n'est pas B.", "<answer>dog</answer>\n<answer>cat</answer>", "dogs", "The dogs",
+            "catlike", "a cat-like sound", "dog-free", "non-dog sound", "Cats",
+            "The speaker says 'dog' but the sound is a cat.", "I hear a dog (option B)", "The answer is B (dog).",
+            "The answer is A, cat.", "A. dog. B. cat.", "The answer is dog, which corresponds to option B.", "Answer: none",
+            "Answer:", "The answer is", "The answer is:", "Answer: the sound of rain", "<answer></answer>", "dogdog",
+            "The correct answer is not listed.", "I would not say dog", "dog... wait, cat",
+            "It is a dog. Just kidding, it is a cat.", "It isn't A, C, or D.", "I reject B.", "B is out.",
+            "B can be excluded.", "B must be wrong.", "B doesn't fit.", "B does not match the audio",
+            "Option B doesn't match.", "It's B that is wrong.", "The wrong answer is B.", "An incorrect answer would be B.",
+            "The least likely answer is B.", "the answer is anything but B", "The answer isn't B.", "The answer can't be B.",
+            "The answer must not be B", "The answer is never B.", "Answer: not B", "Answer: definitely not dog", "no, not B",
+            "Anything but dog", "B is false", "B (wrong)", "B - wrong", "B: wrong", "Not (B)", "B ❌", "❌ B"],
         0: ["dog (A)", "The sound you hear is that of a dog barking.", "Well, that's clearly a dog.", "I would go with A.",
             "Is it dog? Yes, dog.", "Is it a dog? Yes.",
-            "Let's analyze each option:\n\nA. dog: There is barking.\nB. cat: no.\nC. bird: no.\nD. car horn: no.\n\nTherefore, the correct answer is A. dog.",
-            "The answer is dog (option A).", "The answer is dog, which is option A.",
-            "Option A corresponds to the dog, and it's the correct answer."],
+            "Let's analyze each option:\n\nA. dog: There is barking.\nB. cat: no.\nC. bird: no.\nD. car horn: "
+            "no.\n\nTherefore, the correct answer is A. dog.", "The answer is dog (option A).",
+            "The answer is dog, which is option A.", "Option A corresponds to the dog, and it's the correct answer."],
         1: ["B\n\nExplanation: I hear a meow, not a bark.", "B, because it meows.", "B is correct.", "B is the answer",
             "I'd go with B.", "It must be B.", "B, not A", "not A but B", "Option B: cat",
             "<answer>\nB\nbecause it meows</answer>",
@@ -180,13 +180,13 @@ SAID = {  # choices: {index: completions}
             "Although it resembles a dog, the answer is cat.", "A: incorrect\nB: correct\nC: incorrect\nD: incorrect",
             "A) No bark heard. B) Meow is heard. So B.",
             "- A: dog: not heard\n- B: cat: clearly heard\n- C: bird: not heard\n- D: car horn: not heard",
-            "A. dog - no barking is present.\nB. cat - meowing is present.\nC. bird - no chirping.\nD. car horn - none.\nThe answer is B.",
-            "Options: A. dog B. cat C. bird D. car horn\nAnswer: B", "The answer is not A, it is B.",
-            "The answer is not dog but cat.", "The answer isn't A. It's B.", "Not A. B.", "A? No. B.",
-            "Answer: B\n\nAnswer: B", "The answer is B. I repeat: B.", "答案是B。", "答案：B", "答案是（B）。", "正确答案是 B. cat", "选择 B",
-            "我认为答案是B", "不是A，是B", "答えはBです", "정답은 B입니다.", "Die richtige Antwort ist B.", "Die Antwort lautet: B",
-            "La respuesta correcta es B.", "La réponse est B.", "La risposta è B.", "A resposta correta é B.",
-            "Правильный ответ: B", "Es ist kein dog, sondern cat", "उत्तर: B",
+            "A. dog - no barking is present.\nB. cat - meowing is present.\nC. bird - no chirping.\nD. car horn - "
+            "none.\nThe answer is B.", "Options: A. dog B. cat C. bird D. car horn\nAnswer: B",
+            "The answer is not A, it is B.", "The answer is not dog but cat.", "The answer isn't A. It's B.", "Not A. B.",
+            "A? No. B.", "Answer: B\n\nAnswer: B", "The answer is B. I repeat: B.", "答案是B。", "答案：B", "答案是（B）。",
+            "正确答案是 B. cat", "选择 B", "我认为答案是B", "不是A，是B", "答えはBです", "정답은 B입니다.",
+            "Die richtige Antwort ist B.", "Die Antwort lautet: B", "La respuesta correcta es B.", "La réponse est B.",
+            "La risposta è B.", "A resposta correta é B.", "Правильный ответ: B", "Es ist kein dog, sondern cat", "उत्तर: B",
             "<think>I hear meow</think>\n<answer>B. cat</answer>", "<think>\nmaybe dog\n</think>\n\nThe answer is cat.",
             "</think>B", "<answer>The answer is B</answer>", "<answer>B</answer> because dog is not heard",
             "<response>cat</response>", "<answer>(B)</answer>", "<answer>[cat]</answer>", "<answer>cat.</answer>",
@@ -204,8 +204,8 @@ SAID = {  # choices: {index: completions}
             "The options are dog, cat, bird and car horn. The answer is bird.", "Based on the audio, I would choose: bird",
             "The right answer is c", "Therefore, the sound is a bird.", "I select option C.", "My choice is C.",
             "I didn't hear any dog; I heard a bird", "Dog is wrong. Cat is wrong. Bird is right.",
-            "A is wrong, B is wrong, so C.", "A and B are wrong. C is correct.", "Neither A nor B. C.", "应该选C。", "正解：C",
-            "정답: C", "La bonne réponse est (C).", "Ответ: C.", "The animal heard is definitely a bird.",
+            "A is wrong, B is wrong, so C.", "A and B are wrong. C is correct.", "Neither A nor B. C.", "应该选C。",
+            "正解：C", "정답: C", "La bonne réponse est (C).", "Ответ: C.", "The animal heard is definitely a bird.",
             "This clip features the sound of a bird singing.", "bird's song", "bird.\n\nThe bird chirps."],
         3: ["The audio features a car horn.", "My answer: car horn", "Thus the correct option is D) car horn.", "I'd pick D.",
             "That would be a car horn", "What you are hearing is a car horn.",
@@ -286,7 +286,7 @@ SAID = {  # choices: {index: completions}
             "Answer: A.", "A", "A dog barking, not a cat meowing."],
         1: ["The audio contains the sound of a cat meowing, so the correct choice is B.",
             "It's not a dog barking; it's a cat meowing.",
-            "The correct answer is: A cat meowing.\n\nThe meowing is clearly audible, while no dog barking can be heard.",
+            "The correct answer is: A cat meowing.\n\nThe meowing is clearly audible, while no dog barking can be " "heard.",
             "I believe that the answer would be B, as the meow is distinct.",
             "Option A, a dog barking, is unlikely. Option B, a cat meowing, fits best.",
             "$\\boxed{\\text{(B) A cat meowing}}$",
@@ -298,9 +298,9 @@ SAID = {  # choices: {index: completions}
         2: ["The primary sound is birds chirping. Therefore, the answer is C) Birds chirping.",
             "Sure! The answer is (C) Birds chirping.", "**Answer:** C. Birds chirping", "### Answer\nC",
             "It could be A or C, but I'd go with C."],
-        3: ["Let me think. First I hear a car horn honking, then a dog barking. The question asks for the first sound. So the answer is D.",
-            "A car horn honking is heard at the start.", "The sound is most consistent with option D, a car horn honking.",
-            "D. A car horn", "Final Answer: \\boxed{D}"],
+        3: ["Let me think. First I hear a car horn honking, then a dog barking. The question asks for the first "
+            "sound. So the answer is D.", "A car horn honking is heard at the start.",
+            "The sound is most consistent with option D, a car horn honking.", "D. A car horn", "Final Answer: \\boxed{D}"],
     },
     ("C major", "A minor", "G major", "E minor"): {
         2: ["The key is G major.", "C"],
@@ -448,10 +448,63 @@ SAID = {  # choices: {index: completions}
             "The answer could be kitchen if there were dishes",
             "The answer would be kitchen if there were dishes, but there are none"],
     },
+    ("Piano", "Violin", "Drums", "Flute"): {
+        0: ["To determine the instrument, I listened for timbre. The sound has a bright attack and decay typical "
+            "of struck strings. The piano is the most likely instrument. Answer: A", "I hear drums? No, piano.",
+            "The answer is A. B is wrong.", "The answer is A; B, C and D are wrong.", "The answer is A and not B.",
+            "A instead of B", "A rather than B", "Not B. It's A."],
+        2: ["The audio begins with a violin, and then drums join. The question asks what joins later. The " "answer: Drums."],
+        3: ["First there is a piano, followed by a flute. Since the question asks for the last instrument, the "
+            "answer is flute.", "In the audio, the melody is played by a flute. The flute has a breathy tone.",
+            "The melody is played by a flute, accompanied by piano. So the correct option is D.",
+            "The instrument is not the piano, violin or drums. It must be the flute.",
+            "Compared to the piano, the flute is softer. Answer: flute", "Best guess is flute", "I'm leaning towards flute",
+            "I'm inclined to say flute", "Likely answer: flute", "Most likely: flute", "Most likely the flute.",
+            "The most likely option is D", "no piano, no violin, no drums -> flute",
+            "Piano, Violin, Drums, Flute. I pick Flute.", "A) Piano B) Violin C) Drums D) Flute. Answer: D",
+            "A) Piano\nB) Violin\nC) Drums\nD) Flute\nD) Flute", "Not A\nNot B\nNot C\nD"],
+        None: ["The melody is played by a flute, accompanied by piano.",
+            "The instrument isn't a piano. It isn't a violin either. It could be drums or a flute.",
+            "I first considered piano. However, the sustained notes indicate violin.", "not piano/violin", "piano/violin?",
+            "piano and/or violin", "piano (maybe violin)", "piano, perhaps violin", "piano, or possibly violin",
+            "Either the piano or the violin.", "Both piano and violin", "Piano plus violin", "piano with drums",
+            "A piano duet with violin", "piano, then violin", "Piano... Violin... Drums... Flute...",
+            "All four: piano, violin, drums, flute", "piano violin",
+            "A) Piano\nB) Violin\nC) Drums\nD) Flute\n\nThe correct answer is not A) Piano.",
+            "I won't choose between piano and violin", "I cannot choose", "I can't pick an option; the audio is missing.",
+            "The audio does not contain any instruments such as piano.", "if piano then A", "It depends: piano or violin.",
+            "A > B", "A beats B", "False: B", "The violin is the instrument that is NOT heard.",
+            "The instrument not heard is the violin.", "The one that does not fit is violin", "vi0lin", "violins", "viola",
+            "Violín", "V i o l i n", "Pian", "Flut", "The answer is Flu", "The answer is pia",
+            "<think>It is piano</think>I am unsure.", "<answer>B or C</answer>", "<answer>not B</answer>",
+            "<answer>B</answer> no, <answer>C</answer>", "\\boxed{B} or \\boxed{C}", "没有 piano", "是 piano 还是 violin？",
+            "A 是错的", "A不对", "ピアノ", "A는 아닙니다"],
+        1: ["There are no drums. There's a violin.", "There are no drums, just a violin.",
+            "I first considered piano. However, the sustained notes indicate violin. My answer is violin.",
+            "Unlike a piano, a violin has sustained notes. So violin.",
+            "The piano has a percussive attack, unlike what I hear. The violin has sustained notes, which match. "
+            "Therefore, B.", "B. Violin is correct, since the sound is bowed.",
+            "B. Violin. The bowing is audible; there's no piano.",
+            "Answer: (B) Violin. Explanation: The bowing noise rules out piano and flute.",
+            "(B) Violin because A, C, and D don't have bowing.", "The answer is Violin (B).", "The answer is 'Violin'.",
+            "The answer is \"B\".", "the answer is: b", "The answer is: b.", "The answer is:\n\nB",
+            "The answer is:\n\nB. Violin", "The answer is:\n- Violin", "**Final answer**: **B**",
+            "**Final answer:**\n\n**B. Violin**", "> **B. Violin**", "Answer: `B`", "Answer: [B]", "Answer: {B}",
+            "Answer → B", "Answer is (b)", "Answer is b) violin", "The correct letter is B.", "Letter B", "Letter: B",
+            "B is my answer.", "B is my final answer", "I heard (B)", "It would be B.", "My best guess would be B.",
+            "My best guess: violin", "most probably B", "Options: Piano / Violin / Drums / Flute\n\nViolin", "No, B.",
+            "No. B.", "Yes, B.", "Yes - B", "Sure, B", "OK: B", "Okay, the answer is B", "Correct: B",
+            "Incorrect: A, C, D. Correct: B.", "Wrong: A\nWrong: C\nRight: B", "Violin is missing, so the answer is Violin.",
+            "violin!!!", "VIOLIN", "<think>..</think><answer>B</answer><answer>B</answer>", "<answer>I think it's B</answer>",
+            "<answer>Answer: B. Violin</answer>", "Answer: <answer>B</answer>", "\\boxed{B. Violin}",
+            "\\boxed{\\text{Violin}}", "The answer is $B$.", "The answer is $\\mathbf{B}$.", "\\(\\boxed{B}\\)",
+            "\\textbf{B}", "我选择 Violin", "声音是 violin，不是 piano", "不是 piano，而是 violin", "選 B"],
+    },
 }
 
 
-@pytest.mark.parametrize("choices, index, text", [(list(c), i, t) for c, by in SAID.items() for i, said in by.items() for t in said])
+@pytest.mark.parametrize("choices, index, text", [
+    (list(choices), index, text) for choices, by in SAID.items() for index, said in by.items() for text in said])
 def test_what_models_say(choices, index, text):
     assert reward.resolve(text, choices) == index
 
@@ -476,8 +529,8 @@ SETS = choice_sets()
 
 
 @pytest.mark.parametrize("form", [
-    "{x}", '"{x}"', "**{x}**", "{x}.", "The answer is {x}.", "The correct answer is: {x}", "Answer: {x}", "<answer>{x}</answer>",
-    "It is {x}.", "So the answer is {x}", "{l}. {x}", "({l}) {x}", "{l}) {x}", "{l}: {x}", "Option {l}: {x}", "{x} ({l})",
+    "{x}", '"{x}"', "**{x}**", "{x}.", "The answer is {x}.", "The correct answer is: {x}", "Answer: {x}",
+    "<answer>{x}</answer>", "It is {x}.", "So the answer is {x}", "{l}. {x}", "({l}) {x}", "{l}) {x}", "{l}: {x}", "Option {l}: {x}", "{x} ({l})",
     "The answer is {l}. {x}", "The answer is ({l}) {x}.", '{{"answer": "{x}"}}', "{l}", "{l}.", "({l})", "Option {l}",
     "The answer is {l}.", "\\boxed{{{l}}}", "Option {l} is correct.", "{l}, because it fits.", "{all}\n\nAnswer: {l}. {x}",
     "The answer is {l}, not {m}."])
@@ -514,7 +567,8 @@ def test_a_choice_cut_off_is_no_other():
 
 
 def test_permuted_choices_permute_the_answer():
-    rng, forms = random.Random(0), ("{x}", "The answer is {x}.", "I hear {x}, not {y}.", "{x} or {y}", "not {y} but {x}", "{y}? No. {x}")
+    rng, forms = random.Random(0), ("{x}", "The answer is {x}.", "I hear {x}, not {y}.", "{x} or {y}",
+                                     "not {y} but {x}", "{y}? No. {x}")
     for choices in SETS:
         order = rng.sample(range(len(choices)), len(choices))
         x, y = rng.sample(choices, 2)
@@ -546,11 +600,11 @@ def test_all_choices_listed_is_no_answer():
 
 
 NOISE = [t * (100_000 // len(t)) for t in (
-    "dog ", "<answer>", "answer is ", "a) ", "\\boxed{", "<think>", " ", "\n", "(", "<", "*", "1,", "not ", "é", "\x00\ud800", "dog. ",
-    "<answer>dog", "B or ", "The answer is B. ", "dog, ", "car ", "car .", "car, horn ", "a dog is wrong ", "C sharp ", "10-", "- ", "İ",
-    "\\text{", "<|", "B\n\n", "Is it a dog? ", "neither dog nor ")] + [
-    "<" + " " * 100_000, "\\boxed" + " " * 100_000, "*" * 100_000 + "x", "dog" + " " * 100_000 + "cat", "car" + "." * 100_000 + "horn",
-    "".join(random.Random(1).choices("abcdefgh <>/()*.\\{}\n", k=100_000))]
+    "dog ", "<answer>", "answer is ", "a) ", "\\boxed{", "<think>", " ", "\n", "(", "<", "*", "1,", "not ", "é", "\x00\ud800",
+    "dog. ", "<answer>dog", "B or ", "The answer is B. ", "dog, ", "car ", "car .", "car, horn ", "a dog is wrong ", "C sharp ",
+    "10-", "- ", "İ", "\\text{", "<|", "B\n\n", "Is it a dog? ", "neither dog nor ")] + [
+    "<" + " " * 100_000, "\\boxed" + " " * 100_000, "*" * 100_000 + "x", "dog" + " " * 100_000 + "cat",
+    "car" + "." * 100_000 + "horn", "".join(random.Random(1).choices("abcdefgh <>/()*.\\{}\n", k=100_000))]
 
 
 @pytest.mark.parametrize("noise", NOISE, ids=range(len(NOISE)))
