@@ -54,7 +54,8 @@ FILLER = LISTING | HEDGES | ANSWERS | OPTIONS | BEST | VERBS | set(
     "answers should could will it its i i'd i'll i'm we this that most more probably definitely clearly surely certainly "
     "simply just in with for on sound heard hear clip audio like as appears here there's okay ok well sure yes no wait "
     "actually hmm but not sorry rather instead finally overall summary 案 应 該 该 是 为 択 择 え は 我 正 确 解 で す 은 "
-    "는 정 ist lautet die der das richtige korrekte la el es correcta una est bonne correcte правильный это é correta è".split())
+    "는 정 ist lautet die der das richtige korrekte la el es correcta una est bonne correcte правильный это é è "
+    "correta".split())
 REASONS = set("because since as given due while whereas although though 因 weil porque".split())  # no answer follows these
 TURNS = set("wait actually hmm however but no sorry correction scratch reconsider alternatively although though maybe perhaps "
             "possibly potentially oops hold initially".split())  # an answer may be taken back
@@ -64,11 +65,11 @@ NEGATORS = set(
     "worst wrong incorrect false whether if unable unclear unsure avoid refuse disagree opposite opposed against zero rule "
     "ruled ruling rules eliminate eliminated eliminating eliminates exclude excluded reject rejected rejecting discard "
     "discarded dismiss dismissed 不 没 非 無 无 未 nicht kein keine keinen weder pas ni ne не нет não nem नहीं ✗ ✘ ❌".split())
-RESETS = REASONS | set(", ) — 、 but so therefore thus hence however then 而 但 所 sondern sino mais pero aber mas а но".split())
+RESETS = REASONS | set(", ) — 、 but so therefore thus hence however then 而 但 所 sondern sino mais pero aber mas а".split())
 LIMITS = set("over under above below least most beyond".split())  # "over 10 seconds"
 PRONOUNS = set("i it there he she they this that we the or and".split())  # "no it is not"
 BEFORE_ONE = ARTICLES | set("this that which no any first second third last only each every other another correct".split())
-CLOSERS = REASONS | set("or and nor but not over rather except unlike than ✓ ✔ ✅ ✗ ✘ ❌".split())  # "B because", "B or C"
+CLOSERS = REASONS | set("or and nor but not for with which over rather except unlike than ✓ ✔ ✅ ✗ ✘ ❌".split())  # "B because", "B or C"
 # A choice is denied by what follows it: "is not", ": incorrect", "(wrong)", "can be ruled out" ...
 AFTER = re.compile(
     r"(?:(?:[:()\]—]|,(?= (?:is|are|was|were|which)\b)|which|is|are|was|were|be|been|can|could|should|would|will|the|may|might|"
@@ -380,12 +381,12 @@ def signals(items: list[str]) -> list[Signal]:
 
 def unlisted(found: list[Signal], items: list[str], letters: list[int]) -> list[Signal]:
     """Without what is denied, and without the options as the question gave them: all, once, with but commas between."""
-    def near(a: Signal, b: Signal) -> bool:
-        return not set(items[a.last + 1:b.first]) - LISTING
+    def near(a: Signal, b: Signal, over: set = LISTING) -> bool:
+        return not set(items[a.last + 1:b.first]) - over
 
     merged, out, i = [], [], 0
     for s in found:  # "B. cat" is one
-        if merged and merged[-1].index == s.index and near(merged[-1], s) and "\n" not in items[merged[-1].last:s.first]:
+        if merged and merged[-1].index == s.index and near(merged[-1], s, LISTING - ENDS):
             one = merged[-1]
             one.level, one.denied, one.last = max(one.level, s.level), one.denied or s.denied, s.last
         else:

@@ -500,6 +500,48 @@ SAID = {  # choices: {index: completions}
             "\\boxed{\\text{Violin}}", "The answer is $B$.", "The answer is $\\mathbf{B}$.", "\\(\\boxed{B}\\)",
             "\\textbf{B}", "我选择 Violin", "声音是 violin，不是 piano", "不是 piano，而是 violin", "選 B"],
     },
+    ("A woman laughing", "A man coughing", "A baby crying", "An engine idling"): {
+        None: ["A man coughs", "A baby", "A. A baby crying", "A: A man coughing", "I hear a woman and a man",
+            "A woman laughing or a man coughing", "A woman or a man", "Answer: A woman", "Answer: A laughing woman",
+            "Answer: A person is laughing.", "Answer: A loud engine", "The answer is A person",
+            "The answer is A, a man coughing.", "An engine", "A few people talk.", "A large crowd", "It is a woman's laugh",
+            "The answer is D a man coughing", "a baby crying, a woman laughing, a man coughing",
+            "First a woman laughing, finally a baby crying",
+            "A woman laughing\nA man coughing\nA baby crying\nAn engine idling"],
+        1: ["A man is coughing.", "No woman laughing. A man coughing."],
+        2: ["A baby is crying in the background", "The answer is A baby crying", "C. A baby crying", "C: a baby",
+            "Not A woman laughing but a baby crying", "A woman isn't laughing; a baby is crying.",
+            "The sounds include a woman laughing, a man coughing, a baby crying and an engine idling. The "
+            "loudest is a baby crying."],
+        0: ["Answer: A woman is laughing.", "The correct answer is A because a woman laughs.",
+            "The answer is A, a woman laughing.", "A, since laughter is heard", "A since laughter is heard",
+            "The answer is A and it is clear.", "The answer is A as the woman laughs", "The answer is A for sure",
+            "The answer is A given the laughter", "The answer is A due to the laughter.",
+            "There is a woman laughing, but no baby crying."],
+        3: ["An engine idling", "engine idling", "The answer is D an engine idling", "A or D? D."],
+    },
+    ("Yes, once", "Yes, twice", "No"): {
+        0: ["Yes, once", "yes once"],
+        None: ["Yes", "Yes, once or twice", "twice", "There is no sound"],
+        2: ["No", "No, never", "The answer is No."],
+        1: ["Yes, twice."],
+    },
+    ("2", "3", "4", "5"): {
+        0: ["2"],
+        None: ["There are 2 dogs and 3 cats", "Between 2 and 4", "2-3", "2 or 3", "1 + 2 = 3", "2+2=4", "10", "3.5",
+            "more than 3", "B. 2", "3rd", "There are 4: 2 men and 2 women.", "four", "at least 2", "up to 4", "2, 3, 4, 5",
+            "2 3 4 5", "No more than 3", "3x", "-3", "3%", "3,4", "3/4", "3:4"],
+        1: ["The answer is 3.", "3 speakers", "B", "B. 3", "3 (B)", "$3$", "\\boxed{3}", "exactly 3", "about 3", "3 times"],
+        2: ["The total is 4.", "not 3 but 4", "There are 2 men and 2 women, so 4 in total.", "<answer>4</answer>",
+            "less than 5, so 4"],
+    },
+    ("Sad", "Very sad", "Not sad", "Happy and sad"): {
+        0: ["sad", "It is sad, not happy and sad"],
+        1: ["very sad", "She is very sad."],
+        2: ["not sad", "Not sad", "The speaker is not sad"],
+        3: ["happy and sad"],
+        None: ["She is not very sad", "sad or very sad", "happy and", "very"],
+    },
 }
 
 
@@ -530,7 +572,8 @@ SETS = choice_sets()
 
 @pytest.mark.parametrize("form", [
     "{x}", '"{x}"', "**{x}**", "{x}.", "The answer is {x}.", "The correct answer is: {x}", "Answer: {x}",
-    "<answer>{x}</answer>", "It is {x}.", "So the answer is {x}", "{l}. {x}", "({l}) {x}", "{l}) {x}", "{l}: {x}", "Option {l}: {x}", "{x} ({l})",
+    "<answer>{x}</answer>", "It is {x}.",
+    "So the answer is {x}", "{l}. {x}", "({l}) {x}", "{l}) {x}", "{l}: {x}", "Option {l}: {x}", "{x} ({l})",
     "The answer is {l}. {x}", "The answer is ({l}) {x}.", '{{"answer": "{x}"}}', "{l}", "{l}.", "({l})", "Option {l}",
     "The answer is {l}.", "\\boxed{{{l}}}", "Option {l} is correct.", "{l}, because it fits.", "{all}\n\nAnswer: {l}. {x}",
     "The answer is {l}, not {m}."])
