@@ -69,7 +69,7 @@ RESETS = REASONS | set(", ) — 、 but so therefore thus hence however then 而
 LIMITS = set("over under above below least most beyond".split())  # "over 10 seconds"
 PRONOUNS = set("i it there he she they this that we the or and".split())  # "no it is not"
 BEFORE_ONE = ARTICLES | set("this that which no any first second third last only each every other another correct".split())
-CLOSERS = REASONS | set("or and nor but not for with which over rather except unlike than ✓ ✔ ✅ ✗ ✘ ❌".split())  # "B because", "B or C"
+CLOSERS = REASONS | set("or and nor but not for with which over rather except unlike than ✓ ✔ ✅ ✗ ✘ ❌".split())  # "B or"
 # A choice is denied by what follows it: "is not", ": incorrect", "(wrong)", "can be ruled out" ...
 AFTER = re.compile(
     r"(?:(?:[:()\]—]|,(?= (?:is|are|was|were|which)\b)|which|is|are|was|were|be|been|can|could|should|would|will|the|may|might|"
@@ -268,10 +268,10 @@ def joined(out: list[str], later: list[str], key: tuple, keys: dict, find, end: 
     """Choices of which "acoustic or electric guitar" and "10 to 20 seconds" say only the word that tells them apart."""
     near = []
     for side, joints in (out[-5:][::-1], {"or", "and", "to", "nor", "/", ","}), (later, {"or", "nor", "/"}):
-        gap = next((k for k, t in enumerate(side) if t not in joints | ARTICLES | {","}), len(side))
+        gap = next((k for k, t in enumerate(side) if t not in joints and t not in ARTICLES and t != ","), len(side))
         if joints & set(side[:gap]) and not (side is later and find(end + gap)[1]):
             near += [t.lower() for t in side[gap:gap + 1]]
-    return [other for other in keys if set(other) & set(key) - LISTING and any(t in other and t not in key for t in near)]
+    return [k for k in keys if any(t in k and t not in key for t in near) and set(k) & set(key) - LISTING]
 
 
 def label_of(token: str, letters: list[int]) -> int | None:
@@ -393,8 +393,9 @@ def unlisted(found: list[Signal], items: list[str], letters: list[int]) -> list[
             merged.append(s)
     whole = sorted(letters), sorted(index for index, _ in itertools.groupby(letters))  # choices alike, side by side, may be one
     while i < len(merged):
-        runs = [merged[i:i + len(every)] for every in whole if sorted(s.index for s in merged[i:i + len(every)]) == every]
-        listed = [run for run in runs if not any(s.denied for s in run) and all(near(a, b) for a, b in zip(run, run[1:]))]
+        runs = [(every, merged[i:i + len(every)]) for every in whole]
+        listed = [run for every, run in runs if not any(s.denied for s in run) and sorted(s.index for s in run) == every
+                  and all(near(a, b) for a, b in zip(run, run[1:]))]
         out += [] if listed and len(listed[0]) > 1 else merged[i:i + 1]
         i += len(listed[0]) if listed else 1
     return [s for s in out if not s.denied]
