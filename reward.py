@@ -43,28 +43,29 @@ SPELLINGS = [(re.compile(pattern, re.IGNORECASE), plain) for pattern, plain in (
 ARTICLES = {"a", "an", "the"}
 ANSWERS = set("answer ans antwort ответ respuesta réponse risposta resposta cevap jawaban उत्तर 答 选 選 답".split())
 OPTIONS = set("option choice letter opción opcion opção opzione вариант 项 項 肢".split())
-BEST = set("best correct right final my likely appropriate suitable accurate matching chosen".split())
+BEST = set("best top correct right final my likely appropriate suitable accurate matching chosen".split())
 CONCLUDE = set("so therefore thus hence must choose chose choosing chosen select selected pick picked go going conclude "
-               "conclusion guess".split())
-VERBS = CONCLUDE | set("is it's that's are was think believe say sounds seems".split())
+               "conclusion guess think believe".split())
+VERBS = CONCLUDE | set("is it's that's are was say sounds seems".split())
 HEDGES = set("be could might may would maybe perhaps possibly potentially presumably".split())
 LISTING = PUNCT | ARTICLES | set("and or nor to vs option options choice choices 或 和 oder und o y ou et".split())
 # Words that may stand around an answer and add nothing to it.
 FILLER = LISTING | HEDGES | ANSWERS | OPTIONS | BEST | VERBS | set(
-    "answers should could will it its i i'd i'll i'm we this that most more probably definitely clearly surely certainly "
-    "simply just in with for on sound heard hear clip audio like as appears here there's okay ok well sure yes no wait "
-    "actually hmm but not sorry rather instead finally overall summary 案 应 該 该 是 为 択 择 え は 我 正 确 解 で す 은 "
-    "는 정 ist lautet die der das richtige korrekte la el es correcta una est bonne correcte правильный это é è "
-    "correta".split())
+    "answers should could will it its i i'd i'll i'm we this that most more probably definitely clearly surely "
+    "certainly simply just in with for on sound heard hear clip audio like as appears here there's okay ok well "
+    "sure yes no wait actually hmm but not sorry rather instead finally overall summary edit second now 案 应 該 该 "
+    "是 为 択 择 え は 我 正 确 解 で す 은 는 정 ist lautet die der das richtige korrekte la el es correcta una "
+    "est bonne correcte правильный это é è correta".split())
 REASONS = set("because since as given due while whereas although though 因 weil porque".split())  # no answer follows these
 TURNS = set("wait actually hmm however but no sorry correction scratch reconsider alternatively although though maybe perhaps "
-            "possibly potentially oops hold initially".split())  # an answer may be taken back
+            "possibly potentially oops hold initially edit second now".split())  # an answer may be taken back
 NEGATORS = set(
-    "not no never neither nor none non nothing nowhere nobody without except excluding unlike than cannot isnt doesnt dont "
-    "cant wont didnt wasnt arent hardly barely rarely scarcely less unlikely impossible doubt doubtful fails lacks lacking "
-    "worst wrong incorrect false whether if unable unclear unsure avoid refuse disagree opposite opposed against zero rule "
-    "ruled ruling rules eliminate eliminated eliminating eliminates exclude excluded reject rejected rejecting discard "
-    "discarded dismiss dismissed 不 没 非 無 无 未 nicht kein keine keinen weder pas ni ne не нет não nem नहीं ✗ ✘ ❌".split())
+    "not no never neither nor none non nothing nowhere nobody without except excluding unlike than cannot isnt "
+    "doesnt dont cant wont didnt wasnt arent hardly barely rarely scarcely less unlikely impossible doubt doubtful "
+    "fails lacks lacking hard difficult it'd worst wrong incorrect false whether if unable unclear unsure avoid "
+    "refuse disagree opposite opposed against zero rule ruled ruling rules eliminate eliminated eliminating "
+    "eliminates exclude excluded reject rejected rejecting discard discarded dismiss dismissed 不 没 非 無 无 未 "
+    "nicht kein keine keinen weder pas ni ne не нет não nem नहीं ✗ ✘ ❌".split())
 RESETS = REASONS | set(", ) — 、 but so therefore thus hence however then 而 但 所 sondern sino mais pero aber mas а".split())
 LIMITS = set("over under above below least most beyond".split())  # "over 10 seconds"
 PRONOUNS = set("i it there he she they this that we the or and".split())  # "no it is not"
@@ -79,7 +80,8 @@ AFTER = re.compile(
     r"hardly|unlikely|improbable|(?<=the )except|less|least|nowhere|by no means|makes? no|out of|off(?= \W|$)|if (?!i\b)|"
     r"impossible|wrong|incorrect|false|absent|missing|inaudible|ruled|eliminated|excluded|discarded|rejected|dismissed|irrelevant|inaccurate|"
     r"untrue|implausible|doubtful|değil|नहीं|(?:で は|じ ゃ) (?:な|あ)|(?:[이가은는] )?아 [니닌])\b|"
-    r"would\b(?! be)|(?:is|was) the (?:\w+ ){0,4}not\b(?! (?:(?:a|an|the|option) )?<)|[:?(—] no(?= [^\w<]|$)|[✗✘❌]|"
+    r"would\b(?! be)|(?:is|was) the (?:\w+ ){0,4}not\b(?! (?:(?:a|an|the|option) )?<)|[:?(—] no(?= [^\w<]|$)|"
+    r"(?:is what )?it (?:isn't|is not)(?= [^\w<]|$)|[✗✘❌]|"
     r"[.\n:?] (?:(?:this|that|it) is |that's |it's )?"
     r"(?:incorrect|wrong|false|not (?:heard|correct|right|present|likely|it))(?: \W|$)")
 # ... or chosen: "is correct", "would be the best answer".

@@ -542,6 +542,26 @@ SAID = {  # choices: {index: completions}
         3: ["happy and sad"],
         None: ["She is not very sad", "sad or very sad", "happy and", "very"],
     },
+    ("Joyful", "Melancholic", "Tense", "Serene"): {
+        0: ["The music feels joyful thanks to its bright major chords."],
+        1: ["The piece conveys a melancholic mood with slow strings.", "The mood is hardly joyful; I'd call it melancholic.",
+            "The right option here is \"Melancholic\".", "melancholic - the slow tempo gives it away",
+            "Melancholic, not joyful, tense or serene."],
+        3: ["I'd describe the mood as serene.", "Going with option D here.", "Answer - D. Serene",
+            "It cannot be joyful as the tempo is slow, and it cannot be tense as the harmony is consonant, so "
+            "it's serene."],
+        2: ["Mood: tense", "A tense atmosphere builds up; nothing serene about it.", "My answer: option (c), tense.",
+            "Question: What is the mood? Answer: Tense", "more tense than joyful"],
+        None: ["The mood shifts from tense to serene.", "It begins tense and ends joyful.",
+            "It lacks the energy to be joyful.", "I wouldn't call this joyful.", "Options A and C are off the table.", "#2",
+            "Answer: 3", "Sorry, there was an error processing the audio.", "Q: Is it joyful? A: No.", "joyful ≠ melancholic",
+            "70% joyful, 30% serene", "Joyful: 0.1, Melancholic: 0.7, Tense: 0.1, Serene: 0.1", "as joyful as it is serene",
+            "It's joyful, I think. Or maybe serene.", "It's joyful. Hmm, on reflection, serene.", "joyful\n\nEdit: serene",
+            "Answer: joyful (corrected: serene)", "~~joyful~~ serene", "The answer was B, but now I think C.",
+            "B (second choice: C)", "Top choice: B, second: D", "Anything other than joyful", "joyful is what it is not",
+            "Is the mood joyful, or is it tense?", "Joyful it isn't.", "Hard to call it joyful.", "Can one call it joyful?",
+            "Had it been faster, it'd be joyful."],
+    },
 }
 
 
