@@ -6,54 +6,148 @@ what a model wrote and never executes it. This file needs no torch.
 """
 
 import ast
+import dataclasses
 import difflib
+import functools
+import itertools
 import math
 import operator
 import re
+import string
 import unicodedata
 from fractions import Fraction
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The resolver
 
-# One token: a CJK character; a number with its sign, decimals and percent; or a word ("C#" is one, "isn't" is one). Vowel
-# signs, as in Hindi, are no \w and yet part of their word.
+# One token: a CJK character; a number with its sign, decimals and percent; a word ("C#" is one, "isn't" is one); or a mark.
+# Vowel signs, as in Hindi, are no \w and yet part of their word.
 MARKS = "".join(chr(c) for c in range(0x300, 0x3000) if unicodedata.category(chr(c))[0] == "M")
-TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|(?<!\w)-?\d+(?:[.,:/]\d+)*%?(?![^\W\d_])|"
-                   rf"(?:[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[{MARKS}])+(?:'[^\W\d_]+)?[#♯]?|[.,;:!?，。；：！？\n]")
-STOPS = set(".,;:!?\n") | {"but"}  # marks that end a clause (NFKC has made the full-width ones plain)
-NEGATORS = set("not no never nor neither without except excluding unlike instead rather cannot isn't aren't wasn't weren't "
-               "doesn't don't didn't can't won't isnt doesnt dont cant 不 非 没".split())
-REJECTED = {"incorrect", "wrong", "false", "not", "impossible", "excluded", "eliminated", "unlikely"}
-FILLER = set("the correct final best right my answer answers option choice is would be it it's its i i'd choose select pick "
-             "letter so therefore thus hence sure sound heard hear this that's that clip audio most likely , . : !".split())
-CUE = re.compile(r"\b(?:answer|option|choice)\b(?:\s+(?:is|would be|must be|should be))?[\s:*_\"'(\[-]*|答案是?[:\s]*",
-                 re.IGNORECASE)
-LABEL = re.compile(r"[\s*_\"'`]*(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Za-z])\s*[.):\]])(?!\w)[\s*_:.-]*")
-THINK = re.compile(r"<\s*(/?)\s*think(?:ing)?\s*>", re.IGNORECASE)
-ANSWER = re.compile(r"<\s*(/?)\s*(?:answer|response)\s*>|\\boxed\s*\{(?:\\(?:text|mathrm|textbf)\s*\{)?([^{}]*)\}",
-                    re.IGNORECASE)
+CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+TOKEN = re.compile(rf"[{CJK}]|(?<!\w)-?\d+(?:[.,:/]\d+)*%?(?![^\W\d_])|(?:[^\W{CJK}]|[{MARKS}])+(?:'[^\W\d_]+)?#?|"
+                   r"\n\s*|[.,;:!?()\[\]/=—。、✓✔✅✗✘❌]")
+PUNCT, ENDS = set(".,;:!?()[]/=—。、\n"), set(".!?;\n。")
+UNWRAP = re.compile(r"\\(?:text|math)\w*\s*\{([^{}]*)\}")  # \text{B}, \mathbf{B}
+NOTE_A = r"a(?=-|\s(?:sharp|flat)\s(?:major|minor|maj|min)\b)"  # "a sharp sound" is no note
+# Spellings made one before the tokens: "10-20" is "10 to 20", "C sharp" is "C#", a dash between words is a mark, and
+# "non-vocal" and "dog-like" are one word, which mentions neither vocals nor a dog.
+SPELLINGS = [(re.compile(pattern, re.IGNORECASE), plain) for pattern, plain in (
+    (r"\b(?:far from|(?:anything|everything|all) but|instead of|least likely)\b", "except"),
+    (r"\b(?:no|without|beyond)(?: any| a| all)? (?:doubt|question)\b", "surely"), (r"<[|/]{0,2}\w+[|/]?>", " "),
+    (UNWRAP.pattern, r"\1"), (r"\[ \]", "✗"), (r"\[x\]", "✓"), ("[’`´]", "'"), ("_", " "), ("♯", "#"),
+    ("♭", "b"), (r"(?<=\d)\s*[-–—~]\s*(?=\d)", " to "),
+    (r"(?<!\S)[-–—]+(?!\S)|[–—]|-{2,}|[-=]>|→", " — "), (rf"\b([b-g]|{NOTE_A})[\s-]sharp\b", r"\1#"),
+    (rf"\b([b-g]|{NOTE_A})[\s-]flat\b", r"\1b"), (r"\b(non|un|anti|counter|dis|semi|pseudo|quasi)-(?=\w)", r"\1"),
+    (r"-(?=(?:like|free|less|ish)\b)", ""))]
+
+ARTICLES = {"a", "an", "the"}
+ANSWERS = set("answer ans antwort ответ respuesta réponse risposta resposta cevap jawaban उत्तर 答 选 選 답".split())
+OPTIONS = set("option choice letter opción opcion opção opzione вариант 项 項 肢".split())
+BEST = set("best top correct right final my likely appropriate suitable accurate matching chosen".split())
+CONCLUDE = set("so therefore thus hence must choose chose choosing chosen select selected pick picked go going conclude "
+               "conclusion guess think believe".split())
+VERBS = CONCLUDE | set("is it's that's are was say sounds seems".split())
+HEDGES = set("be could might may would maybe perhaps possibly potentially presumably".split())
+LISTING = PUNCT | ARTICLES | set("and or nor to vs option options choice choices 或 和 oder und o y ou et".split())
+# Words that may stand around an answer and add nothing to it.
+FILLER = LISTING | HEDGES | ANSWERS | OPTIONS | BEST | VERBS | set(
+    "answers should could will it its i i'd i'll i'm we this that most more probably definitely clearly surely "
+    "certainly simply just in with for on sound heard hear clip audio like as appears here there's okay ok well "
+    "sure yes no wait actually hmm but not sorry rather instead finally overall summary edit second now 案 应 該 该 "
+    "是 为 択 择 え は 我 正 确 解 で す 은 는 정 ist lautet die der das richtige korrekte la el es correcta una "
+    "est bonne correcte правильный это é è correta".split())
+REASONS = set("because since as given due while whereas although though 因 weil porque".split())  # no answer follows these
+TURNS = set("wait actually hmm however but no sorry correction scratch reconsider alternatively although though maybe perhaps "
+            "possibly potentially oops hold initially edit second now".split())  # an answer may be taken back
+NEGATORS = set(
+    "not no never neither nor none non nothing nowhere nobody without except excluding unlike than cannot isnt "
+    "doesnt dont cant wont didnt wasnt arent hardly barely rarely scarcely less unlikely impossible doubt doubtful "
+    "fails lacks lacking hard difficult it'd worst wrong incorrect false whether if unable unclear unsure avoid "
+    "refuse disagree opposite opposed against zero rule ruled ruling rules eliminate eliminated eliminating "
+    "eliminates exclude excluded reject rejected rejecting discard discarded dismiss dismissed 不 没 非 無 无 未 "
+    "nicht kein keine keinen weder pas ni ne не нет não nem नहीं ✗ ✘ ❌".split())
+RESETS = REASONS | set(", ) — 、 but so therefore thus hence however then 而 但 所 sondern sino mais pero aber mas а".split())
+LIMITS = set("over under above below least most beyond".split())  # "over 10 seconds"
+PRONOUNS = set("i it there he she they this that we the or and".split())  # "no it is not"
+BEFORE_ONE = ARTICLES | set("this that which no any first second third last only each every other another correct".split())
+CLOSERS = REASONS | set("or and nor but not for with which over rather except unlike than ✓ ✔ ✅ ✗ ✘ ❌".split())  # "B or"
+# A choice is denied by what follows it: "is not", ": incorrect", "(wrong)", "can be ruled out" ...
+AFTER = re.compile(
+    r"(?:(?:[:()\]—]|,(?= (?:is|are|was|were|which)\b)|which|is|are|was|were|be|been|can|could|should|would|will|the|may|might|"
+    r"must|do|does|did|has|have|had|seems?|sounds?|looks?|appears?|to|also|all|both|clearly|definitely|probably|simply|just|"
+    r"obviously|really|very|most|highly|therefore|thus|option|choice|ist|es|est|n'est|das|here|completely|totally|quite) )*"
+    r"(?:(?:not|nicht|не|no es|pas)(?! (?:(?:a|an|the|option) )?<| only| just)|\w+n't|cannot|never|neither|"
+    r"hardly|unlikely|improbable|(?<=the )except|less|least|nowhere|by no means|makes? no|out of|off(?= \W|$)|if (?!i\b)|"
+    r"impossible|wrong|incorrect|false|absent|missing|inaudible|ruled|eliminated|excluded|discarded|rejected|dismissed|irrelevant|inaccurate|"
+    r"untrue|implausible|doubtful|değil|नहीं|(?:で は|じ ゃ) (?:な|あ)|(?:[이가은는] )?아 [니닌])\b|"
+    r"would\b(?! be)|(?:is|was) the (?:\w+ ){0,4}not\b(?! (?:(?:a|an|the|option) )?<)|[:?(—] no(?= [^\w<]|$)|"
+    r"(?:is what )?it (?:isn't|is not)(?= [^\w<]|$)|[✗✘❌]|"
+    r"[.\n:?] (?:(?:this|that|it) is |that's |it's )?"
+    r"(?:incorrect|wrong|false|not (?:heard|correct|right|present|likely|it))(?: \W|$)")
+# ... or chosen: "is correct", "would be the best answer".
+CHOSEN = re.compile(
+    r"[✓✔✅]|(?:is|was|seems|appears|would be|must be|as|to be|ist|es|est|是)(?: (?:to|be|the|my|most|more|best|correct|likely|"
+    r"right|final|only|clearly|definitely|indeed|therefore|accurate|appropriate))* (?:answer|option|choice|match|"
+    r"(?:correct|right|best|正 确|对|richtig)(?= [^\w]|$| answer| option| choice))")
+NOTE = re.compile(r"(?:: )?(?:maj|min|dim|aug|sus|flat|sharp|dorian|phrygian|lydian|mixolydian|aeolian|locrian)")
+REFUSAL = re.compile(
+    r"\bno (?:audio|sound|clip|recording|file|attachment)\b(?! other)|\bas an ai\b|audio (?:is|was|were) (?:missing|not)|"
+    r"(?:please|could you) (?:provide|upload|share)|(?:can't|cannot|can not|couldn't|unable to|not able to|impossible to)"
+    r"(?: \w+)? (?:be )?(?:listen|access|process|play|analyze|determine|tell|answer|know|say|help|assist|identify|"
+    r"hear (?:the|any|this|that|your) (?:audio|sound|clip|recording|file))")
+THINK = re.compile(r"<\s*(?:(/)\s*)?think(?:ing)?\s*>", re.IGNORECASE)
+ANSWER = re.compile(r"<\s*(?:(/)\s*)?(?:answer|response)\s*>|\\boxed\s*\{([^{}]*)\}", re.IGNORECASE)
+MENTION, CLAIM, TERSE, EXPLICIT = range(4)  # how a choice is given: in passing, "so it is X", "X.", "the answer is X"
+
+
+@dataclasses.dataclass
+class Signal:
+    """One place where a choice is named."""
+    index: int
+    level: int
+    denied: bool
+    first: int  # where it stands
+    last: int
+    turn: int  # where the last word of TURNS before it stands
+
+
+def lex(text: str) -> list[str]:
+    """Tokens in their own case."""
+    text = unicodedata.normalize("NFKC", text)
+    for pattern, plain in SPELLINGS:
+        text = pattern.sub(plain, text)
+    return ["\n" if t[0] == "\n" else t for t in TOKEN.findall(text)]
+
+
+def fold(token: str) -> str:
+    token = token.casefold()
+    return token if token in FILLER else token.removesuffix("'s")  # "a woman's voice" mentions a woman
 
 
 def tokens(text: str) -> list[str]:
-    text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'").replace("_", " ")
-    return [t if t in FILLER else t.removesuffix("'s") for t in TOKEN.findall(text)]  # "a woman's voice" mentions a woman
+    return [fold(t) for t in lex(text)]
 
 
+@functools.lru_cache(4096)
 def words(text: str) -> tuple[str, ...]:
     """A choice as the resolver compares it: its tokens without punctuation."""
-    return tuple(t for t in tokens(text) if t not in STOPS or t == "but")
+    return tuple(t for t in tokens(text) if t not in PUNCT)
 
 
 def resolve(text: str, choices: list[str]) -> int | None:
     """The one choice that a completion gives as its answer, or None: never a guess, never a fallback.
 
-    What counts, in this order: only what follows </think>; only what stands in <answer>, <response> or \\boxed{};
-    the text of a choice, its letter, or both if they agree; after a cue ("the answer is"); else the only choice that is
-    mentioned and not denied. Two different answers are none. Choices that read the same are one (the first index).
+    What counts, in this order: only what follows </think>; only what stands in <answer>, <response> or \\boxed{}; then what
+    is given as the answer, what stands alone, what is concluded, and last what is mentioned at all; by the text of a choice or
+    by its letter, unless denied. Two different answers are none. Choices that read the same are one (the first index).
     """
-    found = {resolve_part(part, choices) for part in answer_parts(text)}
-    return found.pop() if len(found) == 1 else None
+    given = None
+    for part in set(answer_parts(text)):
+        index = resolve_part(part, choices)
+        if index is None or given not in (None, index):
+            return None
+        given = index
+    return given
 
 
 def answer_parts(text: str) -> list[str]:
@@ -61,109 +155,265 @@ def answer_parts(text: str) -> list[str]:
     thinks = list(THINK.finditer(text))
     if thinks:  # an unclosed <think> hides all that follows it
         text = text[thinks[-1].end():] if thinks[-1].group(1) else text[:thinks[-1].start()]
+    text = UNWRAP.sub(r"\1", text)  # \boxed{\text{B}}
     parts, start, boxed = [], None, []
     for m in ANSWER.finditer(text):
         if m.group(2) is not None:
             boxed.append(m.group(2))
-        elif not m.group(1):
-            start = m.end()
-        elif start is not None:
+            continue
+        if start is not None:
             parts.append(text[start:m.start()])
-            start = None
-    if start is not None:  # cut off before </answer>
+        start = None if m.group(1) else m.end()
+    if start is not None and (text[start:].strip() or not parts):  # cut off before </answer>; or <answer> for </answer>
         parts.append(text[start:])
-    if not parts and not boxed and not text.strip():
-        return []
-    return parts or boxed or [ANSWER.sub(" ", text)]
+    return parts or boxed or [text]
 
 
 def resolve_part(text: str, choices: list[str]) -> int | None:
-    texts = {}  # raw text -> first index
-    keys = {}  # words -> first index, or None where choices that differ only in punctuation share them
+    """Three passes: choices become symbols, letters become symbols, and every symbol is weighed."""
+    texts, keys, letters = {}, {}, []  # raw text -> first index; words -> it, or -1 where punctuation tells choices apart
     for i, choice in enumerate(choices):
         raw = choice.strip().casefold()
-        if raw not in texts:
-            texts[raw] = i
-            key = words(choice)
-            keys[key] = None if key in keys else i
+        letters.append(texts.setdefault(raw, i))
+        if letters[i] == i:
+            keys[words(choice)] = -1 if words(choice) in keys else i
     keys.pop((), None)
     boxed = [m.group(2) for m in ANSWER.finditer(text) if m.group(2) is not None]
     text = boxed[-1] if len(boxed) == 1 else text
     for stripped in (text.strip(), text.strip().strip("\"'`*_.“”‘’ \n")):
         if stripped.casefold() in texts:
             return texts[stripped.casefold()]
-    found = short_answer(text, keys, len(choices))
-    if found:
-        return found.pop() if len(found) == 1 else None
-    after_cue = set()
-    for m in list(CUE.finditer(text))[-20:]:  # a bound on the work, not a rule: who says it 20 times says no more
-        sentence = re.split(r"[.!?](?:\s|$)|\n", text[m.end():m.end() + 400].strip(" \n"), maxsplit=1)[0]
-        after_cue |= short_answer(sentence, keys, len(choices)) or label_after_cue(text[m.end():], keys, len(choices)) \
-            or mentions(tokens(sentence), keys)
-    found = after_cue or mentions(tokens(text), keys)
-    return found.pop() if len(found) == 1 else None
+    items = lex(text)
+    said = tuple(fold(t) for t in items if t not in PUNCT)
+    if said in keys and items[0] not in "([":
+        index = keys[said]
+    elif len(said) != 1 or (index := label_of(said[0], letters)) is None:
+        items = with_letters(with_mentions(items, keys, letters), letters, keys)
+        index = decide(unlisted(signals(items), items, letters), REFUSAL.search(" ".join(items)) is not None)
+    return None if index == -1 else index
 
 
-def short_answer(text: str, keys: dict, n: int) -> set:
-    """{index} if the text is nothing but a choice, a letter, or both; both but disagreeing: two indices."""
-    read, start, longest = words(text), 0, max(map(len, keys), default=0)
-    while start < len(read) and read[start] in FILLER and not (len(read) - start <= longest and read[start:] in keys):
-        start += 1
-    read = read[start:]
-    if read in keys:
-        return {keys[read]}
-    if len(read) == 1 and len(read[0]) == 1 and read[0].isascii() and read[0].isalpha():
-        return {ord(read[0]) - 97} if ord(read[0]) - 97 < n else set()
-    label = LABEL.match(CUE.sub("", text, count=1) if CUE.match(text.strip()) else text)
-    if label:
-        letter, rest = ord((label.group(1) or label.group(2)).lower()) - 97, label.string[label.end():]
-        if letter < n:
-            return {letter} | (mentions(tokens(rest), keys) or other_labels(rest, n))
-    return set()
-
-
-def label_after_cue(text: str, keys: dict, n: int) -> set:
-    """ "option B because ..." : a capital letter right after the cue; "a dog" after it is an article."""
-    m = re.match(r"([A-Z])(?![\w#♯'])(?!\s+(?:minor|major|flat|sharp))", text)
-    if not m or ord(m.group(1)) - 65 >= n:
-        return set()
-    rest = re.split(r"[.!?](?:\s|$)|\n", text[m.end():m.end() + 400], maxsplit=1)[0]
-    return {ord(m.group(1)) - 65} | mentions(tokens(rest), keys) | other_labels(rest, n)
-
-
-def other_labels(text: str, n: int) -> set:
-    return {ord(c) - 65 for c in re.findall(r"(?<![\w'])([B-Z])(?![\w'#♯])", text[:2000]) if ord(c) - 65 < n}
-
-
-def mentions(read: list[str], keys: dict) -> set:
-    """Indices of the choices that a token list mentions and does not deny; a longer choice hides one inside it."""
-    by_first = {}
-    for key in sorted(keys, key=len, reverse=True):
+def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]:
+    """Every mention of the text of choice i becomes "<i>"; the longest wins. The rest is folded, all but letters."""
+    low, out, at, by_first = [fold(t) for t in items], [], 0, {}
+    shorter = {key[1:]: i for key, i in keys.items() if key[0] in ARTICLES and len(key) > 2}  # without its article
+    names = shorter | keys
+    for key in sorted(names, key=len, reverse=True):
         by_first.setdefault(key[0], []).append(key)
-    flat = [(i, t) for i, t in enumerate(read) if t not in STOPS or t == "but"]
-    plain = [t for _, t in flat]
-    found, at = set(), 0
-    while at < len(plain):
-        for key in by_first.get(plain[at], ()):
-            if tuple(plain[at:at + len(key)]) == key:
-                if not denied(read, flat[at][0], flat[at + len(key) - 1][0]):
-                    found.add(keys[key])
-                at += len(key) - 1
-                break
+
+    def find(at: int) -> tuple:
+        return next(((key, end) for key in by_first.get("".join(low[at:at + 1]), ()) if (end := match(low, at, key))), ((), 0))
+
+    cut = cut_off(low, keys)
+    while at < len(low):
+        key, end = find(at)
+        whole = end <= cut or not set(low[cut:at] + low[end:]) - LISTING
+        if key and whole and stands(items, low, at, end, letters, keys):
+            out += [t for other in joined(out, low[end:end + 5], key, keys, find, end) for t in (f"<{keys[other]}>", "or")]
+            out.append(f"<{names[key]}>")
+            at = end
+        else:
+            out.append(low[at] if len(items[at]) > 1 else items[at] if at < cut else "…")
+            at += 1
+    return out
+
+
+def match(low: list[str], at: int, key: tuple) -> int:
+    """Where `key` ends if it starts at token `at`, over marks and one light word between two of its own; else 0."""
+    for k, word in enumerate(key):
+        spare = True
+        while k and at < len(low) and low[at] != word and low[at] != "\n":
+            if key[k - 1] in ARTICLES and low[at] in {".", "a"}:
+                return 0  # "A. A dog"
+            if low[at] not in PUNCT:
+                if not spare or low[at] not in {"is", "are", "was", "were", "a", "an", "the"}:
+                    return 0
+                spare = False
+            at += 1
+        if at >= len(low) or low[at] != word:
+            return 0
         at += 1
+    return at
+
+
+def cut_off(low: list[str], keys: dict) -> int:
+    """Where a choice begins that the end of the text breaks off; what is mentioned within it is not meant by itself."""
+    for size in range(min(len(low), 80), 1, -1) if low and low[-1] not in PUNCT else ():
+        *rest, last = [t for t in low[-size:] if t not in PUNCT] or [""]
+        if rest and low[-size] not in PUNCT and any(
+                list(key[:len(rest)]) == rest and key != (*rest, last) and "".join(key[len(rest):][:1]).startswith(last)
+                and len(key) > len(rest) for key in keys):
+            return len(low) - size
+    return len(low)
+
+
+def stands(items: list[str], low: list[str], at: int, end: int, letters: list[int], keys: dict) -> bool:
+    """Is this a mention? "No" and "one" are other words, too, single letters may be labels, and "over 10" is not 10."""
+    word, before, after = low[at], low[at - 1] if at else "\n", low[end] if end < len(low) else "\n"
+    if word[0].isdigit() and (before in LIMITS or low[at - 2:at] == ["up", "to"]):
+        return False
+    if end - at > 1:
+        return items[at] != "a" or low[at + 1] not in {"minor", "major", "flat", "sharp"}  # "in a minor key"
+    if word in {"no", "not", "none", "never"}:
+        return after in PUNCT | REASONS | PRONOUNS
+    if word == "one":
+        return after != "of" and before not in BEFORE_ONE
+    if len(word) == 1 and word.isascii() and word.isalpha():
+        text = next((keys.get((t,)) for t in low[end:end + 4] if t not in PUNCT), None)
+        labelled = after in PUNCT and text == label_of(word, letters) is not None  # "D. A" where A is the fourth choice
+        return not labelled and before not in OPTIONS and not (before in "([" and after in ")]") and items[at].isupper() and (
+            word not in "ai" or after in PUNCT | {"or", "and"})
+    return True
+
+
+def joined(out: list[str], later: list[str], key: tuple, keys: dict, find, end: int) -> list[tuple]:
+    """Choices of which "acoustic or electric guitar" and "10 to 20 seconds" say only the word that tells them apart."""
+    near = []
+    for side, joints in (out[-5:][::-1], {"or", "and", "to", "nor", "/", ","}), (later, {"or", "nor", "/"}):
+        gap = next((k for k, t in enumerate(side) if t not in joints and t not in ARTICLES and t != ","), len(side))
+        if joints & set(side[:gap]) and not (side is later and find(end + gap)[1]):
+            near += [t.lower() for t in side[gap:gap + 1]]
+    return [k for k in keys if any(t in k and t not in key for t in near) and set(k) & set(key) - LISTING]
+
+
+def label_of(token: str, letters: list[int]) -> int | None:
+    i = string.ascii_lowercase.find(token.lower()) if len(token) == 1 else -1
+    return letters[i] if 0 <= i < len(letters) else None
+
+
+def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
+    """Every letter that is a label, and no article, note or initial, becomes "<i>" too."""
+    low, out, clear, cued = [t.lower() for t in items] + ["\n", "\n"], [], True, False  # nothing but filler, a cue before this
+    for i, t in enumerate(items):
+        index = label_of(t, letters)
+        if index is not None and is_label(items, low, i, clear, cued):
+            out.append(f"<{meant(low, i, index, keys)}>")
+        elif t in {".", ")", "]", ":"} and out and out[-1][0] == "<" and items[i - 1][0] != "<" and (
+                content(low, i)[:1] == "<" or AFTER.match(" ".join(low[i + 1:i + 10]))):
+            continue  # the mark belongs to the label: "B. cat", "B. Incorrect"
+        else:
+            out.append(low[i])
+            if cue(low, i) or t in ENDS:
+                clear, cued = True, cue(low, i) == EXPLICIT or cued and t == "\n"
+            elif t[0] != "<" and low[i] not in FILLER and low[i] not in NEGATORS:
+                clear = cued = False
+    return out
+
+
+def content(low: list[str], i: int) -> str:
+    """The next token that is no mark and no article."""
+    return next((t for t in low[i + 1:i + 4] if t == "\n" or t not in PUNCT and t not in ARTICLES), "")
+
+
+def meant(low: list[str], i: int, index: int, keys: dict) -> int:
+    """The label's choice, unless the letter is the text of another, or all that is left of one ("A" of "A dog") at the end."""
+    if content(low, i) == f"<{index}>" or i and (low[i - 1] in OPTIONS or low[i - 1] in "([" and low[i + 1] in ")]"):
+        return index
+    cut = i == len(low) - 3 and any(len(key) == 2 and key[0] == low[i] and keys[key] != index for key in keys)
+    return -1 if cut else keys.get((low[i],), index)
+
+
+def is_label(items: list[str], low: list[str], i: int, clear: bool, cued: bool) -> bool:
+    before, after, capital, rest = low[i - 1] if i else "\n", low[i + 1], items[i].isupper(), " ".join(low[i + 1:i + 11])
+    if before in "([" and after in ")]" or before in OPTIONS:
+        return True
+    if before == ":" and i > 1 and low[i - 2] in OPTIONS and (capital or after in PUNCT):
+        return True
+    if before in ARTICLES or NOTE.match(rest):
+        return False
+    if after not in PUNCT and (AFTER.match(rest) or CHOSEN.match(rest)):
+        return clear and (capital or before in ANSWERS)
+    if low[i] in "ai" and (after[0] == "<" or after == "\n" and not capital and i > 0):
+        return False  # "A dog", "it is a"
+    if not capital and not cued:  # "b." alone, "b) cat", "a. and b."
+        return clear and after in {")", "]", ".", ":"} and before in LISTING and before not in ARTICLES
+    paired = before in {"and", "or", "nor", "/"} and len(items[i - 2]) == 1 and items[i - 2].isupper()  # "A and B are ..."
+    closed = after in PUNCT or after in CLOSERS or after[0] == "<" or cued and re.match(f"[{CJK}]", after) is not None
+    return clear and (closed or paired)
+
+
+def cue(low: list[str], i: int) -> int:
+    """How the answer is given after this word: EXPLICIT, CLAIM, or MENTION where it is no cue ("to answer this question")."""
+    before, after = low[i - 1] if i else "\n", low[i + 1] if i + 1 < len(low) else "\n"
+    noun = before not in {"to", "can", "cannot", "can't", "not", "no"} and after not in {
+        "this", "that", "the", "your", "question", "options", "choices"}
+    if low[i] in ANSWERS and noun or low[i] in OPTIONS and before in BEST:
+        return EXPLICIT
+    return CLAIM if low[i] in CONCLUDE else MENTION
+
+
+def signals(items: list[str]) -> list[Signal]:
+    """Every symbol weighed in its sentence."""
+    found, level, turn, start, bare = [], MENTION, -1, 0, False  # bare: a cue, and nothing after it yet
+    glue = {"or", "and", ")"}  # a sentence goes on: "dog. Or cat."
+    for end in [i for i, t in enumerate(items) if t in ENDS and not glue & set(items[i + 1:i + 2])] + [len(items)]:
+        part, mark, after_it = items[start:end], items[end:end + 1], items[end + 1:end + 2]
+        asked = mark == ["?"] and after_it not in (["yes"], ["yeah"], ["correct"])
+        terse = not (VERBS | HEDGES) & set(part) and all(t[0] == "<" or t in FILLER for t in part)
+        level = level if bare else MENTION
+        clear, negated, conjoined = True, False, False
+        for i in range(start, end):
+            t = items[i]
+            if t[0] == "<":
+                after = " ".join(items[i + 1:i + 10])
+                if denied := bool(AFTER.match(after)):  # and with it all that it is listed with: "dog and cat are wrong"
+                    here, k = i, len(found) - 1
+                    while k >= 0 and not set(items[found[k].last + 1:here]) - (LISTING - ENDS):
+                        found[k].denied, here, k = True, found[k].first, k - 1
+                rank = EXPLICIT if CHOSEN.match(after) else max(level, TERSE if terse else MENTION)
+                found.append(Signal(int(t[1:-1]), rank, negated or asked or denied, i, i, turn))
+                clear = bare = False
+                continue
+            level = max(level, cue(items, i), CLAIM if clear and t in VERBS else MENTION)
+            bare = bare and t in FILLER or cue(items, i) == EXPLICIT
+            clear = t == "," or clear and t in FILLER
+            turn = i if t in TURNS else turn
+            if (t in NEGATORS or t.endswith("n't")) and not {"only", "just", "merely"} & set(items[i + 1:i + 2]):
+                negated, conjoined = True, t == "nor"
+                level = MENTION if level == EXPLICIT else level
+            elif t in LISTING and t not in PUNCT and t not in ARTICLES:
+                conjoined = True
+            elif t in RESETS and not (t == "," and negated and not conjoined and items[i - 1][0] == "<" and re.match(
+                    r"(?:(?:or|nor|and|a|an|the) )*<", " ".join(items[i + 1:i + 6]))):  # "not happy, sad, or angry"
+                negated = negated and t == "as"  # "not ... such as"
+                level = MENTION if t in REASONS else level
+        start, bare = end + 1, bare and mark == ["\n"]
     return found
 
 
-def denied(read: list[str], first: int, last: int) -> bool:
-    """Is the mention read[first..last] negated: "not a dog", "rather than a dog", "a dog is wrong"?"""
-    for token in read[max(0, first - 6):first][::-1]:
-        if token in STOPS:
-            break
-        if token in NEGATORS:
-            return True
-    after = read[last + 1:last + 4]
-    return bool(after) and (after[0] in NEGATORS and after[0].endswith("n't")
-                            or after[0] in {"is", "are", "was", "were"} and bool(REJECTED & set(after[1:3])))
+def unlisted(found: list[Signal], items: list[str], letters: list[int]) -> list[Signal]:
+    """Without what is denied, and without the options as the question gave them: all, once, with but commas between."""
+    def near(a: Signal, b: Signal, over: set = LISTING) -> bool:
+        return not set(items[a.last + 1:b.first]) - over
+
+    merged, out, i = [], [], 0
+    for s in found:  # "B. cat" is one
+        if merged and merged[-1].index == s.index and near(merged[-1], s, LISTING - ENDS):
+            one = merged[-1]
+            one.level, one.denied, one.last = max(one.level, s.level), one.denied or s.denied, s.last
+        else:
+            merged.append(s)
+    whole = sorted(letters), sorted(index for index, _ in itertools.groupby(letters))  # choices alike, side by side, may be one
+    while i < len(merged):
+        runs = [(every, merged[i:i + len(every)]) for every in whole]
+        listed = [run for every, run in runs if not any(s.denied for s in run) and sorted(s.index for s in run) == every
+                  and all(near(a, b) for a, b in zip(run, run[1:]))]
+        out += [] if listed and len(listed[0]) > 1 else merged[i:i + 1]
+        i += len(listed[0]) if listed else 1
+    return [s for s in out if not s.denied]
+
+
+def decide(found: list[Signal], refused: bool) -> int | None:
+    """The strongest way in which a choice is given decides, if it is one choice and nothing takes it back."""
+    level = max((s.level for s in found), default=MENTION)
+    if not found or refused and level < TERSE:
+        return None
+    given = [s for s in found if s.level == level]
+    last = given[-1].first
+    chosen = {s.index for s in given} | {s.index for s in found if s.first > last and (s.level >= CLAIM or s.turn > last)}
+    alone = {s.index for s in found if s.level == TERSE}  # one stands by itself, and another is the answer; two are an analysis
+    chosen |= alone if len(alone) == 1 else set()
+    return chosen.pop() if len(chosen) == 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
