@@ -1673,14 +1673,7 @@ def progress(items, total: int, what: str):
 
 
 def listen_to(clip, max_s: float) -> dict:
-    import soundfile
-
-    wave, rate_hz, channels, seconds = read_audio(clip, max_s)
-    if isinstance(clip, str):  # a wav that lost its end plays, and only its header knows
-        with open(clip, "rb") as file, soundfile.SoundFile(file) as f:
-            sizes = re.search(r"data : (\d+) \(should be (\d+)", f.extra_info)
-        if sizes and int(sizes[2]) < int(sizes[1]) < 0x7fffff00:  # above: a stream that did not know its length
-            raise AudioError(f"{clip}: is cut short, {sizes[2]} of {sizes[1]} bytes of sound are there")
+    wave, rate_hz, channels, seconds = read_audio(clip, max_s, whole=True)
     return dict(seconds=seconds, rate_hz=rate_hz, channels=channels, silent=not wave.any(),
                 hash=(zlib.crc32(wave), zlib.adler32(wave)))  # 32 bits are too few for pairs of 10,000 clips
 
@@ -1746,7 +1739,11 @@ def survey(examples: Examples, max_s: float) -> dict:
 
 def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = "", report: str = "") -> int:
     """Say what is in a data file and what is wrong with it.       -> 0, or 2 if there is a problem"""
-    examples = Examples(path, audio_dir)
+    examples, others = Examples(path, audio_dir), Examples(against) if against else None
+    if report:
+        if os.path.realpath(report) in (os.path.realpath(path), os.path.realpath(against or path)):
+            raise UserError(f"--report {report}: is the data itself; give another name")
+        open(report, "a").close()  # if it cannot be written, say so now
     found = survey(examples, max_s)
     heard, problems = found["heard"], found["problems"]
     seconds = sorted(h["seconds"] for h in heard.values())
@@ -1759,12 +1756,12 @@ def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = ""
                  answers={str(k): v for k, v in sorted(found["answers"].items(), key=str)},
                  same_sound=sum(n - 1 for n in same.values()))
     if against:
-        other = survey(Examples(against, audio_dir), max_s)
+        other = survey(others, max_s)
         sounds = {h["hash"] for h in other["heard"].values() if not h["silent"]}
-        named = {stem_of(n) for n in other["lines"].keys() - other["heard"].keys()}  # not at hand: go by the name
-        named = {stem for stem in named if len(stem) >= 11 and re.search("[a-z]", stem) and re.search("[A-Z]", stem)}  # an id
-        shared = [where for name, (_, lines) in found["lines"].items() for where in lines
-                  if stem_of(name) in named or name in heard and heard[name]["hash"] in sounds]
+        absent = [stem_of(getattr(c, "path", c)) for name, (c, _) in other["lines"].items() if name not in other["heard"]]
+        named, bad = set(filter(is_id, absent)), len(others) - sum(other["choices"].values())
+        shared = [where for name, (clip, lines) in found["lines"].items() for where in lines
+                  if stem_of(getattr(clip, "path", clip)) in named or name in heard and heard[name]["hash"] in sounds]
         asked = [where for key, lines in found["asked"].items() if key in other["asked"] for where in lines]
         problems += [f"{w}: its clip is also in {against}; drop the line, or the score will mean little" for w in shared]
         found["notes"] += [f"{w}: the same question and choices as in {against}" for w in asked]
@@ -1776,7 +1773,8 @@ def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = ""
         print(f"  {'seconds':16} {shortest:g} shortest, {median:g} median, {longest:g} longest; "
               f"{facts['cut']} cut at {max_s:g}")
     titles = dict(rate_hz="rate in Hz", channels="channels", choices="choices", answers="gold at",
-                  same_sound="copies of a clip", shared_clips="clips shared", shared_questions="asked there too")
+                  same_sound="copies of a clip", shared_clips="clips shared", shared_questions="asked there too",
+                  not_compared="but")
     for key, name in titles.items():
         if key in facts:
             value = facts[key]
@@ -1786,6 +1784,8 @@ def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = ""
         print(f"  {title:16} {len(lines)}", *lines[:most], sep="\n    ")
         if len(lines) > most:
             print(f"    ... and {len(lines) - most} more; --report FILE.json has them all")
+        facts |= {"not_compared": f"{len(absent)} of {len(other['lines'])} clips of {against} could not be heard: compared by "
+                  f"name or not at all; {bad} of {len(others)} lines of {against} could not be read"} if bad or absent else {}
     if report:
         with open(report, "w", encoding="utf-8") as f:
             json.dump(facts, f, indent=1)
@@ -1809,7 +1809,7 @@ def write_examples(out: str, examples, total: int) -> int:
         with open(part, "w", encoding="utf-8", errors="backslashreplace") as f:  # half a character: as JSON spells it
             for example in progress(examples, total, "lines"):
                 row = asdict(dataclasses.replace(example, audio=None, meta={}))
-                paths = []
+                paths, inner = [], []  # inner: what embedded clips were called
                 for k, clip in enumerate(example.clips):
                     content = clip.read() if isinstance(clip, Embedded) else clip
                     if isinstance(content, bytes):
@@ -1818,7 +1818,8 @@ def write_examples(out: str, examples, total: int) -> int:
                     path = os.path.abspath(content)
                     paths.append(os.path.relpath(path, folder) if path.startswith(os.path.join(folder, "")) else path)
                 row["audio"] = paths if isinstance(example.audio, list) else paths[0] if paths else None
-                row["meta"] = {k: None if isinstance(v, Embedded) else v for k, v in example.meta.items()}
+                meta = {k: None if isinstance(v, Embedded) else v for k, v in example.meta.items()}
+                row["meta"] = flat({"audio_path": inner if inner[1:] else inner[0], "meta": meta}) if inner else meta
                 f.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
                 n += 1
         os.replace(part, out)
@@ -1830,6 +1831,7 @@ def write_examples(out: str, examples, total: int) -> int:
 
 def write_clip(path: str, content: bytes) -> str:
     """Its ending tells what it is and not what it was called."""
+                        inner += [clip.path] if isinstance(clip, Embedded) and clip.path else []
     kinds = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff": ".mp3", b"FORM": ".aiff"}
     path += next((end for magic, end in kinds.items() if content.startswith(magic)), ".wav")
     os.makedirs(os.path.dirname(path), exist_ok=True)
