@@ -1149,7 +1149,8 @@ def writing_prompt(clip: Example) -> list[dict]:
     """The messages that ask for a question on a clip. Raises DataError if its captions are not texts, or without a file."""
     captions = clip.meta.get("captions")
     if not isinstance(clip.audio, str):
-        raise DataError(f'clip {clip.id!r:.80}: field "audio": expected a path, found {clip.audio!r:.60}')
+        remedy = "; it lies inside the data set: convert it first" if isinstance(clip.audio, Embedded) else ""
+        raise DataError(f'clip {clip.id!r:.80}: field "audio": expected a path, found {clip.audio!r:.60}{remedy}')
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise DataError(f'clip {clip.id!r:.80}: field "captions": expected a list of texts, found {captions!r:.80}')
     text = NOTES.format("\n".join("- " + " ".join(c.split()) for c in captions))
@@ -1163,12 +1164,15 @@ def writing_prompt(clip: Example) -> list[dict]:
 STOP_WORDS = frozenset("a an the this that these those it its in on at of to is are was were be been do does did and or "
                        "clip audio recording".split())
 HALF, CONTROL = re.compile(r"[\ud800-\udfff]"), re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-LETTERED = re.compile(r"\(?([A-D])[.):]+\s*(.*)", re.DOTALL)  # "B. dog", "(B) dog"
+LETTERS = ("ABCD", "abcd", "1234")
+LETTERED = re.compile(r"\(?([A-Da-d1-4])[.):]+(?!\d)\s*(.*)", re.DOTALL)  # "B. dog", "(b) dog", "2. dog", not "2.5"
 BANNED = [  # reason, what must not stand in a question or a choice; sounds with such a name are let through
     ("about sight", r"see(?![ -]?saw)|sees|seen|seeing|look(?:s|ed|ing)?|watch(?:ed|ing)|visib\w*|visual\w*|"
      r"colou?r(?!atura)\w*|picture[sd]?|images?|photo(?:s|graphs?)?|footage|videos?(?![ -]?games?)|on[ -]?screen|wearing|"
-     r"wears|dressed|cameras?(?! (?:shutter|click|flash))"),
+     r"wears|dressed|cameras?(?! (?:shutter|click|flash))|shown|view(?:s|ed|ers?|ing)?|in (?:the|this) frame|(?:t-?)?shirts?|"
+     r"(?:red|orange|yellow|green|blue|purple|pink|brown|black|white|gr[ae]y) (?:coat|jacket|dress|hat|suit|uniform)(?:s|es)?"),
     ("mentions a text", r"captions?|captioned|descriptions?|described|annotations?|transcripts?|according to|"
+     r"(?:based on|from|by) (?:the |these |your )?(?:given |provided )?notes(?! of)|the notes (?:say|state|mention|suggest)|"
      r"texts?(?!(?:[ -](?:message|alert|tone|notification)))|(?<!musical )passages?"),
     ("mentions other choices", r"of the (?:above|choices|options|other choices)|both [a-d] and [a-d]"),
 ]
@@ -1210,20 +1214,21 @@ def read_reply(text: str) -> tuple[dict, str]:
 def tidy(row: dict) -> dict:
     """The question on one line, the choices without letters in front, the answer as an index or None."""
     choices, answer = [c.strip() for c in row["choices"]], row["answer"].strip()
-    marks = [LETTERED.fullmatch(c) for c in choices]
-    if [m and m[1] for m in marks] == list("ABCD"):
-        choices = [m[2] for m in marks]
-    keys, mark = [words(c) for c in choices], LETTERED.fullmatch(answer)
+    marks, mark = [LETTERED.fullmatch(c) for c in choices], LETTERED.fullmatch(answer)
+    letters = next((kind for kind in LETTERS if [m and m[1] for m in marks] == list(kind)), "")
+    choices = [m[2] for m in marks] if letters else choices
     letter, rest = (mark[1], mark[2]) if mark else (answer, "")
+    kinds = [kind for kind in LETTERS if rest or kind in ("ABCD", letters)]  # a bare "2" may count something
+    place = next((kind.index(letter) for kind in kinds if letter in list(kind[:len(choices)])), None)
+    keys = [reads(c) for c in choices]
     if answer in choices:
         index = choices.index(answer)
-    elif words(answer) in keys:
-        index = keys.index(words(answer))
-    elif letter in list("ABCD"[:len(choices)]):  # with a text behind it, both must agree; a choice may be a note's name
-        index = "ABCD".index(letter)
-        index = None if words(rest) != keys[index] and (rest or any(len(c) == 1 for c in choices)) else index
-    else:
-        index = None
+    elif reads(answer) in keys:
+        index = keys.index(reads(answer))
+    elif place is not None and rest:  # both must agree
+        index = place if reads(rest) == keys[place] else None
+    else:  # a choice may be a note's name
+        index = None if any(len(c) == 1 for c in choices) else place
     return dict(question=" ".join(row["question"].split()), choices=choices, answer=index)
 
 
@@ -1235,6 +1240,8 @@ def fault(row: dict, captions: list[str]) -> str:
     if answer is None:
         return "answer not among the choices"
     asked, keys, text = words(question), [words(c) for c in choices], "\n".join([question, *choices])
+    alike = [reads(c).split() for c in choices]
+    parts = [f" {' '.join([w for w in c if w not in STOP_WORDS] or c)} " for c in alike]
     given = [set(k) - STOP_WORDS <= set(asked) if set(k) - STOP_WORDS else set(k) <= set(asked) for k in keys]
     longest_other = max(len(c) for i, c in enumerate(choices) if i != answer)
     checks = [
@@ -1242,7 +1249,8 @@ def fault(row: dict, captions: list[str]) -> str:
         ("line break or control character", any(CONTROL.search(t) for t in [question, *choices])),
         ("question length", not 3 <= len(asked) <= 40 or len(question) > 300),
         ("choice length", not all(1 <= len(k) <= 15 and len(c) <= 100 for k, c in zip(keys, choices))),
-        ("choices alike", len(set(keys)) < 4),
+        ("choices alike", len(set(map(tuple, alike))) < 4),
+        ("one choice is part of another", any(a in b for i, a in enumerate(parts) for j, b in enumerate(parts) if i != j)),
         *((reason, pattern.search(text)) for reason, pattern in BANNED),
         ("quotes a caption", any(len(c) > 5 and f" {' '.join(c)} " in f" {' '.join(asked)} " for c in map(words, captions))),
         ("given away by the question", given[answer] and not all(given)),
@@ -1462,7 +1470,7 @@ def generate(clips, out: str, rejects: str, model: str, *, base_url: str | None 
              timeout_s: float = 120.0) -> dict:
     """Write a question on every clip whose line is in neither file yet.      -> the summary of both files, also printed
 
-    clips: a sequence of Example, read once and in order; unique `id`, absolute `audio`, texts in `meta["captions"]`.
+    clips: a sequence of Example, read once and in order; absolute `audio`, texts in `meta["captions"]`; an `id` may recur.
     max_tokens: of one reply; a model that thinks aloud needs thousands. max_tokens_total, max_cost (USD) with prices (USD a
     million tokens): bounds on all runs together; no clip is begun that might, with all its attempts, go beyond.
     Raises UserError, and KeyboardInterrupt after Ctrl-C; what was answered until then is in the files.
@@ -1471,8 +1479,11 @@ def generate(clips, out: str, rejects: str, model: str, *, base_url: str | None 
 
     if max_cost and not (price_in and price_out):
         raise UserError("--max_cost needs --price_in and --price_out, USD per million tokens")
-    if min(concurrency, attempts, max_tokens) < 1:
-        raise UserError("--concurrency, --attempts and --max_tokens must be at least 1")
+    for name, value, low in (("concurrency", concurrency, 1), ("attempts", attempts, 1), ("max_tokens", max_tokens, 1),
+                             ("temperature", temperature, 0), ("retries", retries, 0), ("price_in", price_in, 0),
+                             ("price_out", price_out, 0), ("max_cost", max_cost, 0), ("max_tokens_total", max_tokens_total, 0)):
+        if not low <= value < math.inf:
+            raise UserError(f"--{name}: must be at least {low}, found {value}")
     if os.path.realpath(out) == os.path.realpath(rejects):
         raise UserError("--out and --rejects name the same file; give two")
     send = connect(model, base_url, temperature, max_tokens, retries, timeout_s)
@@ -1488,8 +1499,14 @@ def generate(clips, out: str, rejects: str, model: str, *, base_url: str | None 
         os.write(2, b"\nstopping when the running requests are answered; Ctrl-C again to leave at once\n")  # print may not
 
     def to_do():  # a job: the clip, its messages, the most tokens it can take
+        times = collections.Counter()
         try:
             for clip in clips:
+                name = clip.id
+                while times[number(clip.id)]:
+                    times[number(name)] += 1
+                    clip = dataclasses.replace(clip, id=f"{name} #{times[number(name)]}")
+                times[number(clip.id)] += 1
                 if number(clip.id) in tally.done:
                     counts["done before"] += 1
                     continue
@@ -1766,6 +1783,8 @@ def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = ""
         problems += [f"{w}: its clip is also in {against}; drop the line, or the score will mean little" for w in shared]
         found["notes"] += [f"{w}: the same question and choices as in {against}" for w in asked]
         facts |= dict(against=against, shared_clips=len(shared), shared_questions=len(asked))
+        facts |= {"not_compared": f"{len(absent)} of {len(other['lines'])} clips of {against} could not be heard: compared by "
+                  f"name or not at all; {bad} of {len(others)} lines of {against} could not be read"} if bad or absent else {}
     facts |= dict(problems=problems, notes=found["notes"])
     print(f"{examples}, {len(heard)} clips heard, {facts['hours']:.2f} h")
     if seconds:
@@ -1784,8 +1803,6 @@ def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = ""
         print(f"  {title:16} {len(lines)}", *lines[:most], sep="\n    ")
         if len(lines) > most:
             print(f"    ... and {len(lines) - most} more; --report FILE.json has them all")
-        facts |= {"not_compared": f"{len(absent)} of {len(other['lines'])} clips of {against} could not be heard: compared by "
-                  f"name or not at all; {bad} of {len(others)} lines of {against} could not be read"} if bad or absent else {}
     if report:
         with open(report, "w", encoding="utf-8") as f:
             json.dump(facts, f, indent=1)
@@ -1813,6 +1830,7 @@ def write_examples(out: str, examples, total: int) -> int:
                 for k, clip in enumerate(example.clips):
                     content = clip.read() if isinstance(clip, Embedded) else clip
                     if isinstance(content, bytes):
+                        inner += [clip.path] if isinstance(clip, Embedded) and clip.path else []
                         name = re.sub(r"[^\w.-]", "_", example.id)[:80] + (f"_{k}" if k else "")
                         content = write_clip(os.path.join(folder, f"{stem}_audio", f"{n:07d}_{name}"), content)
                     path = os.path.abspath(content)
@@ -1831,7 +1849,6 @@ def write_examples(out: str, examples, total: int) -> int:
 
 def write_clip(path: str, content: bytes) -> str:
     """Its ending tells what it is and not what it was called."""
-                        inner += [clip.path] if isinstance(clip, Embedded) and clip.path else []
     kinds = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff": ".mp3", b"FORM": ".aiff"}
     path += next((end for magic, end in kinds.items() if content.startswith(magic)), ".wav")
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -1944,20 +1961,21 @@ class Captioned(collections.abc.Sequence):
 
     def __getitem__(self, i: int) -> Example:
         example = self.examples[i]
-        if "captions" not in example.meta and "label" not in example.meta:
+        labels = next((example.meta[k] for k in LABEL.split("|") if k in example.meta), None)
+        if labels is None and "captions" not in example.meta:
             raise DataError(f"{self.examples.where(i)}: neither captions nor a label; eval.py --prompt caption writes some")
-        return dataclasses.replace(example, meta={"captions": [example.meta.get("label")]} | example.meta)
+        return dataclasses.replace(example, meta={"captions": labels if isinstance(labels, list) else [labels]} | example.meta)
 
 
 def write_questions(path: str, out: str, rejects: str, audio_dir: str, **options) -> None:
     stem, end = os.path.splitext(out)
-    generate(Captioned(Examples(path, audio_dir)), out, rejects or f"{stem}_rejects{end}", **options)
+    if failed := generate(Captioned(Examples(path, audio_dir)), out, rejects or f"{stem}_rejects{end}", **options)["failed"]:
+        raise UserError(f"{failed} clips failed; the same command asks them again")
 
 
 def span(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    if not 0.025 <= (value := float(text)) <= 86_400:  # shorter clips give no audio token
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0.025 to 86400 seconds")
     return value
 
 
