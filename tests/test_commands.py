@@ -275,6 +275,12 @@ def test_against_knows_embedded_clips_by_their_inner_name(run, here):
     assert re.search(r"clips shared +1\n", out)
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_heard(run, here, monkeypatch):
+    monkeypatch.setattr(data, "survey", lambda *_: pytest.fail("it was heard"))
+    _, err = run("check", write(here / "q.jsonl", ROW), "--report", "none/r.json", code=2)
+    assert err == "error: none/r.json: No such file or directory\n"
+
+
 def test_the_report_never_takes_the_place_of_the_data(run, here):
     content = open(write(here / "q.jsonl", ROW)).read()
     os.symlink("q.jsonl", "link")
@@ -424,7 +430,7 @@ KINDS = {  # name: (content, how many questions)
     "own": ("", [ROW | dict(id="x", target=["cat", "a cat"], note="犬", meta={"pass_rate": 0.5, "deep": {"a": [1, None]}}),
                  dict(audio=None, question="Why? Qué?"), ROW | dict(audio=["a.wav", "b.wav"], answer="dog")], 3),
     "own, a key twice": ("", [ROW | dict(source="outside", same=1, meta=dict(source="inside", same=1))], 1),
-    "own, a key three times": ("", [ROW | dict(k=1, k_outside_meta=2, meta=dict(k=3))], 1),
+    "own, a key three times": ("", [ROW | dict(k=61, k_outside_meta=62, meta=dict(k=63))], 1),
     "own, list": ("list", [ROW, ROW | {"question": "Two\nlines?"}], 2),
     "half a character in meta": ("", [ROW | {"id": "\udce9", "meta": {"was": "\ud800 é"}}], 1),
     "R1-AQA": ("", [AVQA, AVQA | {"id": 8, "question_text": "Why?"}], 2),
