@@ -29,6 +29,7 @@ import string
 import sys
 import time
 import unicodedata
+import urllib.parse
 import zlib
 from array import array
 from collections.abc import Callable
@@ -79,21 +80,42 @@ class Example:
 class Embedded:
     """A clip inside a parquet or Hub data set. Its bytes are read when they are asked for, and not before."""
 
-    def __init__(self, table, row: int, column: str):
-        self.table, self.row, self.column, self.folder = table, row, column, ""
+    def __init__(self, table, row: int, column: str, place: int | None = None):
+        self.table, self.row, self.column, self.place, self.folder = table, row, column, place, ""
 
     def child(self, name: str):
-        value = self.table[self.row].column(self.column)[0]  # a view of the memory map, nothing is copied
-        if not hasattr(value, "keys"):  # a plain column of bytes
-            return value.as_py() if name == "bytes" else None
-        return value[name].as_py()
+        """`bytes` (a view of the memory map, nothing is copied) or `path`; None if there is none"""
+        value = self.table[self.row].column(self.column)[0]
+        value = value if self.place is None else value[self.place]
+        if value.is_valid and hasattr(value, "keys"):
+            value = value[name]
+            return value.as_py() if name == "path" or not value.is_valid else value.as_buffer()
+        return value.as_buffer() if name == "bytes" and value.is_valid else None  # a plain column of bytes
 
     @property
     def path(self) -> str:
         return self.child("path") or ""
 
+    @functools.cached_property
+    def key(self) -> str:
+        """The same for the same clip. A sample of its bytes must do: it costs 50 us, and reading a whole set takes hours."""
+        if not (content := self.child("bytes")):
+            return self.path
+        pieces = [content[at:at + 4096].to_pybytes() for at in (0, len(content) // 2, max(0, len(content) - 4096))]
+        return f"{len(content)} bytes {hashlib.blake2b(b''.join(pieces), digest_size=8).hexdigest()}"
+
+    def __bool__(self):
+        return bool(self.key)
+
+    def __eq__(self, other):
+        return isinstance(other, Embedded) and self.key == other.key
+
+    def __hash__(self):
+        return hash(self.key)
+
     def read(self) -> str | bytes:
-        return self.child("bytes") or locate(self.path, self.folder)
+        content = self.child("bytes")
+        return content.to_pybytes() if content else locate(self.path, self.folder)
 
     def __repr__(self):
         return f"<clip of row {self.row + 1}{self.path and ': ' + self.path}>"
@@ -108,6 +130,8 @@ def make_example(fields: dict, where: str) -> Example:
     # null is the same as missing
     example = Example(**{"id": None, "audio": None, "question": None} | {k: v for k, v in fields.items() if v is not None})
     example.id = str(re.split(":| ", where)[-1] if example.id is None else example.id)
+    if isinstance(example.audio, Embedded) and not example.audio:  # neither bytes nor a path
+        example.audio = None
     if not isinstance(example.question, str) or not example.question.strip():
         bad("question", f"expected a text, found {example.question!r:.60}")
     if not isinstance(example.choices, list) or not all(isinstance(c, str) and c.strip() for c in example.choices):
@@ -154,11 +178,28 @@ def own(row: dict) -> dict:
     if "audio" not in row:
         raise DataError('field "audio": missing; give a path, or null for a question without sound')
     fields = {k: row.pop(k) for k in ("id", "audio", "question", "choices", "answer", "target") if k in row}
-    meta = row.pop("meta", None)
-    if isinstance(meta, dict | None):  # a key that stands inside and outside of it keeps both values
-        meta = meta or {}
-        meta = {f"{k}_outside_meta" if k in meta and meta[k] != v else k: v for k, v in row.items()} | meta
-    return fields | {"meta": meta}
+    return fields | {"meta": flat(row) if isinstance(row.get("meta"), dict | None) else row["meta"]}
+
+
+def flat(row: dict) -> dict:
+    """A row with what its own `meta` holds; a key that stands inside and outside of it keeps both values."""
+    if "meta" not in row:
+        return row
+    meta = dict(row.pop("meta") or {}) if isinstance(row["meta"], dict | None) else {}
+    for key, value in row.items():
+        name = key
+        while name in meta and meta[name] != value or name != key and name in row:
+            name += "_outside_meta"
+        meta[name] = value
+    return meta
+
+
+def together(rows: list[dict]) -> dict:
+    """The rows of one question as one: where they differ, all their values."""
+    if len(rows) == 1:
+        return rows[0]
+    given = {k: [row[k] for row in rows if row.get(k) is not None] for k in dict.fromkeys(k for row in rows for k in row)}
+    return {k: values if any(v != values[0] for v in values[1:]) else (values or [None])[0] for k, values in given.items()}
 
 
 def text(row: dict, key: str, pop: bool = True) -> str:
@@ -222,10 +263,14 @@ def mmau(row: dict) -> dict:
         k: v for k, v in multiple_choice(row, audio=audio).items() if v is not None}
 
 
-def mmau_hub(row: dict) -> dict:
-    """MMAU's parquet: the question is the instruction, the rest is packed into other_attributes."""
+def unpack(row: dict) -> None:
     more = row.pop("other_attributes", None)
     row |= parse(more.encode(), 'field "other_attributes"') if isinstance(more, str) else more or {}
+
+
+def mmau_hub(row: dict) -> dict:
+    """MMAU's parquet: the question is the instruction, the rest is packed into other_attributes."""
+    unpack(row)
     return multiple_choice(row, question="instruction", audio=row.pop("context") if "context" in row else row.pop("audio"))
 
 
@@ -233,6 +278,8 @@ def mmau_version(rows) -> str:
     """Which MMAU test-mini this is: scores on its versions are not comparable. Raises DataError on the broken ones."""
     n = lost = meld = withheld = 0
     for row in rows:
+        with contextlib.suppress(DataError, TypeError, ValueError):  # a bad line is named when it is read
+            unpack(row)
         answer, choices = row.get("answer"), row.get("choices")
         n, meld, withheld = n + 1, meld + (row.get("dataset") == "meld"), withheld + (answer in (None, ""))
         lost += bool(answer) and isinstance(choices, list) and answer not in choices
@@ -267,11 +314,13 @@ def choice_columns(row: dict) -> dict:
 
 def arc(row: dict) -> dict:
     """ARC in the Hub's columns or in AI2's nesting; the labels are letters or numbers."""
-    stem = row.pop("question")
-    stem, choices = (stem["stem"], stem["choices"]) if isinstance(stem, dict) else (stem, row.pop("choices"))
-    if isinstance(choices, list):
-        choices = {key: [c[key] for c in choices] for key in ("label", "text")}
-    labels, choices = choices["label"], choices["text"]
+    stem = nested = row.pop("question")
+    if isinstance(nested, dict):
+        stem, row["choices"] = nested.pop("stem"), nested.pop("choices")
+    rest = row.pop("choices")
+    labels, choices = ([c.pop(k) for c in rest] if isinstance(rest, list) else rest.pop(k) for k in ("label", "text"))
+    row |= {"question": nested} if nested and nested is not stem else {}  # what else stood there
+    row |= {"choices": rest} if (any(rest) if isinstance(rest, list) else rest) else {}
     key = row.pop("answerKey")
     if key and key not in labels:
         raise DataError(f'field "answerKey": {key!r:.40} is not among the labels {labels!r:.80}')
@@ -304,56 +353,65 @@ def music_avqa_skip(row: dict) -> str:
 
 def clotho_aqa(rows: list[dict]) -> dict:
     """Three annotators a question: the majority's answer."""
-    answers = [r["answer"].strip().lower() for r in rows]
-    answer, votes = collections.Counter(answers).most_common(1)[0]
+    answer, votes, answers = majority(rows)
+    rest = [{k: v for k, v in row.items() if k not in ("file_name", "QuestionText", "answer", "confidence")} for row in rows]
     return dict(audio=rows[0]["file_name"], question=rows[0]["QuestionText"], answer=answer,
-                choices=["yes", "no"] if answer in ("yes", "no") else None,
-                meta={k: v for k, v in rows[0].items() if k not in ("file_name", "QuestionText", "answer")} | dict(
+                choices=["yes", "no"] if answer in ("yes", "no") else None, meta=together(rest) | dict(
                     answers=answers, confidence=[r.get("confidence") for r in rows], agreement=votes / len(rows)))
 
 
-def clotho_aqa_skip(rows: list[dict]) -> str:
-    votes = collections.Counter(r["answer"].strip().lower() for r in rows).most_common(1)[0][1]
-    return "" if votes > len(rows) / 2 else "the annotators disagree"
+def majority(rows: list[dict]) -> tuple[str, int, list[str]]:
+    answers = [r["answer"].strip().lower() for r in rows]
+    return *collections.Counter(answers).most_common(1)[0], answers
 
 
-CLIP = "audio|audio_path|audio_file|file_name|filename|file|wav|clip|path|youtube_id|ytid"
+CLIP = "audio|audio_path|audio_file|file_name|filename|file|wav|clip|path|youtube_id|ytid|fname|slice_file_name"
 CAPTION = "captions|caption|caption_1|description"
 LABEL = "label|labels|class|category"
+START = ("start_s", "start_time", "start", "start_seconds")
+TOLD = re.compile(r"captions?(_?\d+)?|description")
 
 
 def clip_of(row: dict):
     """The clip of a row of captions or labels; YouTube ids carry their start second, as VGGSound's files do."""
     key = next(k for k in CLIP.split("|") if k in row)
-    start = next((row[k] for k in ("start_s", "start_time", "start", "start_seconds") if row.get(k) not in (None, "")), None)
-    if start is None or key.lower() not in ("youtube_id", "ytid"):
+    if key not in ("youtube_id", "ytid") or row[key] is None:
         return row[key]
-    return f"{text(row, key, pop=False)}_{int(float(start)):06d}"
+    start = next((row[k] for k in START if row.get(k) not in (None, "")), None)
+    return row[key] if start is None else f"{text(row, key, pop=False)}_{int(float(start)):06d}"
+
+
+def one_clip(rows: list[dict], clip) -> dict:
+    """What the rows of a clip have in common: its id and audio, and in `meta` all that they hold."""
+    ids = [i for row in rows if (i := row.pop("id", None)) is not None]
+    meta = together([flat(row) for row in rows])
+    if any(i != ids[0] for i in ids):
+        meta = flat({"ids": ids, "meta": meta})
+    return dict(id=ids[0] if ids else clip if isinstance(clip, str) else None, audio=clip, meta=meta)
 
 
 def captions(rows: list[dict]) -> dict:
     """All captions of one clip: material for `generate`; as a cold start, lessons in describing."""
-    found = [v for row in rows for k, v in row.items() if re.fullmatch(r"captions?(_?\d+)?|description", k) and v]
+    found = [v for row in rows for k, v in row.items() if TOLD.fullmatch(k) and v]
     found = [c for v in found for c in (v if isinstance(v, list) else [v])]
     if not found or not all(isinstance(c, str) for c in found):
         raise DataError(f'field "captions": expected texts, found {found!r:.60}')
-    clip, inner = clip_of(rows[0]), rows[0].get("meta")
-    carried = next(k for k in CLIP.split("|") if k in rows[0])
-    meta = {k: v for k, v in rows[0].items() if not re.fullmatch(r"captions?(_?\d+)?|description|id|meta", k)
-            and (k != carried or v != clip)}
-    for key in meta:  # what differs between the rows of a clip, such as the id of a caption
-        given = [row[key] for row in rows if row.get(key) is not None]
-        meta[key] = given if any(v != given[0] for v in given) else meta[key]
-    name = str(clip) if rows[0].get("id") is None else rows[0]["id"]
-    return dict(id=name, audio=clip, question="Describe the sound.", target=found,
-                meta=meta | (inner if isinstance(inner, dict) else {}) | {"captions": found})
+    clip, carried = clip_of(rows[0]), next(k for k in CLIP.split("|") if k in rows[0])
+    fields = one_clip([{k: v for k, v in row.items() if not TOLD.fullmatch(k) and (k != carried or v != clip)}
+                       for row in rows], clip)
+    meta = fields["meta"]
+    if "captions" in meta:
+        meta = flat({"captions_in_meta": meta.pop("captions"), "meta": meta})
+    return fields | dict(question="Describe the sound.", target=found, meta=meta | {"captions": found})
 
 
-def label(row: dict) -> dict:
-    key = next(k for k in LABEL.split("|") if k in row)
-    clip, name = clip_of(row), row.pop("id", None)
-    return dict(id=str(clip) if name is None else name, audio=clip, question="Which sound is heard in this clip?",
-                answer=" ".join(text(row, key, pop=False).split()))
+def label(rows: list[dict]) -> dict:
+    return one_clip(rows, clip_of(rows[0])) | dict(question="Which sound is heard in this clip?", answer=labels_of(rows)[0])
+
+
+def labels_of(rows: list[dict]) -> list[str]:
+    key = next(k for k in LABEL.split("|") if k in rows[0])
+    return list(dict.fromkeys(" ".join(text(row, key, pop=False).split()) for row in rows))
 
 
 @dataclass(frozen=True)
@@ -364,17 +422,20 @@ class Format:
     convert: Callable  # row -> fields of Example, taking out of the row what it carries over unchanged
     is_it: Callable = lambda row: True  # where the columns alone do not tell
     skip: Callable | None = None  # row -> why it is no question for us, or ""
-    group: Callable | None = None  # rows with the same key are one question
-    pool: Callable | None = None  # row -> kinds: distractors come from the answers of its first kind, then of the next
+    group: Callable | None = None  # rows with the same key are one question; a row whose key is null stands alone
+    pool: Callable | None = None  # row -> kinds, right answers; distractors: those of its first kind, then of the next
     about: Callable | None = None  # all rows -> the version of the file; raises DataError on a broken one
     find: bool = True  # audio is looked for by its name, too; our own paths mean what they say
+    text_only: bool = False  # may a question be without sound?
 
 
 FORMATS = {
     "R1-AQA": Format("question_text multi_choice answer audio_path", avqa),
     "AVQA": Format("question_text multi_choice answer video_name", avqa),
+    "AVRT": Format("audio_path question multi_choice answer",
+                   lambda row: multiple_choice(row, choices="multi_choice", audio=row.pop("audio_path"))),
     "MMAU": Format("audio_id question choices answer", mmau, about=mmau_version),
-    "MMAU (Hub)": Format("instruction choices answer context|audio", mmau_hub),
+    "MMAU (Hub)": Format("instruction choices answer context|audio", mmau_hub, about=mmau_version),
     "MMAU-Pro": Format("audio_path question choices answer task_identifier", skip=mmau_pro_skip,
                        convert=lambda row: multiple_choice(row, audio=row.pop("audio_path"))),
     "MMAR": Format("audio_path question choices answer modality",
@@ -382,20 +443,24 @@ FORMATS = {
     "AudioMCQ": Format("audio_path question choices answer", lambda row: multiple_choice(row, audio=row.pop("audio_path"))),
     "AIR-Bench": Format("path question choice_a choice_b answer_gt task_name dataset_name", choice_columns),
     "MMSU": Format("question choice_a choice_b answer_gt audio|audio_path", choice_columns),
-    "ARC": Format("question answerKey", arc),
-    "Countdown": Format("nums target", countdown),
+    "ARC": Format("question answerKey", arc, text_only=True),
+    "Countdown": Format("nums target", countdown, text_only=True),
     "MUSIC-AVQA": Format("video_id question_content templ_values anser type", music_avqa, skip=music_avqa_skip,
-                         pool=lambda row: parse(row["type"].encode(), 'field "type"')[1:]),
-    "Clotho-AQA": Format("file_name QuestionText answer", clotho_aqa, skip=clotho_aqa_skip, pool=lambda rows: [""],
-                         group=lambda row: (row["file_name"], row["QuestionText"])),
+                         pool=lambda row: (parse(row["type"].encode(), 'field "type"')[1:], [text(row, "anser")])),
+    "Clotho-AQA": Format("file_name QuestionText answer", clotho_aqa, group=lambda row: (row["file_name"], row["QuestionText"]),
+                         skip=lambda rows: "" if majority(rows)[1] > len(rows) / 2 else "the annotators disagree",
+                         pool=lambda rows: ([""], majority(rows)[:1])),
     "avqa-processed": Format("question answer audio", avqa_processed,
                              is_it=lambda row: "\nChoices:\n" in str(row["question"])),
     "Hub": Format("audio question choices answer", lambda row: multiple_choice(row, audio=row.pop("audio")),
                   is_it=lambda row: isinstance(row["audio"], Embedded)),
-    "own": Format("question", own, find=False),
+    "own": Format("question", own, find=False, text_only=True),
     "captions": Format(f"{CLIP} {CAPTION}", captions, group=clip_of),
-    "labels": Format(f"{CLIP} {LABEL}", label, pool=lambda row: [row.get("family") or "", ""]),
+    "labels": Format(f"{CLIP} {LABEL}", label, group=clip_of,
+                     pool=lambda rows: ([rows[0].get("family") or "", ""], labels_of(rows))),
 }
+COLUMNS = {k.casefold(): k for known in FORMATS.values() for either in known.keys.split() for k in either.split("|")}
+COLUMNS |= {k: k for k in (*START, "id", "family", "confidence", *(f"caption_{n}" for n in range(2, 6)))}
 
 
 def format_of(row: dict, where: str) -> str:
@@ -512,7 +577,9 @@ class TextRows:
 
         def parse_record(raw: bytes, where: str) -> dict:
             try:
-                record = next(csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True))
+                line = raw.decode().removeprefix("\ufeff").rstrip("\r\n")
+                record = (line.split(delimiter) if '"' not in line and line.isprintable() else  # three times faster
+                          next(csv.reader(io.StringIO(line, newline=""), delimiter=delimiter, strict=True)))
             except (StopIteration, UnicodeDecodeError, csv.Error) as e:
                 raise DataError(f"{where}: not a CSV record ({e})") from None
             if len(record) != len(self.header):
@@ -528,19 +595,21 @@ class TextRows:
         except UnicodeDecodeError as e:
             raise DataError(f"{self.path}:{reader.line_num + 1}: not UTF-8 text ({e.reason}); save the file as UTF-8") from None
         except csv.Error as e:
-            raise DataError(f"{self.path}:{reader.line_num}: not a CSV record ({e}); is a quote left open?") from None
+            why = "do its lines end in CR alone? save it with LF or CRLF" if "new-line" in str(e) else "is a quote left open?"
+            raise DataError(f"{self.path}:{reader.line_num}: not a CSV record ({str(e).partition(' - ')[0]}); {why}") from None
         self.header, self.parse = [], parse_record
         if len(self):
             raw = os.pread(self.file.fileno(), self.stops[0], 0).decode("utf-8-sig")
             record = next(csv.reader(io.StringIO(raw.lstrip(), newline=""), delimiter=delimiter, strict=True))
             record = [cell.strip() for cell in record]
-            if len(record) == 4 and record[1].isdigit() and record[3] in ("train", "test"):
+            if len(record) == 4 and record[1].isdigit() and record[3] in ("train", "test", "validation", "val"):
                 self.header = ["youtube_id", "start_s", "label", "split"]
             elif len(record) == 2 and re.search(r"\.(mp4|mkv|webm|wav|flac|mp3|ogg)$", record[0]):
                 self.header = ["clip", "label"]
             else:
-                self.header = record
-                if twice := [name for name in record if name and record.count(name) > 1]:
+                self.header = record = [COLUMNS.get(name.lstrip("# ").casefold(), name or f"column {n}")  # AudioSet: "# YTID"
+                                        for n, name in enumerate(record, 1)]
+                if twice := [name for name in record if record.count(name) > 1]:
                     raise DataError(f"{self.where(0)}: two columns are called {twice[0]!r:.80}")
                 del self.starts[0], self.stops[0], self.numbers[0]
 
@@ -580,9 +649,11 @@ class TableRows:
             raise DataError(f"{source}: could not be loaded ({type(e).__name__}: {e!s:.300}); expected a file, or a Hub id as "
                             "org/name[/config][:split]") from None
         self.table = rows.with_format("arrow")
-        self.clips = {name for name, kind in rows.features.items() if isinstance(kind, datasets.Audio)
+        kinds = {name: getattr(kind, "feature", kind) for name, kind in rows.features.items()}  # of a list: of its items
+        self.clips = {name for name, kind in kinds.items() if isinstance(kind, datasets.Audio)
                       or isinstance(kind, dict) and set(kind) == {"bytes", "path"}
                       or getattr(kind, "dtype", "") in ("binary", "large_binary")}
+        self.lists = {name for name in self.clips if hasattr(rows.features[name], "feature")}
 
     def __len__(self):
         return len(self.table)
@@ -592,8 +663,10 @@ class TableRows:
 
     def __getitem__(self, i: int) -> dict:
         row = self.table[i]
-        return {name: (Embedded(self.table, i, name) if row.column(name)[0].is_valid else None) if name in self.clips
-                else row.column(name)[0].as_py() for name in row.column_names}
+        cells = {name: row.column(name)[0] for name in row.column_names}
+        return {name: value.as_py() if name not in self.clips or name in self.lists and not value.is_valid
+                else [Embedded(self.table, i, name, k) or None for k in range(len(value))] if name in self.lists
+                else Embedded(self.table, i, name) for name, value in cells.items()}
 
 
 class FolderRows:
@@ -609,7 +682,13 @@ class FolderRows:
         names = [n for n in names if not any(part[0] == "." or part == "__MACOSX" for part in n.split(os.sep))]  # hidden
         if not names:
             raise DataError(f"{path}: is a directory, and holds neither sounds ({', '.join(SOUND_FILES)}) nor a data set")
-        self.rows = [self.label(name) for name in names]
+        self.rows, called = [self.label(name) for name in names], {}
+        for row in self.rows:  # "24 bus" and "7 bus": is it a count, or do the numbers tell them apart?
+            part = next((p for p in row["audio"].split(os.sep)[-2::-1] if plain_words(p) == row["label"]), "")
+            first = called.setdefault(row["label"], part)
+            if first and part and re.sub(r"[\W_]", "", first.lower()) != re.sub(r"[\W_]", "", part.lower()):
+                raise DataError(f"{path}: the folders {first} and {part} would both be labelled {row['label']!r}; merge them, "
+                                "or tell them apart in words")
         if len({row["label"] for row in self.rows}) < 2:
             raise DataError(f"{path}: the names of its {len(names)} sounds do not tell them apart; sort them in folders named "
                             "after what is heard, or write a CSV with the columns audio,label")
@@ -639,31 +718,24 @@ NOT_A_LABEL = {"audio", "audios", "clips", "data", "sounds", "samples", "wav", "
 
 
 def plain_words(name: str) -> str:
-    """"Dog-bark_01b" -> "dog bark": what is left without numbers and single letters"""
+    """"Dog-bark_01b" -> "dog bark", "C_major" -> "c major": what is left without numbers and letters that name no word"""
     letters = (c if unicodedata.category(c)[0] in "LM" else " " for c in unicodedata.normalize("NFC", name.lower()))
-    return " ".join(w for w in "".join(letters).split() if len(w) > 1 or not w.isascii())
+    found = "".join(letters).split()
+    return " ".join(w for w, then in zip(found, [*found[1:], ""]) if len(w) > 1 or not w.isascii() or len(then) > 1)
 
 
 def stem_of(name: str) -> str:
-    """A clip's name without folder, ending and zero-padding: AVQA says "id_000030" and its file is "id_30.wav"."""
+    """A clip's name without folder and ending; AVQA says "-HG3Omg_89c_000030" (a YouTube id and its start second) and the
+    file is "-HG3Omg_89c_30.wav". In other names zeros count: take_1 and take_001 are two."""
     name = re.sub(r"\.(wav|flac|ogg|mp3|opus|aiff?|mp4|mkv|webm|m4a)$", "", os.path.basename(name), flags=re.IGNORECASE)
-    return re.sub(r"_0*(\d+)$", r"_\1", name)
+    return re.sub(r"^([\w-]{11}_)(?=\d{6}$)0{1,5}", r"\1", name)
 
 
-@functools.lru_cache(maxsize=256)
-def sounds_in(folder: str) -> dict[str, list[str]]:
-    """stem -> files, of the sounds of a folder"""
-    found = {}
-    try:
-        for e in os.scandir(folder):
-            if e.name.lower().endswith(SOUND_FILES):
-                found.setdefault(stem_of(e.name), []).append(e.path)
-    except (OSError, ValueError):
-        pass
-    return found
+# stems that no other clip of the world has: a YouTube id with a start second, a UUID, a hash
+is_id = re.compile(r"(?=.*[a-z])(?=.*[A-Z])[\w-]{11}_(0|[1-9]\d*)|(?=.*\d)(?=.*[a-f])[\da-f-]{16,}").fullmatch
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def folders_in(folder: str) -> list[str]:
     try:
         return sorted(e.path for e in os.scandir(folder) if e.is_dir())
@@ -671,29 +743,44 @@ def folders_in(folder: str) -> list[str]:
         return []
 
 
+@functools.cache
+def sounds_in(folder: str, deep: bool = False) -> dict[str, list[str]]:
+    """stem -> files, of the sounds of a folder, and of its folders"""
+    found = collections.defaultdict(list)
+    for place in (folder, *(folders_in(folder) if deep else ())):
+        with contextlib.suppress(OSError, ValueError):
+            for e in os.scandir(place):
+                if e.name.lower().endswith(SOUND_FILES):
+                    found[stem_of(e.name)].append(e.path)
+    return found
+
+
 def below(name: str, folder: str) -> str:
     return os.path.join(folder, os.path.expanduser(name) if name[:1] == "~" else name)
 
 
 def locate(name: str, folder: str) -> str:
-    """Where the clip lies that a data set calls `name`: there; or below a folder of `folder`; or, whatever its ending and
-    its zero-padding, beside the path, in `folder` or in one of its folders, if only one file is called so."""
+    """Where the clip lies that a data set calls `name`: there, whatever its ending; or in `folder` or one of its folders, if
+    only one file there can be it: by the whole name, or by an id. "clotho/1.wav" is never "fsd/1.wav"."""
     path = below(name, folder)
     if os.path.isfile(path) and not path.lower().endswith(VIDEO_FILES):
         return path
-    stem, places = stem_of(name), folders_in(folder)
-    found = {file for place in places if os.path.isfile(file := os.path.join(place, name))}
-    found = found or set(sounds_in(os.path.dirname(path)).get(stem, ()))
-    found = found or {file for place in (folder, *places) for file in sounds_in(place).get(stem, ())}
+    stem = stem_of(name)
+    found = set(sounds_in(os.path.dirname(path)).get(stem, ()))
+    if not found and is_id(stem):
+        found = set(sounds_in(folder, deep=True).get(stem, ()))
+    if not found and os.path.dirname(name) and folder.endswith(os.path.join(os.sep, os.path.normpath(os.path.dirname(name)))):
+        found = set(sounds_in(folder).get(stem, ()))  # `folder` is the one that the name begins with
+    found = found or {file for place in folders_in(folder) if os.path.isfile(file := os.path.join(place, name))}
     return found.pop() if len(found) == 1 else path
 
 
-def with_distractors(answer: str, kinds: list[str], pools: dict, seed: str, n: int = 4) -> list[str]:
-    """n choices in random order: the answer and others of its first kind, then of the next. The same for the same seed."""
-    rng, choices = random.Random(seed), [answer]
+def with_distractors(right: list[str], kinds: list[str], pools: dict, seed: str, n: int = 4) -> list[str]:
+    """n choices in random order: the first right one, and wrong ones of its first kind, then of the next. Drawn by seed."""
+    rng, choices = random.Random(seed), [right[0]]
     for kind in kinds:
-        others = rng.sample(pools[kind], min(len(pools[kind]), n + len(choices)))
-        choices += [c for c in others if c not in choices][:n - len(choices)]
+        others = rng.sample(pools[kind], min(len(pools[kind]), n + len(choices) + len(right) - 1))
+        choices += [c for c in others if c not in choices and c not in right][:n - len(choices)]
     rng.shuffle(choices)
     return choices
 
@@ -718,7 +805,7 @@ class Examples(collections.abc.Sequence):
         if self.known.group:
             groups = {}
             for i in self.items:
-                self.ask(lambda row, i=i: groups.setdefault(self.known.group(row), []).append(i), i)
+                self.ask(lambda row, i=i: groups.setdefault(self.known.group(row) or (None, i), []).append(i), i)
             self.items = list(map(tuple, groups.values()))
         if self.known.skip:
             reasons = [self.ask(self.known.skip, item) for item in self.items]
@@ -731,9 +818,10 @@ class Examples(collections.abc.Sequence):
             pools = collections.defaultdict(set)
 
             def pooled(row):
-                kinds, answer = self.known.pool(row), self.known.convert(row)["answer"]
-                for kind in kinds if answer.strip() and answer.encode() else ():
-                    pools[kind].add(answer)
+                kinds, answers = self.known.pool(row)
+                for answer in answers:
+                    for kind in kinds if answer.strip() and answer.encode() else ():
+                        pools[kind].add(answer)
 
             for item in self.items:
                 self.ask(pooled, item)
@@ -747,18 +835,19 @@ class Examples(collections.abc.Sequence):
     def ask(self, function: Callable, item):
         """function(row or rows), whose every fault is a DataError that names the line"""
         rows = [self.rows[i] for i in item] if isinstance(item, tuple) else self.rows[item]
-        where = functools.partial(self.rows.where, item[0] if isinstance(item, tuple) else item)
-        row = rows[0] if isinstance(item, tuple) else rows
-        if not isinstance(row, dict):
-            raise DataError(f"{where()}: expected a JSON object, found {row!r:.60}")
+        for i, row in zip(item, rows) if isinstance(item, tuple) else [(item, rows)]:
+            if not isinstance(row, dict):
+                raise DataError(f"{self.rows.where(i)}: expected a JSON object, found {row!r:.60}")
         try:
             return function(rows)
-        except KeyError as e:
-            raise DataError(f'{where()}: field "{e.args[0]}": missing; found only {sorted(map(str, row))!r:.300}') from None
-        except DataError as e:
-            raise DataError(f"{where()}: {e}") from None
-        except (TypeError, ValueError, AttributeError, IndexError, StopIteration, OverflowError) as e:  # of an unexpected kind
-            raise DataError(f"{where()}: not a row of {self.format} format ({e!s:.200}); found {row!r:.300}") from None
+        except (DataError, TypeError, ValueError, AttributeError, LookupError, StopIteration, OverflowError) as e:
+            if isinstance(item, tuple) and len(item) > 1:
+                for i in item:  # which of them is bad alone?
+                    self.ask(function, (i,))
+            where, row = (self.rows.where(item), rows) if isinstance(item, int) else (self.rows.where(item[0]), rows[0])
+            why = (f'field "{e.args[0]}": missing; found only {sorted(map(str, row))!r:.300}' if isinstance(e, KeyError) else e
+                   if isinstance(e, DataError) else f"not a row of {self.format} format ({e!s:.200}); found {row!r:.300}")
+            raise DataError(f"{where}: {why}") from None
 
     def __len__(self):
         return len(self.items)
@@ -779,18 +868,19 @@ class Examples(collections.abc.Sequence):
         where, item = self.where(i), self.items[i]
         fields = self.ask(self.convert, item)
         if self.pools and not fields.get("choices"):
-            kinds = self.ask(self.known.pool, item)
-            fields["choices"] = with_distractors(fields["answer"], kinds, self.pools, f"{i} {fields['answer']}", self.n_choices)
+            kinds, right = self.ask(self.known.pool, item)
+            fields["choices"] = with_distractors(right, kinds, self.pools, f"{i} {right[0]}", self.n_choices)
         example = make_example(fields, where)
-        for clip in example.clips:
-            if isinstance(clip, Embedded):
-                clip.folder = self.folder
-        find = locate if self.known.find else below
+        if example.audio is None and not self.known.text_only:
+            raise DataError(f'{where}: field "audio": missing; {self.format} format is about sound: name it or drop the line')
+        find, clips = locate if self.known.find else below, example.clips
         try:
-            if isinstance(example.audio, str):
-                example.audio = find(example.audio, self.folder)
-            elif isinstance(example.audio, list):
-                example.audio = [find(clip, self.folder) if isinstance(clip, str) else clip for clip in example.audio]
+            for k, clip in enumerate(clips):
+                if isinstance(clip, Embedded):
+                    clip.folder = self.folder
+                elif isinstance(clip, str):
+                    clips[k] = find(clip, self.folder)
+            example.audio = clips if isinstance(example.audio, list) else clips[0] if clips else None
         except ValueError:  # a NUL byte or half a character
             raise DataError(f'{where}: field "audio": expected a path, found {example.audio!r:.80}') from None
         return example
@@ -808,8 +898,8 @@ def open_rows(source: str):
     if os.path.isfile(source):
         with open(source, "rb") as f:
             return (TableRows if f.read(4) == b"PAR1" else TextRows)(source)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source) and not re.search(r"\.\w+$", source.split(":")[0]) \
-            and not os.path.isdir(source.split("/")[0]):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.%+:\[\]-]+)?", source) and not os.path.isdir(source.split("/")[0]) \
+            and not re.search(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zip|wav|flac|mp3|ogg)$", source.split(":")[0]):
         return TableRows(source)
     return TextRows(source)  # which says what is wrong
 
@@ -834,7 +924,7 @@ def scan(examples: Examples, purpose: str = "train", most: int = 10) -> array:
                     if len(seen) < 100_000:  # several questions a clip is usual; remembering them all is not worth it
                         seen[clip] = True
                     if problem := no_file(clip):
-                        raise DataError(f'{examples.where(i)}: field "audio": {problem}')
+                        raise DataError(f'{examples.where(i)}: field "audio": {problem}{in_video(clip)}')
             keys.append(clip_key(example))
         except DataError as e:
             keys.append(0)
@@ -850,7 +940,7 @@ def clip_key(example: Example) -> int:
     """A hash of the first clip, or of the id of a question without one: questions with the same key belong together."""
     clip, *_ = example.clips or [example.id]
     if isinstance(clip, Embedded):
-        clip = clip.path or str(clip.row)
+        clip = clip.key
     elif example.clips and ("/." in clip or "//" in clip):  # one file, however its path is spelt
         clip = os.path.normpath(clip)
     return zlib.crc32(clip.encode("utf-8", "replace"))
@@ -885,19 +975,25 @@ def load_audio(source: str | bytes | Embedded, max_s: float = 30.0) -> tuple[np.
     return np.ascontiguousarray(wave, dtype=np.float32), seconds > max_s
 
 
-def read_audio(source: str | bytes | Embedded, max_s: float) -> tuple[np.ndarray, int, int, float]:
+def in_video(path: str) -> str:
+    """What to do if the sound that should be at `path` lies in a video, "" if it does not."""
+    stem, end = os.path.splitext(path)
+    video = next((stem + e for e in (end, *VIDEO_FILES) if e.lower() in VIDEO_FILES and os.path.isfile(stem + e)), "")
+    return video and f"; extract the sound: ffmpeg -i {video} {path if end.lower() in SOUND_FILES else stem + '.wav'}"
+
+
+def read_audio(source: str | bytes | Embedded, max_s: float, whole: bool = False) -> tuple[np.ndarray, int, int, float]:
     """-> (mean of the channels over the first max_s seconds, rate in Hz, channels, seconds of the whole clip)
 
-    Raises AudioError. Blocks that stay in the cache are mixed as they are decoded: three times faster than in one piece.
+    Raises AudioError; if it must be `whole`, also on a clip that lost its end: it plays, and only its header knows. Blocks
+    that stay in the cache are mixed as they are decoded: three times faster than in one piece.
     """
     import soundfile
 
     name = source if isinstance(source, str) else f"<{len(source)} bytes>" if isinstance(source, bytes) else repr(source)
     source = source.read() if isinstance(source, Embedded) else source
     if isinstance(source, str) and no_file(source):
-        video = next((f"; extract the sound: ffmpeg -i {video} {source}" for end in (".mp4", ".mkv", ".webm", ".m4a")
-                      if os.path.isfile(video := os.path.splitext(source)[0] + end)), "")
-        raise AudioError(no_file(source) + video)
+        raise AudioError(no_file(source) + in_video(source))
     try:  # by descriptor: from a name such as x.raw or x.au the library would guess a format
         with soundfile.SoundFile(os.open(source, os.O_RDONLY) if isinstance(source, str) else io.BytesIO(source)) as f:
             rate_hz, channels, parts, n = f.samplerate, f.channels, [], 0
@@ -907,11 +1003,18 @@ def read_audio(source: str | bytes | Embedded, max_s: float) -> tuple[np.ndarray
                     raise AudioError(f"{name}: holds samples that are not finite numbers, or absurdly large ones")
                 parts.append(part @ mix)
                 n += len(part)
-            seconds = max(n, f.frames if f.frames < 2**62 else 0) / rate_hz  # some headers do not know
+            promised = f.frames / rate_hz if f.frames < 2**62 else 0  # some headers do not know
+            sizes = re.search(r"data : (\d+) \(should be (\d+)", f.extra_info)  # of a wav
     except (OSError, RuntimeError) as e:  # soundfile's errors are RuntimeErrors
-        raise AudioError(f"{name}: not a readable sound file ({str(e).rpartition(': ')[2].strip()})") from None
+        hint = in_video(source) if isinstance(source, str) else ""
+        raise AudioError(f"{name}: not a readable sound file ({str(e).rpartition(': ')[2].strip()}){hint}") from None
     if not n:
         raise AudioError(f"{name}: is empty")
+    seconds = n / rate_hz if n <= max_s * rate_hz else max(n / rate_hz, promised)
+    if whole and sizes and int(sizes[2]) < int(sizes[1]) < 0x7fffff00:  # above: a stream that did not know its length
+        raise AudioError(f"{name}: is cut short, {sizes[2]} of {sizes[1]} bytes of sound are there")
+    if whole and promised > seconds + 0.1:
+        raise AudioError(f"{name}: is cut short, {seconds:.1f} of {promised:.1f} s are there")
     wave = np.concatenate(parts)[:int(max_s * rate_hz)]
     if len(wave) * RATE_HZ < (MIN_SAMPLES - 0.5) * rate_hz:
         raise AudioError(f"{name}: too short, {len(wave) / rate_hz * 1000:.1f} ms; at least "
@@ -1046,7 +1149,8 @@ def writing_prompt(clip: Example) -> list[dict]:
     """The messages that ask for a question on a clip. Raises DataError if its captions are not texts, or without a file."""
     captions = clip.meta.get("captions")
     if not isinstance(clip.audio, str):
-        raise DataError(f'clip {clip.id!r:.80}: field "audio": expected a path, found {clip.audio!r:.60}')
+        remedy = "; it lies inside the data set: convert it first" if isinstance(clip.audio, Embedded) else ""
+        raise DataError(f'clip {clip.id!r:.80}: field "audio": expected a path, found {clip.audio!r:.60}{remedy}')
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise DataError(f'clip {clip.id!r:.80}: field "captions": expected a list of texts, found {captions!r:.80}')
     text = NOTES.format("\n".join("- " + " ".join(c.split()) for c in captions))
@@ -1060,12 +1164,15 @@ def writing_prompt(clip: Example) -> list[dict]:
 STOP_WORDS = frozenset("a an the this that these those it its in on at of to is are was were be been do does did and or "
                        "clip audio recording".split())
 HALF, CONTROL = re.compile(r"[\ud800-\udfff]"), re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-LETTERED = re.compile(r"\(?([A-D])[.):]+\s*(.*)", re.DOTALL)  # "B. dog", "(B) dog"
+LETTERS = ("ABCD", "abcd", "1234")
+LETTERED = re.compile(r"\(?([A-Da-d1-4])[.):]+(?!\d)\s*(.*)", re.DOTALL)  # "B. dog", "(b) dog", "2. dog", not "2.5"
 BANNED = [  # reason, what must not stand in a question or a choice; sounds with such a name are let through
     ("about sight", r"see(?![ -]?saw)|sees|seen|seeing|look(?:s|ed|ing)?|watch(?:ed|ing)|visib\w*|visual\w*|"
      r"colou?r(?!atura)\w*|picture[sd]?|images?|photo(?:s|graphs?)?|footage|videos?(?![ -]?games?)|on[ -]?screen|wearing|"
-     r"wears|dressed|cameras?(?! (?:shutter|click|flash))"),
+     r"wears|dressed|cameras?(?! (?:shutter|click|flash))|shown|view(?:s|ed|ers?|ing)?|in (?:the|this) frame|(?:t-?)?shirts?|"
+     r"(?:red|orange|yellow|green|blue|purple|pink|brown|black|white|gr[ae]y) (?:coat|jacket|dress|hat|suit|uniform)(?:s|es)?"),
     ("mentions a text", r"captions?|captioned|descriptions?|described|annotations?|transcripts?|according to|"
+     r"(?:based on|from|by) (?:the |these |your )?(?:given |provided )?notes(?! of)|the notes (?:say|state|mention|suggest)|"
      r"texts?(?!(?:[ -](?:message|alert|tone|notification)))|(?<!musical )passages?"),
     ("mentions other choices", r"of the (?:above|choices|options|other choices)|both [a-d] and [a-d]"),
 ]
@@ -1107,20 +1214,21 @@ def read_reply(text: str) -> tuple[dict, str]:
 def tidy(row: dict) -> dict:
     """The question on one line, the choices without letters in front, the answer as an index or None."""
     choices, answer = [c.strip() for c in row["choices"]], row["answer"].strip()
-    marks = [LETTERED.fullmatch(c) for c in choices]
-    if [m and m[1] for m in marks] == list("ABCD"):
-        choices = [m[2] for m in marks]
-    keys, mark = [words(c) for c in choices], LETTERED.fullmatch(answer)
+    marks, mark = [LETTERED.fullmatch(c) for c in choices], LETTERED.fullmatch(answer)
+    letters = next((kind for kind in LETTERS if [m and m[1] for m in marks] == list(kind)), "")
+    choices = [m[2] for m in marks] if letters else choices
     letter, rest = (mark[1], mark[2]) if mark else (answer, "")
+    kinds = [kind for kind in LETTERS if rest or kind in ("ABCD", letters)]  # a bare "2" may count something
+    place = next((kind.index(letter) for kind in kinds if letter in list(kind[:len(choices)])), None)
+    keys = [reads(c) for c in choices]
     if answer in choices:
         index = choices.index(answer)
-    elif words(answer) in keys:
-        index = keys.index(words(answer))
-    elif letter in list("ABCD"[:len(choices)]):  # with a text behind it, both must agree; a choice may be a note's name
-        index = "ABCD".index(letter)
-        index = None if words(rest) != keys[index] and (rest or any(len(c) == 1 for c in choices)) else index
-    else:
-        index = None
+    elif reads(answer) in keys:
+        index = keys.index(reads(answer))
+    elif place is not None and rest:  # both must agree
+        index = place if reads(rest) == keys[place] else None
+    else:  # a choice may be a note's name
+        index = None if any(len(c) == 1 for c in choices) else place
     return dict(question=" ".join(row["question"].split()), choices=choices, answer=index)
 
 
@@ -1132,6 +1240,8 @@ def fault(row: dict, captions: list[str]) -> str:
     if answer is None:
         return "answer not among the choices"
     asked, keys, text = words(question), [words(c) for c in choices], "\n".join([question, *choices])
+    alike = [reads(c).split() for c in choices]
+    parts = [f" {' '.join([w for w in c if w not in STOP_WORDS] or c)} " for c in alike]
     given = [set(k) - STOP_WORDS <= set(asked) if set(k) - STOP_WORDS else set(k) <= set(asked) for k in keys]
     longest_other = max(len(c) for i, c in enumerate(choices) if i != answer)
     checks = [
@@ -1139,7 +1249,8 @@ def fault(row: dict, captions: list[str]) -> str:
         ("line break or control character", any(CONTROL.search(t) for t in [question, *choices])),
         ("question length", not 3 <= len(asked) <= 40 or len(question) > 300),
         ("choice length", not all(1 <= len(k) <= 15 and len(c) <= 100 for k, c in zip(keys, choices))),
-        ("choices alike", len(set(keys)) < 4),
+        ("choices alike", len(set(map(tuple, alike))) < 4),
+        ("one choice is part of another", any(a in b for i, a in enumerate(parts) for j, b in enumerate(parts) if i != j)),
         *((reason, pattern.search(text)) for reason, pattern in BANNED),
         ("quotes a caption", any(len(c) > 5 and f" {' '.join(c)} " in f" {' '.join(asked)} " for c in map(words, captions))),
         ("given away by the question", given[answer] and not all(given)),
@@ -1184,9 +1295,12 @@ def connect(model: str, base_url: str | None, temperature: float, max_tokens: in
         raise UserError("no OPENAI_API_KEY in the environment; set it, or give --base_url for a server of your own")
     if not re.fullmatch(r"[!-~]*", key):  # the client would fail with a text that holds it
         raise UserError("OPENAI_API_KEY holds a character that no key has; set it anew")
-    if base_url and not re.match(r"https?://[^/]", base_url):
-        raise UserError("--base_url: expected http://HOST:PORT/v1 or https://HOST/v1")
-    client = openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=retries, timeout=timeout_s)
+    try:
+        if base_url and not (re.match(r"https?://[^/]", base_url) and urllib.parse.urlsplit(base_url).port != 0):
+            raise ValueError("no web address")
+        client = openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=retries, timeout=timeout_s)
+    except Exception as e:  # of whatever library takes the address apart
+        raise UserError(f"--base_url: expected http://HOST:PORT/v1 or https://HOST/v1, found {base_url!r:.200} ({e})") from None
     refused, answered = set(), False
 
     def clean(text) -> str:  # servers echo keys; a word such as "none" is no secret, and may be one of the reply's
@@ -1356,7 +1470,7 @@ def generate(clips, out: str, rejects: str, model: str, *, base_url: str | None 
              timeout_s: float = 120.0) -> dict:
     """Write a question on every clip whose line is in neither file yet.      -> the summary of both files, also printed
 
-    clips: a sequence of Example, read once and in order; unique `id`, absolute `audio`, texts in `meta["captions"]`.
+    clips: a sequence of Example, read once and in order; absolute `audio`, texts in `meta["captions"]`; an `id` may recur.
     max_tokens: of one reply; a model that thinks aloud needs thousands. max_tokens_total, max_cost (USD) with prices (USD a
     million tokens): bounds on all runs together; no clip is begun that might, with all its attempts, go beyond.
     Raises UserError, and KeyboardInterrupt after Ctrl-C; what was answered until then is in the files.
@@ -1365,8 +1479,11 @@ def generate(clips, out: str, rejects: str, model: str, *, base_url: str | None 
 
     if max_cost and not (price_in and price_out):
         raise UserError("--max_cost needs --price_in and --price_out, USD per million tokens")
-    if min(concurrency, attempts, max_tokens) < 1:
-        raise UserError("--concurrency, --attempts and --max_tokens must be at least 1")
+    for name, value, low in (("concurrency", concurrency, 1), ("attempts", attempts, 1), ("max_tokens", max_tokens, 1),
+                             ("temperature", temperature, 0), ("retries", retries, 0), ("price_in", price_in, 0),
+                             ("price_out", price_out, 0), ("max_cost", max_cost, 0), ("max_tokens_total", max_tokens_total, 0)):
+        if not low <= value < math.inf:
+            raise UserError(f"--{name}: must be at least {low}, found {value}")
     if os.path.realpath(out) == os.path.realpath(rejects):
         raise UserError("--out and --rejects name the same file; give two")
     send = connect(model, base_url, temperature, max_tokens, retries, timeout_s)
@@ -1382,8 +1499,14 @@ def generate(clips, out: str, rejects: str, model: str, *, base_url: str | None 
         os.write(2, b"\nstopping when the running requests are answered; Ctrl-C again to leave at once\n")  # print may not
 
     def to_do():  # a job: the clip, its messages, the most tokens it can take
+        times = collections.Counter()
         try:
             for clip in clips:
+                name = clip.id
+                while times[number(clip.id)]:
+                    times[number(name)] += 1
+                    clip = dataclasses.replace(clip, id=f"{name} #{times[number(name)]}")
+                times[number(clip.id)] += 1
                 if number(clip.id) in tally.done:
                     counts["done before"] += 1
                     continue
@@ -1567,14 +1690,7 @@ def progress(items, total: int, what: str):
 
 
 def listen_to(clip, max_s: float) -> dict:
-    import soundfile
-
-    wave, rate_hz, channels, seconds = read_audio(clip, max_s)
-    if isinstance(clip, str):  # a wav that lost its end plays, and only its header knows
-        with open(clip, "rb") as file, soundfile.SoundFile(file) as f:
-            sizes = re.search(r"data : (\d+) \(should be (\d+)", f.extra_info)
-        if sizes and int(sizes[2]) < int(sizes[1]) < 0x7fffff00:  # above: a stream that did not know its length
-            raise AudioError(f"{clip}: is cut short, {sizes[2]} of {sizes[1]} bytes of sound are there")
+    wave, rate_hz, channels, seconds = read_audio(clip, max_s, whole=True)
     return dict(seconds=seconds, rate_hz=rate_hz, channels=channels, silent=not wave.any(),
                 hash=(zlib.crc32(wave), zlib.adler32(wave)))  # 32 bits are too few for pairs of 10,000 clips
 
@@ -1640,7 +1756,11 @@ def survey(examples: Examples, max_s: float) -> dict:
 
 def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = "", report: str = "") -> int:
     """Say what is in a data file and what is wrong with it.       -> 0, or 2 if there is a problem"""
-    examples = Examples(path, audio_dir)
+    examples, others = Examples(path, audio_dir), Examples(against) if against else None
+    if report:
+        if os.path.realpath(report) in (os.path.realpath(path), os.path.realpath(against or path)):
+            raise UserError(f"--report {report}: is the data itself; give another name")
+        open(report, "a").close()  # if it cannot be written, say so now
     found = survey(examples, max_s)
     heard, problems = found["heard"], found["problems"]
     seconds = sorted(h["seconds"] for h in heard.values())
@@ -1653,16 +1773,18 @@ def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = ""
                  answers={str(k): v for k, v in sorted(found["answers"].items(), key=str)},
                  same_sound=sum(n - 1 for n in same.values()))
     if against:
-        other = survey(Examples(against, audio_dir), max_s)
+        other = survey(others, max_s)
         sounds = {h["hash"] for h in other["heard"].values() if not h["silent"]}
-        named = {stem_of(n) for n in other["lines"].keys() - other["heard"].keys()}  # not at hand: go by the name
-        named = {stem for stem in named if len(stem) >= 11 and re.search("[a-z]", stem) and re.search("[A-Z]", stem)}  # an id
-        shared = [where for name, (_, lines) in found["lines"].items() for where in lines
-                  if stem_of(name) in named or name in heard and heard[name]["hash"] in sounds]
+        absent = [stem_of(getattr(c, "path", c)) for name, (c, _) in other["lines"].items() if name not in other["heard"]]
+        named, bad = set(filter(is_id, absent)), len(others) - sum(other["choices"].values())
+        shared = [where for name, (clip, lines) in found["lines"].items() for where in lines
+                  if stem_of(getattr(clip, "path", clip)) in named or name in heard and heard[name]["hash"] in sounds]
         asked = [where for key, lines in found["asked"].items() if key in other["asked"] for where in lines]
         problems += [f"{w}: its clip is also in {against}; drop the line, or the score will mean little" for w in shared]
         found["notes"] += [f"{w}: the same question and choices as in {against}" for w in asked]
         facts |= dict(against=against, shared_clips=len(shared), shared_questions=len(asked))
+        facts |= {"not_compared": f"{len(absent)} of {len(other['lines'])} clips of {against} could not be heard: compared by "
+                  f"name or not at all; {bad} of {len(others)} lines of {against} could not be read"} if bad or absent else {}
     facts |= dict(problems=problems, notes=found["notes"])
     print(f"{examples}, {len(heard)} clips heard, {facts['hours']:.2f} h")
     if seconds:
@@ -1670,7 +1792,8 @@ def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = ""
         print(f"  {'seconds':16} {shortest:g} shortest, {median:g} median, {longest:g} longest; "
               f"{facts['cut']} cut at {max_s:g}")
     titles = dict(rate_hz="rate in Hz", channels="channels", choices="choices", answers="gold at",
-                  same_sound="copies of a clip", shared_clips="clips shared", shared_questions="asked there too")
+                  same_sound="copies of a clip", shared_clips="clips shared", shared_questions="asked there too",
+                  not_compared="but")
     for key, name in titles.items():
         if key in facts:
             value = facts[key]
@@ -1703,16 +1826,18 @@ def write_examples(out: str, examples, total: int) -> int:
         with open(part, "w", encoding="utf-8", errors="backslashreplace") as f:  # half a character: as JSON spells it
             for example in progress(examples, total, "lines"):
                 row = asdict(dataclasses.replace(example, audio=None, meta={}))
-                paths = []
+                paths, inner = [], []  # inner: what embedded clips were called
                 for k, clip in enumerate(example.clips):
                     content = clip.read() if isinstance(clip, Embedded) else clip
                     if isinstance(content, bytes):
+                        inner += [clip.path] if isinstance(clip, Embedded) and clip.path else []
                         name = re.sub(r"[^\w.-]", "_", example.id)[:80] + (f"_{k}" if k else "")
                         content = write_clip(os.path.join(folder, f"{stem}_audio", f"{n:07d}_{name}"), content)
                     path = os.path.abspath(content)
                     paths.append(os.path.relpath(path, folder) if path.startswith(os.path.join(folder, "")) else path)
                 row["audio"] = paths if isinstance(example.audio, list) else paths[0] if paths else None
-                row["meta"] = {k: None if isinstance(v, Embedded) else v for k, v in example.meta.items()}
+                meta = {k: None if isinstance(v, Embedded) else v for k, v in example.meta.items()}
+                row["meta"] = flat({"audio_path": inner if inner[1:] else inner[0], "meta": meta}) if inner else meta
                 f.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
                 n += 1
         os.replace(part, out)
@@ -1836,20 +1961,21 @@ class Captioned(collections.abc.Sequence):
 
     def __getitem__(self, i: int) -> Example:
         example = self.examples[i]
-        if "captions" not in example.meta and "label" not in example.meta:
+        labels = next((example.meta[k] for k in LABEL.split("|") if k in example.meta), None)
+        if labels is None and "captions" not in example.meta:
             raise DataError(f"{self.examples.where(i)}: neither captions nor a label; eval.py --prompt caption writes some")
-        return dataclasses.replace(example, meta={"captions": [example.meta.get("label")]} | example.meta)
+        return dataclasses.replace(example, meta={"captions": labels if isinstance(labels, list) else [labels]} | example.meta)
 
 
 def write_questions(path: str, out: str, rejects: str, audio_dir: str, **options) -> None:
     stem, end = os.path.splitext(out)
-    generate(Captioned(Examples(path, audio_dir)), out, rejects or f"{stem}_rejects{end}", **options)
+    if failed := generate(Captioned(Examples(path, audio_dir)), out, rejects or f"{stem}_rejects{end}", **options)["failed"]:
+        raise UserError(f"{failed} clips failed; the same command asks them again")
 
 
 def span(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    if not 0.025 <= (value := float(text)) <= 86_400:  # shorter clips give no audio token
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0.025 to 86400 seconds")
     return value
 
 

@@ -255,6 +255,61 @@ def test_two_clips_with_the_same_32_bits_are_two(report, here):
     assert report(ours, "--against", theirs)["shared_clips"] == 0
 
 
+def test_against_says_what_could_not_be_compared(run, report, here):
+    """Clips that are not at hand, and bad lines; --audio_dir is not theirs."""
+    (here / "x").mkdir()
+    theirs = write(here / "x" / "theirs.jsonl", ROW, ROW | {"audio": "none.wav"}, "{", ROW | {"audio": "/no/2.wav"})
+    out, _ = run("check", write(here / "ours.jsonl", ROW), "--audio_dir", here, "--against", theirs)
+    assert "3 of 3 clips of" in out and "could not be heard: compared by name or not at all" in out
+    assert "1 of 4 lines of" in out and "could not be read" in out
+    facts = report("ours.jsonl", "--against", write(here / "good.jsonl", ROW))
+    assert "not_compared" not in facts
+
+
+def test_against_knows_embedded_clips_by_their_inner_name(run, here):
+    datasets = pytest.importorskip("datasets")
+    name = "-Xy_z0aBcDe_000030.wav"
+    row = dict(audio={"bytes": (here / "a.wav").read_bytes(), "path": name}, question="?", choices=["x", "y"], answer="y")
+    datasets.Dataset.from_list([row]).to_parquet("ours.parquet")
+    out, _ = run("check", "ours.parquet", "--against", write(here / "theirs.jsonl", ROW | {"audio": f"none/{name}"}), code=2)
+    assert re.search(r"clips shared +1\n", out)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_heard(run, here, monkeypatch):
+    monkeypatch.setattr(data, "survey", lambda *_: pytest.fail("it was heard"))
+    _, err = run("check", write(here / "q.jsonl", ROW), "--report", "none/r.json", code=2)
+    assert err == "error: none/r.json: No such file or directory\n"
+
+
+def test_the_report_never_takes_the_place_of_the_data(run, here):
+    content = open(write(here / "q.jsonl", ROW)).read()
+    os.symlink("q.jsonl", "link")
+    os.mkdir("x")
+    for argv in ("check q.jsonl --report ./q.jsonl", "check q.jsonl --report link", "check x/../q.jsonl --report q.jsonl",
+                 "check a.csv --against q.jsonl --report q.jsonl"):
+        (here / "a.csv").write_text("audio,label\na.wav,dog\nb.wav,cat\n")
+        _, err = run(*argv.split(), code=2)
+        assert "is the data itself" in err and open("q.jsonl").read() == content
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", ["mp3", "wav"])
+def test_half_a_clip_is_a_problem(report, here, kind, inside):
+    """Whether on disk or inside a data set; its header still says how long it was."""
+    sound(f"x.{kind}", wave=np.tile(SINE, 80), **({"format": "MP3"} if kind == "mp3" else {}))
+    whole = (here / f"x.{kind}").read_bytes()
+    assert not report(write(here / "q.jsonl", ROW | {"audio": f"x.{kind}"}))["problems"]
+    path = "q.jsonl"
+    (here / f"x.{kind}").write_bytes(whole[:len(whole) // 2])
+    if inside:
+        datasets = pytest.importorskip("datasets")
+        row = dict(audio={"bytes": whole[:len(whole) // 2], "path": None}, question="?", choices=["x", "y"], answer="y")
+        datasets.Dataset.from_list([row]).to_parquet(path := "q.parquet")
+    (problem,) = report(path)["problems"]
+    assert "is cut short" in problem
+    assert not report("q.jsonl", "--max_audio_s", "1")["seconds"] or kind == "mp3"  # heard no further: the header is believed
+
+
 def test_check_prints_what_no_terminal_can_show(here):
     write(here / "q.jsonl", ROW, ROW | {"audio": "\ud800.wav"})
     done = shell("check", "q.jsonl", "--report", "r.json", cwd=here)
@@ -282,6 +337,7 @@ REFUSED = {  # arguments: what stderr holds. empty/ is empty, file a file, there
     "check q.jsonl --rep x": "unrecognized arguments: --rep", "check q.jsonl --max_audio_s 0": "--max_audio_s",
     "check q.jsonl --max_audio_s nan": "--max_audio_s", "check q.jsonl --max_audio_s inf": "--max_audio_s",
     "check q.jsonl --against none.jsonl": "error: none.jsonl: no such file",
+    "check q.jsonl --max_audio_s 0.01": "must be from 0.025 to 86400 seconds",
     "check q.jsonl --report none/r.json": "error: none/r.json: No such file", "check q.jsonl --report empty": "error: empty: ",
     "convert q.jsonl": "required: --out", "convert none.jsonl --out o.jsonl": "error: none.jsonl: no such file",
     "convert q.jsonl --out there.jsonl": "error: --out there.jsonl: exists; remove it or give another name",
@@ -374,10 +430,11 @@ KINDS = {  # name: (content, how many questions)
     "own": ("", [ROW | dict(id="x", target=["cat", "a cat"], note="犬", meta={"pass_rate": 0.5, "deep": {"a": [1, None]}}),
                  dict(audio=None, question="Why? Qué?"), ROW | dict(audio=["a.wav", "b.wav"], answer="dog")], 3),
     "own, a key twice": ("", [ROW | dict(source="outside", same=1, meta=dict(source="inside", same=1))], 1),
+    "own, a key three times": ("", [ROW | dict(k=61, k_outside_meta=62, meta=dict(k=63))], 1),
     "own, list": ("list", [ROW, ROW | {"question": "Two\nlines?"}], 2),
     "half a character in meta": ("", [ROW | {"id": "\udce9", "meta": {"was": "\ud800 é"}}], 1),
     "R1-AQA": ("", [AVQA, AVQA | {"id": 8, "question_text": "Why?"}], 2),
-    "MMAU": ("list", [dict(audio_id="./clips/a.wav", id="1f", question="Who?", choices=["(A) dog", "(B) cat"], answer="(B) cat",
+    "MMAU": ("list", [dict(audio_id="clips/a.wav", id="1f", question="Who?", choices=["(A) dog", "(B) cat"], answer="(B) cat",
                            task="sound", difficulty="easy")], 1),
     "MMAR": ("", [dict(id="m", audio_path="a.wav", question="Who?", choices=["dog", "cat"], answer="cat", modality="mix",
                        url="https://y", timestamp="00:01")], 1),
@@ -385,11 +442,20 @@ KINDS = {  # name: (content, how many questions)
                        answer_gt="cat", task_name="t", sub="s")], 1),
     "captions": ("", [dict(youtube_id="abc", start_time=30, audiocap_id=11, caption="A dog."),
                       dict(youtube_id="abc", start_time=30, audiocap_id=12, caption="A cat.")], 1),
+    "captions, what only later rows hold": ("", [
+        dict(audio="x", id="i1", caption="A", meta=dict(m=31)), dict(audio="x", id="i2", caption="B", rater=44, m=32),
+        dict(audio="x", id="i3", caption="C", meta=dict(n=33, captions=["older"], m=34), m=35, captions_in_meta="also")], 1),
+    "several labels": ("csv", [dict(audio="a.wav", label="dog", fold="fold1"), dict(audio="a.wav", label="cat", fold="fold2")] +
+                       [dict(audio="b.wav", label="cow", fold="fold3")], 2),
     "labels": ("csv", [dict(audio="a.wav", label="dog", fold="fold1"), dict(audio="b.wav", label="cat", fold="fold2")], 2),
     "Clotho-AQA": ("csv", [dict(file_name="a.wav", QuestionText="A dog?", answer=a, confidence=c, fold="f")
                            for a, c in (("yes", "maybe"), ("yes", "sure"), ("no", "sure"))], 1),
     "Countdown": ("", [dict(nums=[1, 2, 3], target=6, split="train")], 1),
     "ARC": ("", [dict(id="a", question="Why?", choices=dict(text=["dog", "cat"], label=["1", "2"]), answerKey="2", old=3)], 1),
+    "ARC, nested": ("", [dict(id="a", answerKey="B", question=dict(stem="Why?", para="context", choices=[
+        dict(text="dog", label="A", para="one"), dict(text="cat", label="B", score=0.25)]))], 1),
+    "ARC, more of the choices": ("", [dict(id="a", question="Why?", answerKey="B", choices=dict(
+        text=["dog", "cat"], label=["A", "B"], source=["s1", "s2"]))], 1),
 }
 
 
@@ -411,7 +477,7 @@ def test_convert_loses_nothing(run, here, name):
     kept = {x for row in rows_of("sub/out.jsonl") for x in leaves(row)}
     given = {x for row in rows for k, v in row.items() if k not in ("audio", "audio_path", "audio_id", "file_name")
              for x in leaves(v)}
-    assert not {x for x in given - kept if not re.fullmatch(r"[12]|\([AB]\) (dog|cat)", x)}  # what says where a choice stands
+    assert not {x for x in given - kept if not re.fullmatch(r"[12AB]|\([AB]\) (dog|cat)", x)}  # what says where a choice stands
     run("convert", "sub/out.jsonl", "--out", "sub/again.jsonl")
     assert rows_of("sub/again.jsonl") == rows_of("sub/out.jsonl")
 
@@ -433,7 +499,8 @@ def test_convert_embedded_clips(run, here):
         with open(new.audio, "rb") as f:
             assert f.read() == content
         assert np.array_equal(data.load_audio(new.audio)[0], data.load_audio(old.audio)[0])
-        assert (new.id, new.question, new.choices, new.answer, new.meta) == (old.id, old.question, old.choices, 1, old.meta)
+        assert (new.id, new.question, new.choices, new.answer) == (old.id, old.question, old.choices, 1)
+        assert new.meta == old.meta | {"audio_path": "named.wav"}
     os.rename("far", "moved")  # what was written together stays together
     assert all(os.path.isfile(e.audio) for e in Examples("moved/out.jsonl"))
     run("check", "moved/out.jsonl")
@@ -508,6 +575,9 @@ LABELS = {  # names: the labels they get
     ("कुत्ता/1.wav", "बिल्ली/1.wav"): ["कुत्ता", "बिल्ली"],
     (unicodedata.normalize("NFD", "bébé/1.wav"), "chien/1.wav"): ["bébé", "chien"],
     ("dog/1.wav", "cat/1.wav", "cat/._1.wav", "dog/.hidden.wav", ".trash/cow/1.wav", "__MACOSX/pig/1.wav"): ["cat", "dog"],
+    ("C_major/1.wav", "D_major/1.wav", "A_minor/1.wav"): ["a minor", "c major", "d major"],
+    ("train/dog bark/1.wav", "test/Dog_Bark/1.wav", "cat/1.wav"): ["cat", "dog bark"],
+    ("dog_a.wav", "dog_b.wav", "C-major_01.wav"): ["c major", "dog"],
     ("dog/1.wav", "cat/1.wav", "README.md", "cow/notes.txt", "dog/1.json", "labels.csv"): ["cat", "dog"],
 }
 

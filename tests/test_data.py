@@ -145,7 +145,7 @@ def test_r1_aqa(read, tmp_path):
     ({"question_text": 3}, 'field "question_text"'),
     ({"multi_choice": "dog"}, 'field "choices": expected a list'), ({"audio_path": 3}, 'field "audio": expected a path')])
 def test_r1_aqa_refusals(refusal, change, message):
-    assert refusal(lines(R1_ROW | {"audio_path": None}, R1_ROW | change)).startswith(f"questions.jsonl:2: {message}")
+    assert refusal(lines(R1_ROW | change)).startswith(f"questions.jsonl:1: {message}")
 
 
 def test_unknown_format_lists_the_known_ones(refusal):
@@ -414,6 +414,15 @@ def test_bad_samples(tmp_path, wave, reason):
     with pytest.raises(AudioError) as e:
         data.load_audio(path)
     assert str(e.value).startswith(path) and reason in str(e.value)
+
+
+def test_a_video_beside_or_instead_of_the_sound(tmp_path):
+    """The command that extracts the sound can be run as it stands: what it writes has an ending."""
+    (tmp_path / "v.mp4").write_bytes(b"a video")
+    for name, out in (("v", "v.wav"), ("v.mp4", "v.wav"), ("v.flac", "v.flac")):
+        with pytest.raises(data.AudioError) as e:
+            data.load_audio(str(tmp_path / name))
+        assert str(e.value).endswith(f"; extract the sound: ffmpeg -i {tmp_path}/v.mp4 {tmp_path}/{out}")
 
 
 def test_bad_paths(tmp_path):

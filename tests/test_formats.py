@@ -108,6 +108,8 @@ CASES = [
      R1_READ | dict(choices=[str(i) for i in range(8)], answer=7)),
     ("R1-AQA", R1 | dict(answer=None, audio_path="/x/y.wav"), R1_READ | dict(answer=None, audio="/x/y.wav")),
     ("AVQA", AVQA, AVQA_READ),
+    ("AVRT", dict(id=3, audio_path="q.wav", question=MC["question"], multi_choice=MC["choices"], answer=MC["answer"], n=1),
+     dict(MC_READ, id="3", audio="q.wav", meta={"n": 1})),
     ("AVQA", AVQA | dict(multi_choice=["x", "y"], answer=0, video_name="v.mp4"),
      AVQA_READ | dict(choices=["x", "y"], answer=0, audio="v.mp4", meta=AVQA_META | {"video_name": "v.mp4"})),
     ("own", dict(audio="x.wav", question="?", choices=["A. dog", "B. cat"], answer="B. cat", meta={"a": 1}, b=[2]),
@@ -275,6 +277,15 @@ def test_the_broken_mmau_files_are_refused(refusal):
     assert refusal(mmau_rows(30, lost=1)).startswith('file:1: field "answer": \'?\' is not among the choices')
 
 
+def test_mmau_of_the_hub_names_its_version_too(read, refusal):
+    def hub(row):
+        return dict(context="x.wav", instruction="?", choices=row["choices"], answer=row["answer"],
+                    other_attributes=json.dumps({"dataset": row["dataset"]}))
+    assert read([hub(r) for r in mmau_rows(meld=70)]).version == "v05.15.25"
+    assert read([hub(r) for r in mmau_rows(meld=43)] + [MMAU_HUB | {"other_attributes": "{"}]).version == "unknown version"
+    assert refusal([hub(r) for r in mmau_rows(meld=70, lost=146)]).startswith("file: 146 answers are not among their choices")
+
+
 def test_a_broken_line_of_mmau_is_named_once(refusal):
     for line, message in ((b"{", "file:2: broken JSON"), (b"5", "file:2: expected a JSON object, found 5"),
                           (b"null", "file:2: expected a JSON object"), (b'{"id": 1}', 'file:2: field "audio_id": missing')):
@@ -360,6 +371,36 @@ def test_drawn_choices(read):
     assert all(sorted(e.choices) == ["dog bark", "dog howl"] for e in read(rows[:2]))
 
 
+def test_several_labels_of_a_clip(read):
+    """They are one question, whose distractors are none of them; each can be a distractor elsewhere."""
+    rows = [dict(file="a.wav", label="dog", id=1), dict(file="b.wav", label="cat"), dict(file="a.wav", label="bark", id=2)]
+    examples = read([*rows, *(dict(file=f"{i}.wav", label="rain") for i in range(50))])
+    assert len(examples) == 52 and set(examples[0].choices) == {"dog", "cat", "rain"} and examples[0].id == "1"
+    assert examples[0].meta == dict(file="a.wav", label=["dog", "bark"], ids=[1, 2])
+    assert any("bark" in e.choices for e in examples)
+
+
+def test_the_line_that_is_bad_is_named(refusal):
+    """Though it is one of several on the same clip."""
+    rows = [dict(file="a.wav", caption="x"), dict(file="a.wav", caption=5), dict(file="b.wav", caption="y")]
+    assert refusal(rows).startswith('file:2: field "captions"')
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_only_some_formats_may_be_without_sound(read, name):
+    """A null path is refused by line; without a line of its own, no clips are merged under the name None."""
+    keys = ("audio", "audio_path", "video_name", "audio_id", "context", "path", "video_id", "file_name", "ytid", "file")
+    rows = [row | {k: None for k in keys if k in row} for row in rows_of(name)]
+    if name in ("own", "ARC", "Countdown"):
+        assert read(rows)[0].audio is None
+        return
+    with pytest.raises(DataError, match=r'file:\d: (field "(audio|video_name|audio_id|path|video_id)": |not a row of)'):
+        examples = read([*rows_of(name), *rows])
+        for i in range(len(rows_of(name)) if name not in ("Clotho-AQA", "captions") else 1, len(examples)):
+            examples[i]
+            pytest.fail(f"{examples[i]}")
+
+
 def test_a_blank_label_spoils_only_its_own_line(refusal):
     rows = [dict(file=f"{i}.wav", label=name) for i, name in enumerate(["dog", " ", "cat"])]
     assert refusal(rows).startswith("file:2: ")
@@ -406,7 +447,8 @@ BAD = [
     ("captions", dict(ytid=["a"], start_s=None), ""),
     ("captions", dict(start_s=math.inf), ""), ("captions", dict(start_s="soon"), ""), ("captions", dict(start_s=[1]), ""),
     ("labels", dict(label=5), 'field "label"'), ("labels", dict(label=["dog"]), 'field "label"'),
-    ("labels", dict(label=None), 'field "label"'), ("labels", dict(family=[1]), ""), ("labels", dict(file=5), 'field "audio"')]
+    ("labels", dict(label=None), 'field "label"'), ("labels", dict(family=[1], file="c.wav"), ""),
+    ("labels", dict(file=5), 'field "audio"')]
 
 
 @pytest.mark.parametrize("name, change, message", BAD, ids=lambda x: f"{x!r:.30}" if isinstance(x, dict) else x[:12])
@@ -531,6 +573,8 @@ def test_vggsound(read, tmp_path):
     assert examples.format == "labels" and examples[2].id == "q_000110"
     assert examples[0].question == "Which sound is heard in this clip?" and set(examples[0].choices) == {
         "people eating, chewing", "dog barking", "rain"}
+    for split in ("validation", "val"):
+        assert len(read(f"ab,30,dog,{split}\ncd,30,cat,{split}\n")) == 2
     examples = read(BOM + b'-x_y_000030.mp4,"dog, big"\n__z_000000.mp4,cat\n')
     assert [(e.audio, e.choices[e.answer]) for e in examples] == [
         (str(tmp_path / "-x_y_000030.mp4"), "dog, big"), (str(tmp_path / "__z_000000.mp4"), "cat")]
@@ -553,6 +597,27 @@ def test_vggsound(read, tmp_path):
     ids=lambda x: f"{x!r:.25}")
 def test_bad_csv(refusal, content, message):
     assert refusal(content).startswith(message)
+
+
+@pytest.mark.parametrize("header", ["File_Name,Label", "fname,Labels", "slice_file_name,fold,classID,class", "AUDIO,Caption",
+                                    "# YTID,start_seconds,end_seconds,label", "FileName,CLASS"])
+def test_headers_are_known_whatever_their_case(read, header):
+    columns = header.split(",")
+    rows = [",".join([f"{name}.wav", *["7"] * (len(columns) - 2), word]) for name, word in (("a", "dog"), ("b", "cat"))]
+    examples = read("\n".join([header, *rows]) + "\n")
+    assert examples[0].meta.get("captions", examples[0].choices) in (["dog"], ["dog", "cat"], ["cat", "dog"])
+    assert os.path.basename(examples[0].audio) == ("a.wav_000007" if "YTID" in header else "a.wav")
+    assert len(examples[0].meta) == len(columns) - ("Caption" in header)  # nothing is lost, and "captions" is all of them
+
+
+def test_unnamed_columns_of_a_csv_keep_their_values(read):
+    (e,) = read(",file,caption,\n5,a.wav,rain,6\n")
+    assert e.meta == {"column 1": "5", "column 4": "6", "captions": ["rain"]}
+
+
+def test_line_ends_of_an_old_mac_are_called_so(refusal):
+    for content in ("file,label\ra.wav,dog\rb.wav,cat\r", "file,label\na.wav,dog\rb.wav,cat\r"):
+        assert "lines end in CR alone" in refusal(content) and "quote left open" not in refusal(content)
 
 
 def test_an_open_quote_is_called_so(refusal):
@@ -591,19 +656,28 @@ def test_wide_tables_of_captions_and_labels(read, tmp_path):
 
 # ---- where the clips lie
 
+YT, UUID = "-HG3Omg_89c", "0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9"
+
 
 @pytest.mark.parametrize("name, files, found", [
-    ("a.wav", ["a.wav", "x/a.wav"], "a.wav"), ("id_000030", ["id_30.wav"], "id_30.wav"), ("id_30", ["id_000030.flac"], 0),
-    ("id_000030.mp4", ["id_30.mp3"], 0), ("id_000030.wav", ["id_000030.FLAC"], 0), ("id_000000", ["id_0.wav"], 0),
-    ("clips/id_30.wav", ["clips/id_000030.wav"], 0), ("./test-audios/a.wav", ["test-audios/a.wav"], 0),
-    ("./test-audios/a.wav", ["a.wav"], 0), ("/old/disk/id_000030.wav", ["train/id_30.flac"], 0), ("a.wav", ["x/a.wav"], 0),
-    ("Audio_Grounding_Own/g.wav", ["Audio_Grounding_Own/g.flac", "Speech_Own/g.flac"], 0), ("-a_b_000005", ["x/-a_b_5.ogg"], 0),
-    ("d/a.wav", ["x/d/a.wav"], 0), ("a.wav", ["a.flac", "x/a.mp3"], 0), ("A.mp4", ["A.wav", "A.mp4"], 0),
-    ("v.1_000002", ["v.1_2.wav"], 0),
+    ("a.wav", ["a.wav", "x/a.wav"], "a.wav"), (f"{YT}_000030", [f"{YT}_30.wav"], 0), (f"{YT}_30", [f"{YT}_000030.flac"], 0),
+    (f"{YT}_000030.mp4", [f"{YT}_30.mp3"], 0), (f"{YT}_000030.wav", [f"{YT}_000030.FLAC"], 0),
+    (f"{YT}_000000", [f"{YT}_0.wav"], 0), (f"clips/{YT}_30.wav", [f"clips/{YT}_000030.wav"], 0),
+    ("./test-audios/a.wav", ["test-audios/a.wav"], 0), (f"/old/disk/{YT}_000030.wav", [f"train/{YT}_30.flac"], 0),
+    ("./test-audios/3c4d9a9e-1f", ["test-audios/3c4d9a9e-1f.wav"], 0), (f"./test-audios/{UUID}.wav", [f"{UUID}.wav"], 0),
+    ("a.wav", ["x/a.wav"], 0), ("clips/a.wav", ["a.flac"], 0),  # --audio_dir names the folder that the row begins with
+    ("Audio_Grounding_Own/g.wav", ["Audio_Grounding_Own/g.flac", "Speech_Own/g.flac"], 0),
+    (f"{YT}_000005", [f"x/{YT}_5.ogg"], 0), ("d/a.wav", ["x/d/a.wav"], 0), ("a.wav", ["a.flac", "x/a.mp3"], 0),
+    ("A.mp4", ["A.wav", "A.mp4"], 0), (f"x/{YT}_000030", [f"y/{YT}_30.wav", f"y/{YT}_300.wav"], 0),
+    # another clip that is called like it
+    ("avqa/0001.wav", ["clothoaqa/0001.wav"], None), ("clotho/1001.wav", ["fsd/1001.wav", "fsd/1002.wav"], None),
+    ("clotho/1001.wav", ["1001.wav"], None), ("take_001.wav", ["take_1.wav"], None), ("take_000001.wav", ["take_1.wav"], None),
+    ("a/take_0012.wav", ["b/take_0012.flac"], None), ("music/train/1.wav", ["train/1.wav"], None),
+    ("a/session_a01_5.wav", ["b/session_a01_5.wav"], None), ("session_a01_0005.wav", ["session_a01_5.wav"], None),
     # not there, or not the only one: left as it is, for the message
-    ("id_000030", ["id_300.wav", "id_3.wav", "id_000030.txt", "xid_30.wav"], None), ("id_30", ["ID_30.wav"], None),
-    ("id_000000", ["id_.wav"], None),
-    ("id_000030", ["id_30.wav", "id_030.wav"], None), ("id_000030", ["x/id_30.wav", "y/id_30.wav"], None),
+    (f"{YT}_000030", [f"{YT}_300.wav", f"{YT}_3.wav", f"{YT}_000030.txt", f"x{YT}_30.wav"], None),
+    (f"{YT}_30", [f"{YT.upper()}_30.wav"], None), (f"{YT}_000000", [f"{YT}_.wav"], None),
+    (f"{YT}_000030", [f"{YT}_30.wav", f"{YT}_000030.mp3"], None), (f"{YT}_000030", [f"x/{YT}_30.wav", f"y/{YT}_30.wav"], None),
     ("a.mp4", ["a.wav", "a.flac"], None), ("a.wav", ["x/a.wav", "y/a.wav"], None), ("a.wav", ["x/a.mp3", "y/a.flac"], None),
     ("a", ["x/y/a.wav"], None), ("a.wav", ["a.wav/b.wav"], None), ("a\0", ["a.wav"], None), ("..", ["a.wav"], None),
     ("~no one/a.wav", [], None), ("x" * 300, ["a.wav"], None)], ids=lambda x: f"{x!s:.40}")
@@ -615,6 +689,26 @@ def test_clips_are_found_whatever_their_ending_and_padding(read, tmp_path, name,
     named = os.path.expanduser(os.path.join(tmp_path / "clips", name))
     wanted = named if found is None else str(tmp_path / "clips" / (found or files[0]))
     assert os.path.normpath(example.audio) == os.path.normpath(wanted)
+
+
+def test_two_rows_never_share_a_clip_that_one_of_them_lacks(read, tmp_path):
+    (tmp_path / "Sound_AQA_clothoaqa").mkdir()
+    (tmp_path / "Sound_AQA_clothoaqa" / "0001.wav").touch()
+    rows = [AIR | dict(path="0001.wav", task_name="Sound_AQA", dataset_name=d) for d in ("clothoaqa", "avqa")]
+    for folder in (tmp_path, tmp_path / "Sound_AQA_clothoaqa"):
+        found = [os.path.isfile(e.audio) for e in read(rows, audio_dir=str(folder))]
+        assert found == [True, False]
+
+
+def test_many_folders_of_clips_are_listed_once(read, tmp_path, monkeypatch):
+    for i in range(300):
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}" / f"{YT}_{i}.wav").touch()
+    scanned, scandir = [], os.scandir
+    monkeypatch.setattr(data.os, "scandir", lambda folder: scanned.append(folder) or scandir(folder))
+    examples = read([R1 | {"audio_path": f"{YT}_{i:06d}"} for i in range(400)])
+    assert [os.path.isfile(e.audio) for e in examples] == [i < 300 for i in range(400)]
+    assert len(scanned) == 300 + 3  # the root for its sounds, for its folders, and for both
 
 
 def test_our_own_paths_mean_what_they_say(read, tmp_path):
@@ -648,6 +742,7 @@ def test_a_folder_of_sounds(tmp_path):
 
 @pytest.mark.parametrize("names, message", [([], "holds neither sounds"), (["a.txt"], "holds neither sounds"),
                                             (["dog/1.wav", "dog/2.wav"], "do not tell them apart"),
+                                            (["24 bus/1.wav", "7 bus/1.wav", "car/1.wav"], "24 bus and 7 bus .*'bus'; merge"),
                                             (["1.wav", "2.wav"], "do not tell them apart")])
 def test_folders_that_tell_nothing(tmp_path, names, message):
     for name in names:
@@ -728,8 +823,7 @@ def test_every_format_may_come_as_parquet(tmp_path, read, datasets, name):
     (dict(MMAU_HUB, context={}), "MMAU (Hub)"), (dict(MMSU, audio={}), "MMSU"), (dict(PROCESSED, audio={}), "avqa-processed"),
     (dict(question="?", audio={}), "own"), (dict(audio={}, caption="rain"), "captions")])
 def test_formats_with_their_clips_inside(tmp_path, datasets, row, name):
-    clip = {"bytes": sound(), "path": None}
-    rows = [{k: clip if v == {} else v for k, v in row.items()}] * 2
+    rows = [{k: {"bytes": sound(channels=n), "path": None} if v == {} else v for k, v in row.items()} for n in (1, 2)]
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "p"))
     examples = Examples(str(tmp_path / "p"))
     assert examples.format == name and len(examples) == 2
@@ -747,6 +841,47 @@ def test_paths_inside_parquet_are_found_as_others_are(tmp_path, datasets, monkey
     for folder in ("", str(tmp_path / "clips")):
         (example,) = Examples(str(tmp_path / "p"), folder)
         assert len(data.load_audio(example.audio)[0]) == 16000
+
+
+def parquet(path, **columns) -> Examples:
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table(columns), str(path))
+    return Examples(str(path))
+
+
+@pytest.mark.parametrize("null", [None, {"bytes": None, "path": None}])
+def test_a_null_clip_inside_parquet_is_refused(tmp_path, datasets, null):
+    """In the first row, too, where it says nothing of the format."""
+    clips = [null, {"bytes": sound(), "path": None}, null]
+    examples = parquet(tmp_path / "p", audio=clips, question=["?"] * 3, choices=[["x", "y"]] * 3, answer=["y"] * 3)
+    assert examples.format == "Hub" and examples[1].audio
+    for i in (0, 2):
+        with pytest.raises(DataError, match=f'p:row {i + 1}: field "audio": missing'):
+            examples[i]
+
+
+def test_embedded_clips_are_known_by_their_content(tmp_path, datasets):
+    """And not by a path that is the same in all rows; a clip that stands in several rows is one."""
+    clips = [{"bytes": sound(rate_hz=8000 + i % 40), "path": "audio.wav"} for i in range(60)]
+    examples = parquet(tmp_path / "p", audio=clips, question=["?"] * 60, choices=[["x", "y"]] * 60, answer=["y"] * 60)
+    keys = data.scan(examples)
+    assert len(set(keys)) == 40 and keys[0] == keys[40] and all(data.held_out(keys, 9))
+
+
+def test_captions_of_an_embedded_clip(tmp_path, datasets):
+    clips = [{"bytes": sound(rate_hz=8000 + i % 2), "path": "audio.wav"} for i in range(4)]
+    examples = parquet(tmp_path / "p", audio=clips, caption=["a", "b", "c", "d"])
+    assert [(e.id, e.target) for e in examples] == [("1", ["a", "c"]), ("2", ["b", "d"])]
+
+
+def test_several_embedded_clips_a_question(tmp_path, datasets):
+    clip = {"bytes": sound(), "path": None}
+    lists = [[clip, {"bytes": sound(channels=2), "path": "b.wav"}], [clip], [clip, {"bytes": None, "path": None}]]
+    examples = parquet(tmp_path / "p", audio=lists, question=["?"] * 3, choices=[["x", "y"]] * 3, answer=["y"] * 3)
+    assert [len(data.load_audio(clip)[0]) for e in examples[:2] for clip in e.clips] == [16000] * 3
+    with pytest.raises(DataError, match='row 3: field "audio": expected a path, found None'):
+        examples[2]
 
 
 def test_bad_rows_of_parquet_are_named(tmp_path, datasets):
@@ -767,6 +902,7 @@ def test_bad_rows_of_parquet_are_named(tmp_path, datasets):
 
 
 @pytest.mark.parametrize("name", ["nobody/none", "nobody/none:dev", "nobody/none/en:dev", "nobody/none:v05.15.25",
+                                  "nobody/MMAU-v05.15.25", "nobody/x/v1.0", "nobody/none:train[:100]",
                                   "no-b.o_dy/n.o-ne"])
 def test_a_hub_id_that_cannot_be_had(tmp_path, datasets, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -780,9 +916,13 @@ def test_hub_ids_are_taken_apart(datasets, monkeypatch, tmp_path):
     rows, asked = datasets.Dataset.from_list([dict(audio=None, question="?")]), []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: asked.append((*args, kw["split"])) or rows)
-    for name in ("o/n", "o/n:dev", "o/n/en", "o/n/en:dev"):
+    for name in ("o/n", "o/n:dev", "o/n/en", "o/n/en:dev", "o/n-v1.25", "o/n/v1.0:train[:10%]"):
         assert len(Examples(name)) == 1
-    assert asked == [("o/n", "train"), ("o/n", "dev"), ("o/n", "en", "train"), ("o/n", "en", "dev")]
+    assert asked == [("o/n", "train"), ("o/n", "dev"), ("o/n", "en", "train"), ("o/n", "en", "dev"), ("o/n-v1.25", "train"),
+                     ("o/n", "v1.0", "train[:10%]")]
+    for name in ("o/n.json", "o/n.jsonl", "o/n.csv", "o/n.parquet"):
+        with pytest.raises(DataError, match="no such file"):
+            Examples(name)
 
 
 @pytest.mark.parametrize("source", ["nobody/none", "p"])
@@ -801,8 +941,8 @@ def test_reading_touches_no_sound_and_needs_no_torch(tmp_path):
     """With torch, soundfile and soxr out of reach and every clip a pipe that would block, all formats read."""
     os.mkfifo(tmp_path / "x.wav")
     for i, name in enumerate(FIRST):
-        rows = [{k: "x.wav" if k in ("audio_path", "audio_id", "audio", "file", "file_name") else v for k, v in row.items()}
-                for row in rows_of(name)]
+        rows = [{k: "x.wav" if k in ("audio_path", "audio_id", "audio", "file_name") else "./" * j + "x.wav" if k == "file"
+                 else v for k, v in row.items()} for j, row in enumerate(rows_of(name))]
         (tmp_path / f"{i}").write_bytes(lines(*rows))
     code = textwrap.dedent("""
         import sys
@@ -817,7 +957,7 @@ def test_reading_touches_no_sound_and_needs_no_torch(tmp_path):
 
 def test_rows_are_parsed_when_they_are_asked_for(read):
     """One line, and only that; nothing is remembered."""
-    for name in ("R1-AQA", "AVQA", "own", "AudioMCQ", "avqa-processed", "MMAU (Hub)", "MMAR", "AIR-Bench", "MMSU", "ARC",
+    for name in ("R1-AQA", "AVQA", "AVRT", "own", "AudioMCQ", "avqa-processed", "MMAR", "AIR-Bench", "MMSU", "ARC",
                  "Countdown"):
         examples, parsed = read(lines(*rows_of(name) * 50, b"{", *rows_of(name))), []
         examples.rows.parse = lambda raw, where, parsed=parsed: parsed.append(where) or data.parse(raw, where)
@@ -838,10 +978,11 @@ def test_a_million_lines_are_ready_in_20_s_and_2_gib(tmp_path, name):
         f.write("[" if name == "list" else "file,label\n" if name == "csv" else "")
         for i in range(MANY):
             row, k = dict(rows[i % len(rows)]), str(i // len(rows))
-            row |= {"file": k} if "file" in row else {"file_name": k} if "file_name" in row else {"id": k} if "id" in row else {
-                "ytid": k} if "ytid" in row else {}
+            row |= {"file": f"{i}"} if "file" in row else {}
+            row |= {"file_name": k} if "file_name" in row else {"id": k} if "id" in row else (
+                {"ytid": k} if "ytid" in row else {})
             row |= {"label": kinds[i % 300]} if "label" in row else {}
-            f.write(f"{k}.wav,{row['label']}\n" if name == "csv" else json.dumps(row) + (",\n" if name == "list" else "\n"))
+            f.write(f"{i}.wav,{row['label']}\n" if name == "csv" else json.dumps(row) + (",\n" if name == "list" else "\n"))
         f.seek(f.tell() - 2)
         f.write("]" if name == "list" else "")
     code = textwrap.dedent("""
@@ -908,7 +1049,9 @@ def look_at(examples: Examples) -> Counter:
         try:
             e = examples[i]
         except DataError as error:
-            assert str(error).startswith(examples.where(i)) and len(str(error)) < 3000 and str(error).isprintable()
+            item = examples.items[i]
+            places = tuple(map(examples.rows.where, item if isinstance(item, tuple) else [item]))
+            assert str(error).startswith(places) and len(str(error)) < 3000 and str(error).isprintable()
             outcome["refused"] += 1
             continue
         " ".join([e.question, *e.choices, *([e.target] if isinstance(e.target, str) else e.target or [])]).encode()

@@ -86,6 +86,8 @@ class Server(asyncio.Protocol):
         if (mode, hits) in errors or mode in ("broken", "odd"):
             status, extra = errors[mode, hits if mode in ("limit", "errors") else 0]
             return status, extra, {"error": {"message": f"no good: Authorization: Bearer {KEY}"}}, 0
+        if mode == "half_json":
+            return 200, "Content-Encoding: identity\r\nContent-Type: application/json\r\n", b'{"id": "x", "choices": [{"ind', 0
         if mode == "page":
             return 200, "", b"<html>hello</html>", 0
         said, finish = content(name, mode, request["seed"] if "seed" in request else 1)
@@ -189,6 +191,16 @@ REPLIES = [  # reply, reason
     (reply(choices=["A dog", "A cat", "A duck", "A cow that stands " + "far " * 10], answer="A dog"), ""),
     (reply(choices=["A dog that stands " + "far " * 8, "A cat", "A duck", "A cow that stands far away"], answer="A"), ""),
     (reply(choices=["Un perro 🐕", "Un gato", "¿Qué?", "日本"], answer="Un gato"), ""),
+    (reply(choices=["1. dog", "2. cat", "3. owl", "4. cow"], answer="2. cat"), ""),
+    (reply(choices=["a. dog", "b. cat", "c. owl", "d. cow"], answer="b"), ""),
+    (reply(choices=["a) dog", "b) cat", "c) owl", "d) cow"], answer="cat"), ""),
+    (reply(answer="b) A cat"), ""),
+    (reply(choices=["1.5 s", "2.5 s", "3.5 s", "4.5 s"], answer="2.5 s"), ""),
+    (reply(choices=["C", "C#", "D", "Eb"], answer="C#"), ""),
+    (reply(choices=["+10%", "-10%", "0%", "+50%"], answer="-10%"), ""),
+    (reply(question="Based on the notes of the flute, which key is it?", choices=["C major", "D flat", "A minor", "G sharp"],
+           answer="A minor"), ""),
+    (reply(question="What is heard in the scene, next to the white noise?"), ""),
     ("", "no JSON object"),
     ("I can't help with that.", "no JSON object"),
     ('["a", "b"]', "no JSON object"),
@@ -215,6 +227,10 @@ REPLIES = [  # reply, reason
     (reply(answer="A whale"), "answer not among the choices"),
     (reply(answer=""), "answer not among the choices"),
     (reply(answer="E"), "answer not among the choices"),
+    (reply(answer="2"), "answer not among the choices"),  # of what?
+    (reply(choices=["1. dog", "2. cat", "3. owl", "cow"], answer="5. cow"), "answer not among the choices"),
+    (reply(choices=["A dog", "A dog barking", "A duck", "A cow"], answer="A duck"), "one choice is part of another"),
+    (reply(choices=["Dog barking", "The dog", "A duck", "A cow"], answer="A duck"), "one choice is part of another"),
     (reply(answer="A. A cat"), "answer not among the choices"),  # letter and text disagree
     (reply(answer="A dog or A cat"), "answer not among the choices"),
     (reply(choices=["G", "C", "E", "F"], answer="B"), "answer not among the choices"),  # a note's name is no letter
@@ -236,11 +252,13 @@ REPLIES = [  # reply, reason
     *((reply(question=f"Which animal {w} the bell rings?"), "about sight") for w in (
         "can you see when", "is seen before", "looks like it", "is visible as", "of a brown colour calls as",
         "of that Color calls as", "in the picture calls as", "in this image calls as", "in the video calls as",
-        "wearing a collar calls as", "is near the camera as", "appears on-screen when", "in the PHOTO calls as")),
+        "wearing a collar calls as", "shown in the scene calls as", "viewed by us calls as", "in the frame calls as",
+        "that comes into view calls as", "beside a man in a red shirt calls as", "near the white coats calls as",
+        "is near the camera as", "appears on-screen when", "in the PHOTO calls as")),
     (reply(choices=["A colourful dog", "A cat", "A duck", "A cow"], answer="A cat"), "about sight"),
     *((reply(question=f"Which animal {w} calls twice?"), "mentions a text") for w in (
         "in the caption", "from the description", "described here", "in the text", "of the passage", "in the captions",
-        "according to the notes")),
+        "according to the notes", "based on the notes", "as the notes say")),
     (reply(choices=["A dog", "A cat", "A duck", "None of the above"]), "mentions other choices"),
     (reply(choices=["A dog", "A cat", "A duck", "Both A and B"]), "mentions other choices"),
     (reply(question="After which sound is it that a small dog barks at a passing bus?"), "quotes a caption"),
@@ -271,6 +289,12 @@ def test_every_reason_has_a_case():
 def test_letters(choices, answer, index, first):
     row = gen.tidy(dict(question="?", choices=choices, answer=answer))
     assert row["answer"] == index and row["choices"][0] == first
+
+
+def test_other_letters_go_from_the_choices():
+    for marks in ("1234", "abcd", "ABCD"):
+        row = gen.tidy(dict(question="?", choices=[f"{m}. {c}" for m, c in zip(marks, ANIMALS)], answer=f"{marks[2]}. cow"))
+        assert row["choices"] == ANIMALS[:4] and row["answer"] == 2
 
 
 def test_near_duplicates():
@@ -463,7 +487,7 @@ def test_swapped_files_and_one_file_for_both(make, server):
 
 
 def test_two_processes_at_once(make, command, tmp_path):
-    captions = write_captions(tmp_path / "captions.jsonl", clips(30, lambda i: "slow=0.1"))
+    captions = write_captions(tmp_path / "captions.jsonl", clips(30, lambda i: "slow=0.3"))
     first = command(captions, "a", "--concurrency", 2)
     while not os.path.exists(make.paths()[1]):
         time.sleep(0.01)
@@ -527,6 +551,13 @@ def test_a_page_instead_of_a_chat(make, server):
     with pytest.raises(UserError, match="no chat completion"):
         make(clips(30, lambda i: "mode=page"))
     assert make.files() == [b"", b""]
+
+
+def test_an_answer_that_is_cut_off_is_a_failure_of_the_command(command, server, tmp_path, make):
+    process = command(write_captions(tmp_path / "c.jsonl", clips(3, lambda i: "mode=half_json" if i else "")), "a")
+    said, errors = process.communicate()
+    assert process.returncode == 2 and "error: 2 clips failed; the same command asks them again" in errors
+    assert len(make.rows()[0]) == 1 and "failed, to be asked again               2" in said
 
 
 def test_no_answer_in_time(make, server):
@@ -612,7 +643,10 @@ def test_limits_hold_over_all_runs(limit, used, make, server, capsys):
 
 @pytest.mark.parametrize("options, says", [
     (dict(max_cost=1.0), "--price_in"), (dict(max_cost=1.0, price_in=1.0), "--price_out"), (dict(concurrency=0), "at least 1"),
-    (dict(attempts=0), "at least 1")])
+    (dict(attempts=0), "at least 1"), (dict(temperature=float("nan")), "--temperature"), (dict(temperature=-1), "--temp"),
+    (dict(retries=-1), "--retries: must be at least 0, found -1"), (dict(max_tokens_total=-5), "--max_tokens_total"),
+    (dict(max_cost=-1), "--max_cost"), (dict(max_cost=float("nan"), price_in=1, price_out=1), "--max_cost"),
+    (dict(max_cost=1, price_in=-1.0, price_out=float("inf")), "--price_in")])
 def test_arguments(options, says, make, server):
     with pytest.raises(UserError, match=says):
         make(clips(1), **options)
@@ -629,6 +663,46 @@ def test_broken_captions_stop_after_what_came_before(captions, make, server):
     examples[3] = Example("c0003", None, "", meta=examples[2].meta)
     with pytest.raises(UserError, match='field "audio"'):
         make(examples)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999/v1", "http://127.0.0.1:abc/v1", "ftp://x/v1", "127.0.0.1/v1"])
+def test_an_address_that_is_none(make, url):
+    with pytest.raises(UserError, match="--base_url: expected http://HOST:PORT/v1") as e:
+        gen.generate(clips(1), *make.paths(), "m", base_url=url)
+    assert "\n" not in str(e.value) and not os.path.exists(make.paths()[0])
+
+
+def test_a_timeout_that_is_none(command, tmp_path):
+    process = command(write_captions(tmp_path / "c.jsonl", clips(1)), "a", "--timeout_s", "1e300")
+    assert "86400 seconds" in process.communicate()[1] and process.returncode == 2
+
+
+def test_the_labels_of_a_clip_are_one_question(command, server, make, tmp_path):
+    (tmp_path / "c.csv").write_text("audio,category\na.wav,clip one\nb.wav,clip two\na.wav,clip three\n")
+    command(str(tmp_path / "c.csv")).communicate()
+    assert [(r["id"], r["meta"]["captions"]) for r in make.rows()[0]] == [
+        ("a.wav", ["clip one", "clip three"]), ("b.wav", ["clip two"])]
+
+
+def test_an_id_that_stands_there_again_gets_a_number(make):
+    """Whatever the concurrency; nothing is lost, doubled or asked again."""
+    examples = clips(12)
+    for i in (3, 7, 8):
+        examples[i].id = "c0000"
+    examples[5].id = "c0000 #2"
+    wanted = ["c0000", "c0001", "c0002", "c0000 #2", "c0004", "c0000 #2 #2", "c0006", "c0000 #3", "c0000 #4"]
+    for name, n in (("one", 1), ("many", 64), ("many", 16)):
+        make(examples, name, concurrency=n)
+    assert make.files("one") == make.files("many")
+    ids = [r["id"] for rows in make.rows("one") for r in rows]
+    assert sorted(ids) == sorted([*wanted, "c0009", "c0010", "c0011"])
+
+
+def test_embedded_clips_are_to_be_converted_first(make, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([dict(audio={"bytes": b"RIFF", "path": None}, caption="x")]).to_parquet(str(tmp_path / "p"))
+    with pytest.raises(UserError, match="convert it first"):
+        make(gen.Captioned(Examples(str(tmp_path / "p"))))
 
 
 def test_the_window_is_bounded(make, monkeypatch):
