@@ -2,10 +2,13 @@ import os
 import sys
 
 import pytest
-import torch
 
+# tests share the cores; and sums come out the same in this process and in those that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch  # noqa: E402
 
 import data  # noqa: E402
 import omni_grpo as og  # noqa: E402

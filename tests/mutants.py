@@ -11,7 +11,7 @@ import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-MATH, MODEL, RUN = "tests/test_math.py", "tests/test_model.py", "tests/test_run.py"
+MATH, MODEL, RUN, RANKS = (f"tests/test_{x}.py" for x in ("math", "model", "run", "ranks"))
 
 MUTANTS = [  # what, old, new, the tests that must die
     ("loss sign", "return -(weight * torch.minimum(", "return (weight * torch.minimum(", MATH),
@@ -31,13 +31,14 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("sampler ignores the temperature", "logits.float() / (temperature or 1.0)", "logits.float()", MATH),
     ("sampler is off by one", "right=True)\n    return ids[:, 0]", "right=False)\n    return ids[:, 0]", MATH),
     ("scorer ignores the temperature", "policy.head(hidden).float() / temperature", "policy.head(hidden).float()", MODEL),
-    ("first token predicted by itself", "torch.where(trained == 0, split - 1, at + trained - 1)", "at + trained - 1", MODEL),
-    ("shifted by one", "split - 1, at + trained - 1)", "split, at + trained)", MODEL),
+    ("first token predicted by itself", "torch.where(trained == 0, n, len(groups) + at + trained - 1)",
+     "len(groups) + at + trained - 1", MODEL),
+    ("shifted by one", "len(groups) + at + trained - 1)", "len(groups) + at + trained)", MODEL),
     ("forced tokens trained", "torch.tensor(completion.sampled, dtype=torch.bool)",
      "torch.ones(len(completion.ids), dtype=torch.bool)", MODEL),
     ("completions see each other", "own = (owner[:, None] == owner[None, :]) &", "own = (owner[:, None] >= -1) &", MODEL),
     ("completions see later tokens", "& (order[:, None] >= order[None, :])", "& (order[:, None] >= -1)", MODEL),
-    ("positions run on", "torch.arange(size, size + length)", "torch.arange(at - start, at - start + length)", MODEL),
+    ("positions run on", "torch.arange(size, size + fed)", "torch.arange(size + at - start, size + at - start + fed)", MODEL),
     ("audio rows swapped", "return list(flat.split(sizes))", "return list(flat.split(sizes))[::-1]", MODEL),
     ("audio left out of scoring", "x[at + start:at + start + len(audio)] = audio.to(x.dtype)", "pass", MODEL),
     ("sampled placeholder swallowed", "x, at = F.embedding(",
@@ -54,13 +55,23 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("reference is the policy", "with policy.model.disable_adapter():", "if True:", MODEL),
     ("old policy refreshed", "if old_logps[j] is None:", "if True:", MODEL),
     ("LoRA everywhere", r"pattern = rf\"{re.escape(lm_path)}\..*\b(".replace('\\"', '"'), r'pattern = rf".*\b(', MODEL),
-    ("padding seen in decoding", "F.pad(slot >= longest - sizes[:, None]", "F.pad(slot >= -1 + 0 * sizes[:, None]", MODEL),
+    ("padding seen in decoding", "own | (slot < sizes[:, None])[:, None]", "own | (slot < self.length)", MODEL),
+    ("rows of a prompt see each other", "& ((slot - self.length) % g == ", "& (slot * 0 == 0 * ", MODEL),
+    ("last token fed to the next", "cache.length += g", "cache.length += 0", MODEL),
+    ("wrong row leaves", "self.place = line * self.g + self.place % self.g", "self.place = line * self.g", MODEL),
+    ("prefix without its gradient", "            prefix.backward(leaves[key])\n        if anything", "            pass\n        if anything",
+     MODEL),
+    ("old weights' prefix used again", "if p.prefix and nth == 0}", "if p.prefix}", MODEL),
+    ("prompts of a prefix swapped", "hidden = prefix.ends[places]", "hidden = prefix.ends[places[::-1]]", MODEL),
+    ("weights of one rank's tokens", "lengths = gather([sum(c.sampled) for c in completions])",
+     "lengths = [[sum(c.sampled) for c in completions]] * ranks()[1]", RANKS),
+    ("gradients not summed", "torch.distributed.all_reduce(flat)", "pass", RANKS),
     ("u shared by tokens", "nth = (nth + 1).clamp", "nth = (nth + 0).clamp", MODEL),
     ("non-finite step taken", "if math.isfinite(norms[-1]):", "if True:", MODEL),
     ("order forgets the seed", "random.Random(seed_of(cfg.seed, phase, epoch))", "random.Random()", RUN),
     ("log not cut on resume", "<= content[\"state\"][\"step\"]]", "<= 10**9]", RUN),
     ("optimizer not restored", "optimizer.load_state_dict(content[\"optimizer\"])", "pass", RUN),
-    ("cursor not restored", "state |= {\"step\": step, phase: batch[-1][0] + 1}", "state |= {\"step\": step}", RUN),
+    ("cursor not restored", "state |= {\"step\": step, phase: gather(batch[-1][0] + n_ranks)}", "state |= {\"step\": step}", RUN),
     ("checkpoint written in place", "    tmp = path + \".tmp\"\n", "    tmp = path\n", RUN),
 ]
 
@@ -81,7 +92,7 @@ def main() -> int:
                 (shutil.copytree if os.path.isdir(path) else shutil.copy)(path, os.path.join(folder, name))
             with open(os.path.join(folder, "omni_grpo.py"), "w", encoding="utf-8") as f:
                 f.write(source.replace(old, new))
-            done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests], cwd=folder,
+            done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0", tests], cwd=folder,
                                   capture_output=True, text=True)
         died = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         print(f"{'died' if died else 'SURVIVED'}: {what}" + (f" ({died[0].split(' - ')[0].split('::')[-1]})" if died else ""),

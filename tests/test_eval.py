@@ -676,7 +676,7 @@ def test_compare_refuses_what_is_no_result(lab, clips, capsys):
 # ---- other people's predictions
 
 
-MMAU = [dict(id=f"m{i}", audio_id=f"./test-mini-audios/{NAMES[i]}.wav", question="What is it?", choices=NAMES, answer=NAMES[i],
+MMAU = [dict(id=f"m{i}", audio_id=f"./{NAMES[i]}.wav", question="What is it?", choices=NAMES, answer=NAMES[i],
              task=["sound", "music"][i % 2], difficulty="easy", category=["Reasoning"]) for i in range(4)]
 
 

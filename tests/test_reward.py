@@ -672,14 +672,14 @@ NOISE = [t * (100_000 // len(t)) for t in (
 
 @pytest.mark.parametrize("noise", NOISE, ids=range(len(NOISE)))
 def test_100_kb_of_noise_takes_linear_time(noise):
-    """A second of this thread's time: what else runs on the machine does not count."""
+    """Seconds of this thread's time, on a machine that does other things, too; quadratic time would be minutes."""
     start = time.thread_time()
     reward.resolve(noise, FOUR)
-    assert time.thread_time() - start < 1.0
+    assert time.thread_time() - start < 3.0
     start = time.thread_time()
     for name in reward.REWARDS:
         reward.REWARDS[name](noise, Example("", None, "?", FOUR, 1))
-    assert time.thread_time() - start < 2.0
+    assert time.thread_time() - start < 6.0
 
 
 def test_accuracy():
