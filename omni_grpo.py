@@ -1172,7 +1172,7 @@ def rehearse(cfg: Config, config, family: Family, prompt_tokens: int, dtype=torc
     weights += trained * (2 if cfg.optimizer == "adamw8bit" else 8)  # the optimizer's two moments
     if cfg.load_in_4bit:  # half a byte a weight and a float32 scale for 64 of them; one matrix at a time as it was
         large = [m.weight.numel() for n, m in policy.lm.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
-        weights += max(large) * 2 - sum(large) * (2 - 0.5 - 4 / 64)
+        weights += max(large) * dtype.itemsize - sum(large) * (dtype.itemsize - 0.5 - 4 / 64)
     g, peaks = cfg.num_generations, {}
     with Live(parameters) as live:
         groups = []

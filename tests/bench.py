@@ -1,7 +1,8 @@
 """Speed and memory, measured. No weights are needed: random ones, at 7B size on a GPU, small on a CPU.
 
     python tests/bench.py --scoring      prefix-shared against repeated scoring, forward and backward, and the bound
-    python tests/bench.py --step         a whole training step: seconds by part, peak memory (CUDA: 7B under a 48 GiB cap)
+    python tests/bench.py --step         a whole training step: seconds by part, its floor, peak memory (CUDA: 7B, capped)
+    python tests/bench.py --memory       what a step of the 7B model holds, reckoned without a card, and which cards it fits
     python tests/bench.py --reading      training steps of the demo's base with 30 s clips on disk, against clips in memory
     python tests/bench.py --eval         k sampled answers a question, against the library's generate
     python tests/bench.py --rollout      the same for groups of G = 1, 4, 8, 16
@@ -14,6 +15,7 @@ tables of a run also go to --json. Memory is measured in a fresh process a side,
 """
 
 import argparse
+import collections
 import importlib.util
 import json
 import os
@@ -44,19 +46,34 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLES = []  # of this run
 
 
-def random_policy(big: bool, rank: int = 16) -> og.Policy:
-    """Qwen2.5-Omni's thinker with random weights and LoRA: at its published 7B size (the library's defaults), or small."""
+def thinker_config(big: bool):
+    """Qwen2.5-Omni's thinker at its published 7B size (the library's defaults), or small."""
     import transformers
 
-    og.quiet_libraries()
-    config = transformers.Qwen2_5OmniThinkerConfig(
+    return transformers.Qwen2_5OmniThinkerConfig(
         text_config=dict(tie_word_embeddings=False) if big else SMALL, audio_config={} if big else SMALL_AUDIO,
         vision_config=VISION | dict(out_hidden_size=3584 if big else 384),
         **({} if big else {f"{name}_token_id": 2047 - i for i, name in enumerate(TOKENS)}))
+
+
+def random_policy(big: bool, rank: int = 16, nf4: bool = False) -> og.Policy:
+    """With random weights and LoRA."""
+    import bitsandbytes
+    import transformers
+
+    og.quiet_libraries()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16 if big else torch.float32)
     with torch.device(DEVICE):
-        model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
+        model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(thinker_config(big))
+    if nf4:
+        for parent in [m for n, m in model.named_modules() if "layers" in n and not n.startswith("audio_tower")]:
+            for name, m in parent.named_children():
+                if isinstance(m, torch.nn.Linear):
+                    small = bitsandbytes.nn.Linear4bit(m.in_features, m.out_features, m.bias is not None,
+                                                       compute_dtype=m.weight.dtype, quant_type="nf4")
+                    small.load_state_dict(m.state_dict())
+                    setattr(parent, name, small.to(DEVICE))
     torch.set_default_dtype(torch.float32)
     return og.take_apart(og.Config(lora_rank=rank, lora_alpha=rank), model, og.OMNI)
 
@@ -161,43 +178,133 @@ def scoring(args) -> None:
                 row(s, t, g, a, b, over(a, b), bound, statistics.median(over(a, b)) / bound)
 
 
+class Clock:
+    """Seconds of named parts, each without the parts inside it."""
+
+    def __init__(self):
+        self.seconds, self.open = collections.Counter(), []
+
+    def part(self, name):
+        """A function -> the same, timed. `name`: a text, or asked for one at every call; None counts with what is around."""
+        def wrap(function):
+            def timed(*args, **kwargs):
+                now = name() if callable(name) else name
+                if now is None:
+                    return function(*args, **kwargs)
+                sync()
+                start, inside = time.perf_counter(), sum(self.seconds.values())
+                self.open.append(now)
+                result = function(*args, **kwargs)
+                sync()
+                self.open.pop()
+                self.seconds[now] += time.perf_counter() - start - (sum(self.seconds.values()) - inside)
+                return result
+            return timed
+        return wrap
+
+    def watch(self, policy, optimizer) -> None:
+        policy.encode_audio = self.part("tower")(policy.encode_audio)
+        og.read = self.part(lambda: None if {"score", "reference"} & set(self.open) else "prefill")(og.read)
+        og.rollout = self.part("decode")(og.rollout)
+        og.token_logps = self.part(lambda: "score" if torch.is_grad_enabled() else "reference")(og.token_logps)
+        torch.Tensor.backward = self.part("backward")(torch.Tensor.backward)
+        og.Prefix.backward = self.part("backward")(og.Prefix.backward)
+        optimizer.step = self.part("optimizer")(optimizer.step)
+
+
+PARTS = ("tower", "prefill", "decode", "score", "reference", "backward", "optimizer")
+
+
+def machine_rates() -> tuple[float, float]:
+    """-> (FLOP/s of a large matrix product in the base's dtype, bytes/s of a copy, read and written), both measured"""
+    n, dtype = (8192, torch.bfloat16) if DEVICE == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
+    x = torch.zeros(2**30 if DEVICE == "cuda" else 2**28, dtype=torch.uint8, device=DEVICE)
+    y = x.clone()
+    product, copy = by_turns(lambda: a @ b, lambda: y.copy_(x), repeats=7)
+    return 2 * n**3 / statistics.median(product), 2 * len(x) / statistics.median(copy)
+
+
+def floor_s(policy, cfg, s: int, rates) -> float:
+    """Seconds that a step cannot be shorter than: every product of base weights at the measured rate, and every decoding step
+    no faster than the weights and the keys can be read. LoRA, attention, the tower and the optimizer are left out."""
+    flops, bandwidth = rates
+    linear = [m.weight for n, m in policy.lm.named_modules() if n.endswith("_proj") or n.endswith("base_layer")]
+    linear = list({id(w): w for w in linear}.values())
+    weights, head = sum(w.numel() * (2 if w.dtype == torch.uint8 else 1) for w in linear), policy.head.weight.numel()
+    p, rows, t = cfg.prompts_per_step, cfg.prompts_per_step * cfg.num_generations, cfg.new_tokens
+    prompt, fed = 2 * weights * p * s, 2 * weights * rows * (t - 1) + 2 * head * rows * t
+    work = prompt * 1 + fed + (prompt + fed if cfg.beta else 0)  # prefill, scoring, reference
+    work += (prompt + fed) * (2 if cfg.gradient_checkpointing else 1) + (0 if cfg.reuse_prefix else prompt)  # backward
+    config = policy.lm.config
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    bytes_ = sum(w.numel() * w.element_size() for w in [*linear, policy.head.weight]) + 2 * kv * (p * s + rows * t / 2)
+    return work / flops + (t - 1) * max(bytes_ / bandwidth, 2 * (weights + head) * rows / flops)
+
+
 def step(args) -> None:
-    """Whole steps on random weights, clips and rewards: nothing is learned, everything is computed."""
+    """Whole steps on random weights, clips and rewards: nothing is learned, everything is computed. On a GPU at 7B size under
+    --cap_gib. The peak stands beside the one that the preflight reckons without a card."""
     cuda = torch.cuda.is_available()
     if cuda:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))
-    policy = random_policy(big=cuda, rank=32)
-    cfg = og.Config(prompts_per_step=args.prompts, num_generations=args.generations, max_new_tokens=args.new_tokens, data="-")
-    optimizer = og.make_optimizer(policy, cfg)
+    policy = random_policy(big=cuda, rank=32, nf4=args.nf4)
+    policy.stop_ids = []
+    cfg = og.Config(prompts_per_step=args.prompts, num_generations=args.generations, max_new_tokens=args.new_tokens, data="-",
+                    load_in_4bit=args.nf4)
+    optimizer, clock = og.make_optimizer(policy, cfg), Clock()
+    clock.watch(policy, optimizer)
     vocab, frames = policy.head.weight.shape[0], int(args.audio_s * 100)
-    print(f"{args.steps} steps of {args.prompts} prompts x {args.generations} completions x {args.new_tokens} tokens, "
-          f"{args.audio_s:g} s clips, LoRA rank 32, {where()}, cap {args.cap_gib:g} GiB", flush=True)
-    seconds = []
-    for n in range(args.steps):
-        sync()
-        start = time.perf_counter()
+
+    def once():
         audio = policy.encode_audio([torch.randn(128, frames) for _ in range(args.prompts)])
         prompts = [og.Tokens(torch.randint(vocab, (40,)).tolist() + [0] * len(a) + torch.randint(vocab, (40,)).tolist(),
                              [(40, a)]) for a in audio]
+        our_step(policy, optimizer, cfg, prompts)
+        return len(prompts[0].ids)
+
+    rows, rates = [], machine_rates()
+    for _ in range(args.steps):
+        clock.seconds.clear()
         sync()
-        heard = time.perf_counter()
-        at_once = max(1, cfg.rollout_rows // args.generations)
-        done = []
-        for i in range(0, len(prompts), at_once):
-            part = prompts[i:i + at_once]
-            done += og.rollout(policy, part, args.generations, 1.0, args.new_tokens, list(range(i, i + len(part))))
+        start = time.perf_counter()
+        s = once()
         sync()
-        rolled = time.perf_counter()
-        groups = [og.Group(None, p, c, torch.rand(args.generations).round().tolist()) for p, c in zip(prompts, done)]
-        og.update(policy, optimizer, cfg, groups, cold=False)
-        sync()
-        end = time.perf_counter()
-        seconds.append((heard - start, rolled - heard, end - rolled, end - start))
-        peak = og.peak_memory_gib()
-        print(f"step {n}: {end - start:.2f} s, peak {peak:.2f} GiB", flush=True)
-    table("a whole step", "tower s", "rollout s", "update s", "step s", "peak GiB")
-    row(*map(list, zip(*(seconds[1:] or seconds))), peak)
+        rows.append([*(clock.seconds[part] for part in PARTS), time.perf_counter() - start])
+    if cuda:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        held = [*policy.model.parameters(), *policy.model.buffers()]
+        with og.Live(held) as live:
+            once()
+        peak = (live.peak + sum(x.numel() * x.element_size() for x in held)) / 2**30
+    config = policy.model.get_base_model().config
+    reckoned = og.rehearse(cfg, config, og.OMNI, s, torch.bfloat16 if cuda else torch.float32)
+    floor = floor_s(policy, cfg, s, rates)
+    table(f"a whole step: {args.prompts} prompts of S = {s} ({args.audio_s:g} s clips), G = {args.generations}, T = "
+          f"{args.new_tokens}, LoRA rank 32, {'nf4' if args.nf4 else 'bf16' if cuda else 'float32'}, cap {args.cap_gib:g} GiB; "
+          f"{rates[0] / 1e12:.3g} TFLOP/s, {rates[1] / 1e9:.3g} GB/s measured", *(f"{p} s" for p in PARTS), "step s", "floor s",
+          "over the floor, x", "peak GiB", "reckoned GiB")
+    columns = list(map(list, zip(*(rows[1:] or rows))))
+    row(*columns, floor, statistics.median(columns[-1]) / floor, peak, max(reckoned.values()))
+
+
+def memory(args) -> None:
+    """What a step of the 7B model holds, played through on the meta device: no card and no weights are needed, and it is no
+    measurement of a card. `--step` on a GPU measures one row and prints this reckoning beside it."""
+    config = thinker_config(big=True)
+    table(f"memory of a step of Qwen2.5-Omni-7B, {args.prompts} prompts, LoRA rank 32, reckoned", "weights", "G", "clip s", "T",
+          "weights GiB", "rollout GiB", "update GiB", "fits a card of")
+    for nf4 in (False, True):
+        for g in (4, 8, 16):
+            for audio_s in (10, 30):
+                for t in (16, 256):
+                    cfg = og.Config(data="-", prompts_per_step=args.prompts, num_generations=g, max_new_tokens=t,
+                                    load_in_4bit=nf4)
+                    gib = og.rehearse(cfg, config, og.OMNI, 120 + 25 * audio_s)
+                    fits = next((f"{c} GB" for c in (16, 24, 48, 80) if max(gib.values()) <= 0.95 * c), "none")
+                    row("nf4" if nf4 else "bf16", g, audio_s, t, *(f"{x:.1f}" for x in gib.values()), fits)
 
 
 def reading(args) -> None:
@@ -508,8 +615,8 @@ CHILDREN = {  # work(args, *params) -> what is measured, in a fresh process
     "audio": lambda args, naive: two_steps(audio_step(args, naive)[0]),
     "startup": lambda args, path: lambda: og.open_data(og.Config(data=path)),
 }
-MODES = dict(scoring=scoring, step=step, reading=reading, trl=against_trl, audio=against_repeated, startup=startup,
-             eval=lambda args: sampling(args, (1, 4, 8)), rollout=lambda args: sampling(args, (1, 4, 8, 16)))
+MODES = dict(scoring=scoring, step=step, memory=memory, reading=reading, trl=against_trl, audio=against_repeated,
+             startup=startup, eval=lambda args: sampling(args, (1, 4, 8)), rollout=lambda args: sampling(args, (1, 4, 8, 16)))
 
 
 def main() -> None:
@@ -523,7 +630,8 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=16)
     parser.add_argument("--audio_s", type=float, default=10.0)
     parser.add_argument("--kind", default="wav", choices=["wav", "flac", "mp3"], help="of the clips of --reading")
-    parser.add_argument("--cap_gib", type=float, default=48.0)
+    parser.add_argument("--cap_gib", type=float, default=48.0, help="of --step on a GPU: more is refused")
+    parser.add_argument("--nf4", action="store_true", help="--step with 4-bit base weights")
     parser.add_argument("--threads", type=int, default=0, help="of torch on a CPU, 0: its own choice; more than are free make "
                         "small steps crawl")
     parser.add_argument("--json", default="bench.json", help="where the tables of a run go")

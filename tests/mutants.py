@@ -59,8 +59,8 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("rows of a prompt see each other", "& ((slot - self.length) % g == ", "& (slot * 0 == 0 * ", MODEL),
     ("last token fed to the next", "cache.length += g", "cache.length += 0", MODEL),
     ("wrong row leaves", "self.place = line * self.g + self.place % self.g", "self.place = line * self.g", MODEL),
-    ("prefix without its gradient", "            prefix.backward(leaves[key])\n        if anything", "            pass\n        if anything",
-     MODEL),
+    ("prefix without its gradient", "            prefix.backward(leaves[key])\n        if anything",
+     "            pass\n        if anything", MODEL),
     ("old weights' prefix used again", "if p.prefix and nth == 0}", "if p.prefix}", MODEL),
     ("prompts of a prefix swapped", "hidden = prefix.ends[places]", "hidden = prefix.ends[places[::-1]]", MODEL),
     ("weights of one rank's tokens", "lengths = gather([sum(c.sampled) for c in completions])",
@@ -71,7 +71,8 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("order forgets the seed", "random.Random(seed_of(cfg.seed, phase, epoch))", "random.Random()", RUN),
     ("log not cut on resume", "<= content[\"state\"][\"step\"]]", "<= 10**9]", RUN),
     ("optimizer not restored", "optimizer.load_state_dict(content[\"optimizer\"])", "pass", RUN),
-    ("cursor not restored", "state |= {\"step\": step, phase: gather(batch[-1][0] + n_ranks)}", "state |= {\"step\": step}", RUN),
+    ("cursor not restored", "state |= {\"step\": step, phase: gather(batch[-1][0] + n_ranks)}",
+     "state |= {\"step\": step}", RUN),
     ("checkpoint written in place", "    tmp = path + \".tmp\"\n", "    tmp = path\n", RUN),
 ]
 
@@ -92,8 +93,8 @@ def main() -> int:
                 (shutil.copytree if os.path.isdir(path) else shutil.copy)(path, os.path.join(folder, name))
             with open(os.path.join(folder, "omni_grpo.py"), "w", encoding="utf-8") as f:
                 f.write(source.replace(old, new))
-            done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0", tests], cwd=folder,
-                                  capture_output=True, text=True)
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         died = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         print(f"{'died' if died else 'SURVIVED'}: {what}" + (f" ({died[0].split(' - ')[0].split('::')[-1]})" if died else ""),
               flush=True)
