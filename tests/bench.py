@@ -10,8 +10,9 @@
     python tests/bench.py --audio        a whole training step against the usual loop: repeated rows, clips and full logits
     python tests/bench.py --startup      seconds and memory until 1,000 ... 1,000,000 questions are ready
 
-Ratios come from one run on one machine, the two sides taking turns; a cell is the median (lowest - highest turn). All
-tables of a run also go to --json. Memory is measured in a fresh process a side, over what it holds before its first step.
+Ratios come from one run on one machine, the two sides taking turns; a cell is the median (lowest - highest turn). All tables
+also go to --json, and from there by --readme into README.md. Memory is measured in a fresh process a side, over what it
+holds before its first step.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -108,16 +110,43 @@ def where() -> str:
 
 
 def table(title: str, *columns: str) -> None:
-    print(f"\n{title}; {where()}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
     TABLES.append(dict(title=title, columns=columns, rows=[]))
+    print(f"\n{title}; {where()}\n\n" + "\n".join(lines(TABLES[-1])), flush=True)
 
 
 def row(*cells) -> None:
     """One row of the last table; a list is what was measured, turn by turn."""
     TABLES[-1]["rows"].append(cells)
-    shown = [f"{statistics.median(c):.3g} ({min(c):.3g} - {max(c):.3g})" if isinstance(c, list) else
-             f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells]
-    print("| " + " | ".join(shown) + " |", flush=True)
+    print(lines(TABLES[-1])[-1], flush=True)
+
+
+def lines(table: dict) -> list[str]:
+    """In Markdown; of several turns the median (lowest - highest)."""
+    def cell(c):
+        if isinstance(c, list):
+            return f"{statistics.median(c):.3g}" + (f" ({min(c):.3g} - {max(c):.3g})" if len(c) > 1 else "")
+        return {True: "yes", False: "no"}[c] if isinstance(c, bool) else f"{c:.3g}" if isinstance(c, float) else str(c)
+
+    rows = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
+    return ["| " + " | ".join(map(cell, cells)) + " |" for cells in rows]
+
+
+def write_readme(results: dict) -> None:
+    """Put the tables of bench.json between README.md's marks: <!-- bench MODE --> ... <!-- end -->"""
+    path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
+
+    def block(mark):
+        if mark[1] not in results:
+            return mark[0]
+        of = results[mark[1]]
+        about = f"{of['where']}, {of['date']}: `python tests/bench.py {of['command']}`"
+        said = (f"*{t['title'][0].upper()}{t['title'][1:]}. {about}*" for t in of["tables"])
+        return f"<!-- bench {mark[1]} -->\n\n" + "\n\n".join(
+            "\n".join([title, "", *lines(t)]) for title, t in zip(said, of["tables"])) + "\n\n<!-- end -->"
+
+    with open(path, encoding="utf-8") as f:
+        text = re.sub(r"<!-- bench (\S+) -->.*?<!-- end -->", block, f.read(), flags=re.DOTALL)
+    og.write_atomically(path, lambda tmp: open(tmp, "w", encoding="utf-8").write(text))
 
 
 def memory_gib(peak: bool) -> float:
@@ -609,6 +638,7 @@ def two_steps(step):
     return lambda: (step(), step())
 
 
+NAMED = ("kind", "new_tokens", "audio_s")  # flags that tell results of one mode apart
 CHILDREN = {  # work(args, *params) -> what is measured, in a fresh process
     "trl": lambda args, *params: trl_trainer(args, *params, 2).train,
     "ours": lambda args, *params: two_steps(lambda ours=our_text(args, *params): our_step(*ours)),
@@ -634,7 +664,8 @@ def main() -> None:
     parser.add_argument("--nf4", action="store_true", help="--step with 4-bit base weights")
     parser.add_argument("--threads", type=int, default=0, help="of torch on a CPU, 0: its own choice; more than are free make "
                         "small steps crawl")
-    parser.add_argument("--json", default="bench.json", help="where the tables of a run go")
+    parser.add_argument("--json", default="bench.json", help="where the tables go, the last of every mode and its words")
+    parser.add_argument("--readme", action="store_true", help="put the tables of --json into README.md")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.threads = args.threads or torch.get_num_threads()  # the fresh processes of some modes get it, too
@@ -642,13 +673,22 @@ def main() -> None:
     if args.child:
         return child(args)
     asked = [mode for mode in MODES if getattr(args, mode)]
-    if not asked:
+    if not asked and not args.readme:
         parser.print_help()
+    results = {}
+    if os.path.exists(args.json):
+        with open(args.json, encoding="utf-8") as f:
+            results = json.load(f)
     for mode in asked:
+        TABLES.clear()
         MODES[mode](args)
-    if TABLES:
-        about = og.machine() | dict(cores=os.cpu_count(), date=time.strftime("%Y-%m-%d"), command=sys.argv[1:])
-        og.write_atomically(args.json, lambda tmp: open(tmp, "w").write(json.dumps(about | dict(tables=TABLES), indent=1)))
+        words = [w for w in sys.argv[1:] if w.removeprefix("--") not in MODES or w == f"--{mode}"]
+        name = "-".join([mode, *(str(getattr(args, x)) for x in NAMED if f"--{x}" in words)])
+        results[name] = dict(tables=TABLES[:], command=" ".join(words), where=where(), cores=os.cpu_count(),
+                             date=time.strftime("%Y-%m-%d"))
+        og.write_atomically(args.json, lambda tmp: open(tmp, "w").write(json.dumps(results, indent=1)))
+    if args.readme:
+        write_readme(results)
 
 
 if __name__ == "__main__":
