@@ -282,9 +282,9 @@ class Group:
     example: Example
     prompt: Tokens
     completions: list[Completion]
+    read: tuple[Prefix, int] | None = None  # the rollout's pass over the prompt, and its place there
     rewards: list[float] = field(default_factory=list)
     parts: list[dict] = field(default_factory=list)
-    read: tuple[Prefix, int] | None = None  # the rollout's pass over the prompt, and its place there
 
 
 @dataclass
@@ -966,21 +966,28 @@ def listen(policy: Policy, cfg: Config, stream, bad: list):
             raise UserError(f"more than --max_bad_audio {cfg.max_bad_audio} clips could not be heard, the last: {heard}")
 
 
-def sampled_groups(policy: Policy, cfg: Config, batch: list, weights: dict) -> list[Group]:
-    """[(cursor, Example, features, cut)] -> one group each, with rewards"""
+def roll_groups(policy: Policy, cfg: Config, prompts: list[Tokens], seeds: list[int]) -> list[Group]:
+    """A group for each prompt, --rollout_rows rows at a time; with --reuse_prefix the pass over the prompts is kept."""
     groups, at_once = [], max(1, cfg.rollout_rows // cfg.num_generations)
-    cursors, examples, mels, _ = zip(*batch)
-    prompts = encode(policy, examples, mels, cfg)
-    for at in range(0, len(batch), at_once):
+    for at in range(0, len(prompts), at_once):
         part = slice(at, at + at_once)
         with torch.set_grad_enabled(cfg.reuse_prefix):
             prefixes = read_in_parts(policy, prompts[part], cfg.pack_tokens)
-        sampled = rollout(policy, prompts[part], cfg.num_generations, cfg.temperature, cfg.new_tokens,
-                          [seed_of(cfg.seed, "rollout", cursor) for cursor in cursors[part]], prefixes=prefixes)
+        sampled = rollout(policy, prompts[part], cfg.num_generations, cfg.temperature, cfg.new_tokens, seeds[part],
+                          prefixes=prefixes)
         places = [(prefix, i) if cfg.reuse_prefix else None for prefix in prefixes for i in range(len(prefix.prompts))]
-        for example, prompt, completions, place in zip(examples[part], prompts[part], sampled, places):
-            scores = [score(text_of(policy, c), example, weights) for c in completions]
-            groups.append(Group(example, prompt, completions, *map(list, zip(*scores)), place))
+        groups += [Group(None, *of_prompt) for of_prompt in zip(prompts[part], sampled, places)]
+    return groups
+
+
+def sampled_groups(policy: Policy, cfg: Config, batch: list, weights: dict) -> list[Group]:
+    """[(cursor, Example, features, cut)] -> one group each, with rewards"""
+    cursors, examples, mels, _ = zip(*batch)
+    seeds = [seed_of(cfg.seed, "rollout", cursor) for cursor in cursors]
+    groups = roll_groups(policy, cfg, encode(policy, examples, mels, cfg), seeds)
+    for group, group.example in zip(groups, examples):
+        scores = [score(text_of(policy, c), group.example, weights) for c in group.completions]
+        group.rewards, group.parts = map(list, zip(*scores))
     return groups
 
 
@@ -992,7 +999,7 @@ def teacher_groups(policy: Policy, cfg: Config, batch: list) -> list[Group]:
         targets = [example.target] if isinstance(example.target, str) else example.target
         ids = [policy.tokenizer(t, add_special_tokens=False)["input_ids"] + [policy.tokenizer.eos_token_id] for t in targets]
         completions = [Completion(i, sampled=[True] * len(i), logps=[0.0] * len(i), finished=True) for i in ids]
-        groups.append(Group(example, prompt, completions, [1.0] * len(ids), [{}] * len(ids)))
+        groups.append(Group(example, prompt, completions, None, [1.0] * len(ids), [{}] * len(ids)))
     return groups
 
 
@@ -1188,7 +1195,7 @@ def rehearse(cfg: Config, config, family: Family, prompt_tokens: int, dtype=torc
                 del cache, x, logits
             said = [Completion([0] * cfg.new_tokens, sampled=[True] * cfg.new_tokens) for _ in range(g)]
             places = [(prefix, i) if cfg.reuse_prefix else None for prefix in prefixes for i in range(len(prefix.prompts))]
-            groups += [Group(None, prompt, said, read=place) for prompt, place in zip(prompts, places)]
+            groups += [Group(None, prompt, said, place) for prompt, place in zip(prompts, places)]
         peaks["rollout"], live.peak = live.peak, live.now
         packs = pack_groups(groups, list(range(len(groups))), cfg.pack_tokens, "meta")
         prefixes = {id(p.prefix): p.prefix for p in packs if p.prefix}

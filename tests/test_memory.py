@@ -23,17 +23,10 @@ def test_rehearsal_needs_what_the_step_needs(change):
     policy = og.take_apart(cfg, transformers.Qwen2ForCausalLM(config), og.TEXT_ONLY)
     prompts = [og.Tokens([7 + i * (j + 3) % 500 for i in range(160)]) for j in range(3)]
     optimizer = types.SimpleNamespace(zero_grad=lambda set_to_none: None, step=lambda: None)
-    groups, at_once = [], max(1, cfg.rollout_rows // cfg.num_generations)
     with og.Live([*policy.model.parameters(), *policy.model.buffers()]) as live:
-        for at in range(0, 3, at_once):
-            part = prompts[at:at + at_once]
-            with torch.set_grad_enabled(cfg.reuse_prefix):
-                prefixes = og.read_in_parts(policy, part, cfg.pack_tokens)
-            said = og.rollout(policy, part, cfg.num_generations, 1.0, cfg.new_tokens, [1, 2, 3][:len(part)], prefixes=prefixes)
-            places = [(p, i) if cfg.reuse_prefix else None for p in prefixes for i in range(len(p.prompts))]
-            groups += [og.Group(None, p, done, [float(i % 2) for i in range(len(done))], read=place)
-                       for p, done, place in zip(part, said, places)]
-            del prefixes, places
+        groups = og.roll_groups(policy, cfg, prompts, [1, 2, 3])
+        for group in groups:
+            group.rewards = [float(i % 2) for i in range(len(group.completions))]
         rollout, live.peak = live.peak, live.now
         og.update(policy, optimizer, cfg, groups, cold=False)
     needs = og.rehearse(cfg, config, og.TEXT_ONLY, 160, torch.float32)

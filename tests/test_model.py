@@ -22,7 +22,7 @@ def ragged_groups(policy, prompts, seed=0):
     groups = []
     for e, prompt, lengths in zip(examples, tokens, [(3, 1, 7), (2, 5, 4), (6, 2, 1)]):
         done = [completion(torch.randint(20, 300, (n,), generator=g).tolist()) for n in lengths]
-        groups.append(og.Group(e, prompt, done, [0.0, 1.0, 0.5]))
+        groups.append(og.Group(e, prompt, done, None, [0.0, 1.0, 0.5]))
     heard = tokens[1].audio[0][1][:2]
     inserted = groups[0].completions[2]
     inserted.sampled[2:5] = [False] * 3
@@ -391,7 +391,7 @@ def test_repeats_are_scored_once_and_count_as_often(policy, config, prompts):
     _, tokens = prompts
     said = [completion([5, 6, 7]), completion([5, 6]), completion([5, 6, 7]), completion([5, 6, 7]), completion([5, 6]),
             completion([9], sampled=[False]), completion([9], sampled=[False])]
-    groups = [og.Group(None, tokens[0], said, [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])]
+    groups = [og.Group(None, tokens[0], said, None, [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])]
     adv, weight = og.group_advantages(torch.tensor([groups[0].rewards]), "std").flatten(), torch.full((7,), 0.1)
     (merged,), new_adv, new_weight, times = og.merge_repeats(groups, adv, weight)
     assert [c.ids for c in merged.completions] == [[5, 6, 7], [5, 6], [5, 6, 7], [9], [9]]  # one of them with another reward
@@ -405,7 +405,7 @@ def test_repeats_are_scored_once_and_count_as_often(policy, config, prompts):
             if not merge:
                 patch.setattr(og, "merge_repeats", lambda groups, adv, weight: (groups, adv, weight, torch.ones_like(weight)))
             records.append(og.update(model, optimizer, config(beta=0.04, updates_per_rollout=2, max_grad_norm=0.0),
-                                     [og.Group(None, tokens[0], said[:5], [1.0, 0.0, 1.0, 0.0, 0.0])], cold=False))
+                                     [og.Group(None, tokens[0], said[:5], None, [1.0, 0.0, 1.0, 0.0, 0.0])], cold=False))
         weights.append(torch.cat([p.detach().flatten() for p in model.trainable().values()]))
     assert records[0].keys() == records[1].keys()
     for key in records[0]:
