@@ -372,14 +372,25 @@ class Scoring:
     """Completions: every token sees its prompt, and the earlier tokens of its own completion."""
 
     def __init__(self, prefix: Prefix, places: Sequence[int], spans: list):
-        self.kv, bounds = prefix.kv, prefix.bounds()
-        self.spans = [(*bounds[place], *span) for place, span in zip(places, spans) if span[1] > span[0]]
+        self.kv, self.bounds = prefix.kv, prefix.bounds()
+        self.spans = [(*self.bounds[place], *span) for place, span in zip(places, spans) if span[1] > span[0]]
 
     def attend(self, layer: int, query, key, value, scaling):
         keys, values = self.kv[layer]
         return torch.cat([attend(query[:, :, a:b], torch.cat([keys[:, :, p:q], key[:, :, a:b]], dim=2),
                                  torch.cat([values[:, :, p:q], value[:, :, a:b]], dim=2), scaling, mask)
                           for p, q, a, b, mask in self.spans], dim=2)
+
+
+class ReadingAndScoring(Scoring):
+    """Prompts and, after all of them, their completions, in one pass."""
+
+    def attend(self, layer: int, query, key, value, scaling):
+        n = self.bounds[-1][1]
+        prompts, completions = ([x[:, :, part] for x in (query, key, value)] for part in (slice(n), slice(n, None)))
+        self.kv = {layer: prompts[1:]}
+        out = Reading(self.bounds).attend(layer, *prompts, scaling)
+        return torch.cat([out, super().attend(layer, *completions, scaling)], dim=2) if self.spans else out
 
 
 class Decoding:
@@ -721,12 +732,15 @@ def forward(policy: Policy, x: Tensor, positions: Tensor, pattern) -> Tensor:
     return policy.lm(inputs_embeds=x[None], position_ids=positions[None], pattern=pattern, use_cache=False).last_hidden_state[0]
 
 
+def positions_of(policy: Policy, prompts: list[Tokens]) -> Tensor:
+    return torch.cat([torch.arange(len(p.ids)) for p in prompts]).to(policy.device)
+
+
 def read(policy: Policy, prompts: list[Tokens]) -> Prefix:
     """The pass over the prompts, in one row; with its graph where gradients are on, for `Prefix.backward`."""
     prefix = Prefix(prompts, [], None)
     pattern = Reading(prefix.bounds())
-    positions = torch.cat([torch.arange(len(p.ids)) for p in prompts]).to(policy.device)
-    hidden = forward(policy, embed(policy, prompts), positions, pattern)
+    hidden = forward(policy, embed(policy, prompts), positions_of(policy, prompts), pattern)
     return Prefix(prompts, list(pattern.kv.values()), hidden[[b - 1 for _, b in pattern.bounds]])
 
 
@@ -743,12 +757,17 @@ def token_logps(policy: Policy, pack: Pack, temperature: float, prefix: Prefix |
             entropy = token_entropy(logps)
         return logps.gather(1, target[:, None])[:, 0], entropy
 
-    places = list(pack.places if prefix else range(len(pack.prompts)))
-    prefix = prefix or read(policy, pack.prompts)
-    hidden = prefix.ends[places]
-    if len(pack.positions):  # completions of one token need no more
-        own = forward(policy, embed(policy, pack.parts), pack.positions, Scoring(prefix, places, pack.spans))
-        hidden = torch.cat([hidden, own])
+    if prefix:
+        hidden = prefix.ends[list(pack.places)]
+        if len(pack.positions):  # completions of one token need no more
+            own = forward(policy, embed(policy, pack.parts), pack.positions, Scoring(prefix, pack.places, pack.spans))
+            hidden = torch.cat([hidden, own])
+    else:
+        pattern = ReadingAndScoring(Prefix(pack.prompts, [], None), range(len(pack.prompts)), pack.spans)
+        positions = torch.cat([positions_of(policy, pack.prompts), pack.positions])
+        every = forward(policy, embed(policy, [*pack.prompts, *pack.parts]), positions, pattern)
+        ends = [b - 1 for _, b in pattern.bounds]
+        hidden = torch.cat([every[ends], every[ends[-1] + 1:]])
     hidden = hidden[pack.predict]  # (M, H)
     pieces = [torch.utils.checkpoint.checkpoint(chunk_logps, h, t, use_reentrant=False)
               for h, t in zip(hidden.split(chunk), pack.target.split(chunk))]
