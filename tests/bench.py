@@ -346,8 +346,8 @@ def reading(args) -> None:
             soundfile.write(f"{folder}/{i}.{args.kind}", wave / np.abs(wave).max(), 44100)
         with open(f"{folder}/clips.jsonl", "w", encoding="utf-8") as f:
             for i in range(n):
-                row = dict(audio=f"{i}.{args.kind}", question="What is this?", choices=["hum", "hiss"], answer=i % 2)
-                f.write(json.dumps(row) + "\n")
+                line = dict(audio=f"{i}.{args.kind}", question="What is this?", choices=["hum", "hiss"], answer=i % 2)
+                f.write(json.dumps(line) + "\n")
         examples = data.Examples(f"{folder}/clips.jsonl")
         start = time.perf_counter()
         memory = {e.audio: data.load_audio(e.audio, cfg.max_audio_s) for e in examples}
