@@ -8,8 +8,8 @@ policy by the clipped surrogate with a KL penalty to a frozen reference (DeepSee
 Omni-R1's (arXiv 2505.09439): a direct answer and a correctness reward. What differs from the papers:
 
   - LoRA on the language model's linear layers instead of full fine-tuning; the reference is the adapter switched off.
-  - A group is scored as one row [prompt | completion 1 | ... | completion G]: the prompt is computed once, there is no
-    padding, and the result is exactly that of G separate rows.
+  - A prompt is read once a step: its keys and values serve all G completions in the rollout and in the loss, whose gradient
+    goes back through that same pass. There is no padding, and the result is exactly that of G separate rows.
   - The loss is a weighted sum over the trained tokens of the whole step; the weights (one vector) are the only place
     where token, sequence and constant means differ, so nothing depends on how a step is cut into packs.
   - Sampling is the full softmax at --temperature, and scoring divides by the same temperature. There is no top-p or
