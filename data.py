@@ -1085,6 +1085,16 @@ PROMPTS = {
     "answer": Template(" Output the final answer in <answer> </answer>."),
     "think": Template(" Output the thinking process in <think> </think> and final answer in <answer> </answer>.",
                       max_new_tokens=256),
+    # Ke-Omni-R: the same, kept short
+    "think_short": Template(" Output the thinking process (less than 50 words) in <think> </think> and final answer in "
+                            "<answer> </answer>.", max_new_tokens=128),
+    # Audio-Reasoner (arXiv 2503.02318), whose four steps SARI (arXiv 2504.15900) has too
+    "structured": Template("", max_new_tokens=512, system="You are an audio deep-thinking model. Upon receiving a question, "
+                           "please respond in two parts: <THINK> and <RESPONSE>. The <THINK> section should be further "
+                           "divided into four parts: <PLANNING>, <CAPTION>, <REASONING>, and <SUMMARY>."),
+    # TinyZero's; the task itself is the question of data.py's Countdown format
+    "countdown": Template(" Show your work in <think> </think> tags. And return the final answer in <answer> </answer> tags, "
+                          "for example <answer> (1 + 2) / 3 </answer>.", max_new_tokens=512),
     # material for `data.py generate`
     "caption": Template("", max_new_tokens=128, question="Describe in detail everything that can be heard in this audio."),
 }

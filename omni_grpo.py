@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 import data
 from data import PROMPTS, DataError, Example, Examples, UserError
-from reward import accuracy, nearest, parse_rewards, score
+from reward import Text, accuracy, nearest, parse_rewards, score
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: every knob is one line here, and one flag
@@ -454,6 +454,7 @@ class Family:
     config: Callable = lambda config: config  # the part of the checkpoint's configuration that the class takes
     encode_audio: Callable | None = None  # (model, mels [(bins, frames)]) -> [(n, H)]
     audio_id: Callable = lambda config: None  # id of the audio placeholder
+    frames_after: int = 0  # how many frames past its end belong to a clip's features
 
 
 def omni_audio(model, mels: list[Tensor]) -> list[Tensor]:
@@ -467,11 +468,31 @@ def omni_audio(model, mels: list[Tensor]) -> list[Tensor]:
     return list(flat.split(sizes))
 
 
+def qwen2_audio(model, mels: list[Tensor]) -> list[Tensor]:
+    """Qwen2-Audio's tower and projector, whose window is 30 s whatever a clip's length.    [(bins, frames + 2)] -> [(n, H)]
+
+    The convolutions see two frames past a clip's end; behind them is silence, which attention never looks at.
+    """
+    parts, frames = getattr(model, "model", model), torch.tensor([m.shape[1] - 2 for m in mels])
+    window = 2 * parts.audio_tower.config.max_source_positions
+    silence = [max(float(m.max()) - 2, -1.5) for m in mels]  # as the extractor has it: 1e-10, or 80 dB under the loudest
+    padded = torch.stack([F.pad(m[:, :window], (0, max(0, window - m.shape[1])), value=x) for m, x in zip(mels, silence)])
+    inner = (frames - 1) // 2 + 1
+    mask = torch.zeros(len(mels), 1, 1, window // 2).masked_fill(torch.arange(window // 2) >= inner[:, None, None, None], -1e30)
+    dtype = parts.multi_modal_projector.linear.weight.dtype
+    out = parts.audio_tower(padded.to(model.device, dtype), attention_mask=mask.to(model.device, dtype)).last_hidden_state
+    return [x[:n] for x, n in zip(parts.multi_modal_projector(out), ((inner - 2) // 2 + 1).tolist())]
+
+
 # transformers moved the language model and the towers in 5.2x: both layouts are found
 OMNI = Family("Qwen2_5OmniThinkerForConditionalGeneration", ("model.language_model", "model"), ("model.visual", "visual"),
               lambda config: getattr(config, "thinker_config", config), omni_audio, lambda config: config.audio_token_id)
-FAMILIES = {"qwen2_5_omni": OMNI, "qwen2_5_omni_thinker": OMNI}
+QWEN2_AUDIO = Family("Qwen2AudioForConditionalGeneration", ("model.language_model", "language_model.model"),
+                     encode_audio=qwen2_audio, audio_id=lambda config: config.audio_token_id, frames_after=2)
+FAMILIES = {"qwen2_5_omni": OMNI, "qwen2_5_omni_thinker": OMNI, "qwen2_audio": QWEN2_AUDIO}
 TEXT_ONLY = Family("AutoModelForCausalLM", ("model",))  # any causal language model of the usual make
+PLAIN_TEMPLATE = """{% for m in messages %}{% if m.role == 'user' %}User: {% endif %}{{ m.content }}
+{% endfor %}Assistant:"""  # for base models: TinyZero's, less its preamble
 
 
 @dataclass
@@ -487,6 +508,7 @@ class Policy:
     encode_audio: Any
     audio_id: int | None
     stop_ids: list[int]
+    frames_after: int = 0  # Family's
     reference: Any = None  # None: the adapter switched off; "reference": a frozen adapter; a Policy: a frozen copy
 
     @property
@@ -561,7 +583,7 @@ def load_policy(cfg: Config, train: bool = True) -> Policy:
     if cfg.load_in_4bit:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["lm_head", "audio_tower", "visual"])
+            llm_int8_skip_modules=["lm_head", "audio_tower", "multi_modal_projector", "visual"])
     with blame(f"--model {cfg.model}"):
         config, family = family_of(folder)
         index = os.path.join(folder, "model.safetensors.index.json")
@@ -591,7 +613,10 @@ def make_policy(cfg: Config, model, family: Family, folder: str, train: bool = T
         stops = getattr(model.generation_config, "eos_token_id", None) or []
         stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
         if tokenizer.chat_template is None:
-            raise ValueError("its tokenizer has no chat template")
+            if family.encode_audio:
+                raise ValueError("its tokenizer has no chat template")
+            print(f"{folder}: no chat template, so prompts are written as plain text, as for a base model")
+            tokenizer.chat_template = PLAIN_TEMPLATE
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer names no end-of-turn token")
         if audio_id is not None and audio_id >= len(tokenizer):
@@ -609,7 +634,9 @@ def take_apart(cfg: Config, model, family: Family, train: bool = True) -> Policy
     for parent, _, name in (path.rpartition(".") for path in family.drop if path in modules and (cfg.lora_rank or not train)):
         setattr(modules[parent], name, None)
     encode_audio = family.encode_audio and torch.no_grad()(lambda mels, model=model: family.encode_audio(model, mels))
-    lm_path = next(path for path in family.lm if path in modules)
+    if not (lm_path := next((path for path in family.lm if path in modules), "")):
+        raise UserError(f"--model {cfg.model}: {type(model).__name__} keeps its language model under none of the names "
+                        f"{', '.join(family.lm)}; write a Family for it")
     lm, head, embed_tokens = modules[lm_path], model.get_output_embeddings(), model.get_input_embeddings()
     lm.set_attn_implementation("packed")
     model.requires_grad_(False)
@@ -630,7 +657,7 @@ def take_apart(cfg: Config, model, family: Family, train: bool = True) -> Policy
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # renamed in 5.2x
         enable({"use_reentrant": False})
     model.eval()
-    return Policy(model, lm, head, embed_tokens, None, None, encode_audio, None, [])
+    return Policy(model, lm, head, embed_tokens, None, None, encode_audio, None, [], family.frames_after)
 
 
 def freeze_reference(policy: Policy) -> None:
@@ -669,20 +696,23 @@ def reference(policy: Policy):
 def hear(policy: Policy, example: Example, cfg: Config) -> tuple[list[Tensor], bool]:
     """Runs in a worker thread: the clips of a question -> (log-mel features, (bins, frames) each, was one of them cut?)
 
-    The library pads every clip to 300 s; padding by one window gives the same features in a thirtieth of the time.
+    The library pads every clip to the extractor's whole length (300 s for Qwen2.5-Omni, 30 s for Qwen2-Audio, and no more
+    of a clip is heard); padding by one window gives the same features in a fraction of the time.
     """
     clips = [] if cfg.audio == "none" else example.clips
     if clips and policy.extractor is None:
         raise UserError(f"--model {cfg.model}: this model has no audio tower; use --audio none")
     mels, any_cut = [], False
     for clip in clips:
-        wave, cut = data.load_audio(clip, cfg.max_audio_s)
+        extractor, after = policy.extractor, policy.frames_after
+        wave, cut = data.load_audio(clip, min(cfg.max_audio_s, extractor.n_samples / extractor.sampling_rate))
         if cfg.audio == "silence":
             wave[:] = 0
-        hop = policy.extractor.hop_length
-        out = policy.extractor(wave, sampling_rate=policy.extractor.sampling_rate, return_tensors="pt", padding="max_length",
-                               max_length=-(-len(wave) // hop) * hop + policy.extractor.n_fft, return_attention_mask=True)
-        mels.append(out["input_features"][0, :, :int(out["attention_mask"].sum())])
+        padded = min(-(-len(wave) // extractor.hop_length) * extractor.hop_length + extractor.n_fft, extractor.n_samples)
+        out = extractor(wave, sampling_rate=extractor.sampling_rate, return_tensors="pt", padding="max_length",
+                        max_length=padded, return_attention_mask=True)
+        mel = out["input_features"][0, :, :int(out["attention_mask"].sum()) + after]
+        mels.append(F.pad(mel, (0, int(out["attention_mask"].sum()) + after - mel.shape[1])))
         any_cut |= cut
     return mels, any_cut
 
@@ -1005,7 +1035,8 @@ def sampled_groups(policy: Policy, cfg: Config, batch: list, weights: dict) -> l
     seeds = [seed_of(cfg.seed, "rollout", cursor) for cursor in cursors]
     groups = roll_groups(policy, cfg, encode(policy, examples, mels, cfg), seeds)
     for group, group.example in zip(groups, examples):
-        scores = [score(text_of(policy, c), group.example, weights) for c in group.completions]
+        texts = [Text.of(text_of(policy, c), sum(c.sampled) / cfg.new_tokens) for c in group.completions]
+        scores = [score(text, group.example, weights) for text in texts]
         group.rewards, group.parts = map(list, zip(*scores))
     return groups
 

@@ -444,6 +444,78 @@ def think_format(completion: str, example) -> float:
     return float(one_block("answer", one_block("think", completion.strip()).strip()) == "")
 
 
+SECTIONS = ("PLANNING", "CAPTION", "REASONING", "SUMMARY")
+SKELETON = ["THINK", *(tag for name in SECTIONS for tag in (name, "/" + name)), "/THINK", "RESPONSE", "/RESPONSE"]
+SECTION_TAG = re.compile(rf"<(/?(?:THINK|{'|'.join(SECTIONS)}|RESPONSE))>", re.IGNORECASE)
+
+
+def structure(completion: str, example) -> float:
+    """1 if the completion is <THINK> with its four sections, in order and none empty, then <RESPONSE>, and nothing else
+    (Audio-Reasoner, arXiv 2503.02318; SARI, arXiv 2504.15900, plans, describes, reasons and sums up alike)."""
+    outside, *rest = SECTION_TAG.split(completion)
+    tags, texts = [tag.upper() for tag in rest[::2]], rest[1::2]
+    filled = all(bool(WORD.search(text)) if tag in (*SECTIONS, "RESPONSE") else not text.strip()
+                 for tag, text in zip(tags, texts))
+    return float(tags == SKELETON and filled and not outside.strip())
+
+
+def trace(completion: str) -> tuple[str, str] | None:
+    """(what stands in the one <think> block, what follows it); None if there is no such block, or more than one"""
+    tags = list(THINK.finditer(completion))
+    if [bool(m[1]) for m in tags] != [False, True]:
+        return None
+    return completion[tags[0].end():tags[1].start()], completion[tags[1].end():]
+
+
+WORD = re.compile(r"[^\W_]")
+SHORT_WORDS, LONG_WORDS = 30, 50
+
+
+def think_length(completion: str, example) -> float:
+    """1 for a trace of 30 to 50 words, less for a shorter one, and less again for a longer one, down to 0 at 100: without a
+    price longer traces answer worse (CESAR; Ke-Omni-R asks for less than 50 words)."""
+    found = trace(completion)
+    n = sum(bool(WORD.search(word)) for word in found[0].split()) if found else 0
+    return min(n / SHORT_WORDS, 1.0) if n <= LONG_WORDS else max(0.0, 2 - n / LONG_WORDS)
+
+
+NEGATION = re.compile(r"\b(?:not|no|never|cannot|nor|neither|without|unlikely|wrong|incorrect|eliminat\w+|exclud\w+|"
+                      r"rul\w+ out|discard\w*|\w+n't)\b", re.IGNORECASE)
+
+
+def consistency(completion: str, example) -> float:
+    """1 if the trace ends at the choice that is then answered, or rules out every other one; 0 if it ends at another, comes
+    to no end or gives no answer. Judge-free stand-in for the consistency reward of Audio-Thinker (arXiv 2508.08039)."""
+    found, choices = trace(completion), example.choices
+    given = resolve(found[1], choices) if found else None
+    if given is None:
+        return 0.0
+    sentences = [s for s in re.split(r"(?<=[.!?;])\s+|\n+", found[0][-4000:]) if s.strip()][-40:]  # enough, and bounded
+    for sentence in reversed(sentences):
+        if not NEGATION.search(sentence) and (end := resolve(sentence, choices)) is not None:
+            return float(words(choices[end]) == words(choices[given]))
+    denied = [" ".join(words(s)) for s in sentences if NEGATION.search(s)]
+    named = [any(f" {' '.join(words(choice))} " in f" {s} " for s in denied) for choice in choices]
+    return float(not named[given] and sum(named) == len(choices) - 1 > 0)
+
+
+class Text(str):
+    """A completion's text that knows which share of --max_new_tokens it `used`, 0 to 1."""
+
+    used = 0.0
+
+    @classmethod
+    def of(cls, text: str, used: float) -> "Text":
+        text = cls(text)
+        text.used = used
+        return text
+
+
+def overlong(completion: str, example) -> float:
+    """DAPO's soft punishment (arXiv 2503.14476 eq. 13): 0 up to 80 % of --max_new_tokens, then down to -1 at all of them."""
+    return -min(1.0, max(0.0, (getattr(completion, "used", 0.0) - 0.8) / 0.2))
+
+
 def arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
     """The value of an expression of integers and + - * / ( ), and its integers; None if it is anything else.
 
@@ -488,7 +560,8 @@ def countdown_last_line(completion: str, example) -> float:
     return countdown(completion.rstrip().rpartition("\n")[2], example)
 
 
-REWARDS = {"accuracy": accuracy, "format": format, "think_format": think_format, "countdown": countdown,
+REWARDS = {"accuracy": accuracy, "format": format, "think_format": think_format, "structure": structure,
+           "think_length": think_length, "consistency": consistency, "overlong": overlong, "countdown": countdown,
            "countdown_last_line": countdown_last_line}
 
 

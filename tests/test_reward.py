@@ -735,3 +735,74 @@ def test_countdown_is_exact():
     thirds = Example("", None, "?", meta={"nums": [1, 3, 3], "target": 1})
     assert reward.countdown("<answer>1/3*3</answer>", thirds) == 1
     assert reward.countdown("<answer>1/3*3</answer>", Example("", None, "?", ["a", "b"], 0)) == 0.1  # no Countdown question
+
+
+ABC = Example("", None, "What is heard?", ["a dog", "a cat", "rain"], 0)
+CHAIN = ("<THINK>\n<PLANNING>Listen first.</PLANNING>\n<CAPTION>A bark.</CAPTION>\n<REASONING>Dogs bark.</REASONING>\n"
+         "<SUMMARY>It is a dog.</SUMMARY>\n</THINK>\n<RESPONSE>a dog</RESPONSE>")
+
+
+@pytest.mark.parametrize("text, value", [
+    (CHAIN, 1), (CHAIN.lower(), 1), ("  " + CHAIN + "\n", 1), (CHAIN.replace("\n", ""), 1), ("", 0),
+    (CHAIN + " Yes.", 0), ("Well: " + CHAIN, 0), (CHAIN.replace("</THINK>", ""), 0), (CHAIN.replace("Listen first.", " \n"), 0),
+    (CHAIN.replace("A bark.", "..."), 0), (CHAIN.replace("a dog</R", "</R"), 0), (CHAIN + CHAIN, 0),
+    (CHAIN.replace("CAPTION", "X").replace("PLANNING", "CAPTION").replace("X", "PLANNING"), 0),  # another order
+    (CHAIN.replace("<SUMMARY>It is a dog.</SUMMARY>\n", ""), 0), (CHAIN.replace("</CAPTION>\n", "</CAPTION>\nAnd so on.\n"), 0),
+    (CHAIN.replace("<PLANNING>", "<PLANNING><PLANNING>"), 0), (CHAIN.replace("Dogs bark.", CHAIN), 0),
+    (CHAIN.replace("<RESPONSE>a dog</RESPONSE>", "a dog"), 0), (CHAIN.replace("</RESPONSE>", ""), 0),
+    (CHAIN.replace("Dogs bark.", "It is <loud> & 犬."), 1)])
+def test_structure(text, value):
+    assert reward.structure(text, ABC) == value
+    assert not value or reward.accuracy(text, ABC) == 1
+
+
+@pytest.mark.parametrize("n, value", [(0, 0), (1, 1 / 30), (15, 0.5), (30, 1), (40, 1), (50, 1), (51, 0.98), (75, 0.5),
+                                      (100, 0), (5000, 0)])
+def test_think_length(n, value):
+    """Words, not marks; one block only; and nothing outside of it counts."""
+    for text in (f"<think>{' word' * n}</think><answer>a dog</answer>", f"a <THINK>{' w, .' * n}</THINK>" + " word" * 90):
+        assert reward.think_length(text, ABC) == pytest.approx(value)
+    for text in ("word " * 40, "<think>" + "word " * 40, "<think>" + "word " * 40 + "</think><think></think>",
+                 "</think>" + "word " * 40 + "<think>"):
+        assert reward.think_length(text, ABC) == 0
+
+
+@pytest.mark.parametrize("thought, answer, value", [
+    ("A bark. So it is a dog.", "a dog", 1), ("A bark. So it is a dog.", "a cat", 0), ("A bark. So it is a dog.", "(A)", 1),
+    ("It could be a cat. But the bark says: a dog.", "a dog", 1), ("It could be a dog. But it is a cat.", "a dog", 0),
+    ("Something is loud.", "a dog", 0), ("", "a dog", 0), ("It is a dog.", "no idea", 0), ("It is a dog.", "", 0),
+    ("It is not a cat. There is no rain.", "a dog", 1), ("It is not a cat.", "a dog", 0),  # rain is still possible
+    ("It is not a cat. There is no rain. It is not a dog.", "a dog", 0), ("It isn't rain, and a cat is ruled out.", "a dog", 1),
+    ("It is not a dog. There is no rain.", "a dog", 0), ("a dog or a cat", "a dog", 0)])
+def test_consistency(thought, answer, value):
+    assert reward.consistency(f"<think>{thought}</think>\n<answer>{answer}</answer>", ABC) == value
+    assert reward.consistency(f"<think>{thought}<think>{thought}</think>\n<answer>{answer}</answer>", ABC) == 0
+    assert reward.consistency(f"{thought}\n<answer>{answer}</answer>", ABC) == 0  # no trace
+
+
+@pytest.mark.parametrize("used, value", [(0, 0), (0.8, 0), (0.9, -0.5), (1, -1), (1.3, -1)])
+def test_overlong(used, value):
+    text = reward.Text.of("a dog", used)
+    assert reward.overlong(text, ABC) == pytest.approx(value)
+    assert text == "a dog" and reward.accuracy(text, ABC) == 1
+    assert reward.overlong("a dog", ABC) == 0  # nothing is known of its length
+
+
+HOSTILE = ["", "\0", "<think>" * 20_000, "</think>" * 20_000, "<think></think>" * 20_000, "<PLANNING>" * 20_000, CHAIN * 2_000,
+           "<think>" + "a dog. " * 100_000 + "</think>a dog", "<think>" + "not a cat " * 100_000 + "</think>a dog",
+           "<answer>" + "(" * 50_000 + "1" + ")" * 50_000 + "</answer>", "<answer>9**9**9</answer>", "<answer>" + "9" * 5_000
+           + "</answer>", "<answer>__import__('os').abort()</answer>", "<answer>１+２</answer>", "<answer>1/0</answer>",
+           "<think>" + "\n" * 500_000 + "</think>", "<think>" + "!" * 500_000 + "</think>a dog", "<" * 500_000, "\ud800" * 1000,
+           "İ" * 100_000 + "<think>x</think>", "<think>" + "a" * 1_000_000 + "</think>a", "n't " * 200_000]
+
+
+@pytest.mark.parametrize("name", sorted(reward.REWARDS))
+def test_rewards_are_bounded_quick_and_never_raise(name):
+    """Whatever a model writes: a number from -1 to 1, in less than a second a megabyte, and nothing is executed."""
+    countdown = Example("", None, "?", [], None, meta=dict(nums=[1, 2], target=3))
+    for text in HOSTILE:
+        for example in (ABC, countdown):
+            start = time.perf_counter()
+            value = reward.REWARDS[name](text, example)
+            assert -1 <= value <= 1 and isinstance(value, float)
+            assert time.perf_counter() - start < 3
