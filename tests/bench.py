@@ -546,23 +546,30 @@ def same_step(trainer, policy, optimizer, cfg, prompts) -> tuple[float, float]:
 
 
 def audio_step(args, naive: bool):
-    """-> (step, clips that went through the audio tower so far) on the thinker, one question with one clip"""
+    """-> (step, clips that went through the audio tower so far) on the thinker, questions with a clip each"""
     policy = random_policy(big=torch.cuda.is_available())
-    cfg = og.Config(data="-", prompts_per_step=1, num_generations=args.generations, max_new_tokens=args.new_tokens,
-                    lora_rank=16, lora_alpha=16, optimizer="adamw")
+    cfg = og.Config(data="-", prompts_per_step=args.prompts, num_generations=args.generations,
+                    max_new_tokens=args.new_tokens, lora_rank=16, lora_alpha=16, optimizer="adamw")
     optimizer, heard, policy.stop_ids = og.make_optimizer(policy, cfg), [], []
     model, vocab, frames = policy.model, policy.head.weight.shape[0] - 8, int(args.audio_s * 100)
     tower = next(m for name, m in model.named_modules() if name.endswith("audio_tower"))
     tower.register_forward_pre_hook(lambda _, __, kw: heard.extend(kw["feature_lens"].tolist()), with_kwargs=True)
-    mel = torch.randn(128, frames)
+    mels = torch.randn(args.prompts, 128, frames)
     before, after = torch.randint(vocab, (40,)).tolist(), torch.randint(vocab, (40,)).tolist()
 
     def ours():
-        clip = policy.encode_audio([mel])[0]
-        our_step(policy, optimizer, cfg, [og.Tokens(before + [0] * len(clip) + after, [(40, clip)])])
+        clips = policy.encode_audio(list(mels))
+        our_step(policy, optimizer, cfg, [og.Tokens(before + [0] * len(clip) + after, [(40, clip)]) for clip in clips])
 
     def repeated():
-        """The loop as it is usually written: nothing is wrong in it, and nothing is shared."""
+        """The loop as it is usually written, a question after the other: nothing is wrong in it, and nothing is shared."""
+        for mel in mels:
+            repeated_one(mel)
+        torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def repeated_one(mel):
         g, audio_id, n = args.generations, model.get_base_model().config.audio_token_id, ((frames - 1) // 2 - 1) // 2 + 1
         ids = torch.tensor([before + [audio_id] * n + after] * g, device=DEVICE)
         clip = torch.nn.functional.pad(mel, (0, 30000 - frames))[None]  # as the feature extractor gives it
@@ -583,10 +590,7 @@ def audio_step(args, naive: bool):
         rewards = random_rewards(out[:, ids.shape[1]:].tolist())
         advantage = og.group_advantages(torch.tensor([rewards]))[0][:, None].to(DEVICE)
         kl = torch.exp(ref_logp - logp) - (ref_logp - logp) - 1
-        (cfg.beta * kl - torch.exp(logp - logp.detach()) * advantage).mean().backward()
-        torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        ((cfg.beta * kl - torch.exp(logp - logp.detach()) * advantage).mean() / args.prompts).backward()
         policy.lm.eval()
 
     if naive:
@@ -595,11 +599,11 @@ def audio_step(args, naive: bool):
 
 
 def against_repeated(args) -> None:
-    """A whole step of one question with a clip, against the usual loop of audio GRPO: features padded to 300 s and repeated
-    G times, the tower run for every copy in the rollout, the policy's pass and the reference's, G full rows, logits at
+    """A whole step of questions with a clip each, against the usual loop of audio GRPO, which takes one question at a time
+    and accumulates the gradient: features padded to 300 s and repeated G times, the tower run for every copy in the rollout, the policy's pass and the reference's, G full rows, logits at
     every position. Equal on both sides: the thinker, LoRA, checkpointing, AdamW, the features before the padding."""
     (theirs, their_clips), (ours, our_clips) = audio_step(args, True), audio_step(args, False)
-    table(f"one step of one {args.audio_s:g} s clip, T = {args.new_tokens}, G = {args.generations}", "repeated s", "ours s",
+    table(f"one step of {args.prompts} clips of {args.audio_s:g} s, T = {args.new_tokens}, G = {args.generations}", "repeated s", "ours s",
           "faster, x", "repeated peak GiB", "ours peak GiB", "less, x", "repeated: clips through the tower a step", "ours")
     a, b = by_turns(theirs, ours, repeats=args.repeats)
     peaks = [fresh("audio", naive)[2] for naive in (True, False)]
