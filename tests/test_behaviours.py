@@ -89,7 +89,7 @@ def judged(server, *args) -> list[dict]:
     ("verification", 3, "Let me check. I'll verify it. Double-checked!"), ("verification", 2, "6*4 = 24 ✓, so this works."),
     ("verification", 0, "The verifier checks in at the hotel; = 24; verifiable"), ("verification", 1, "that is not the target"),
     ("backtracking", 3, "Wait, that doesn’t work. Let me try another."), ("backtracking", 2, "too high; use 5 instead"),
-    ("backtracking", 0, "People waiting; a drum instead of a bell; to high heaven; awaited"),
+    ("backtracking", 0, "People waiting; a drum instead of a bell; to high heaven; await"),
     ("subgoal setting", 3, "First, we need to get 12. Step 1: sum."),
     ("subgoal setting", 0, "The first dog steps 1 m; we need it"),
     ("backward chaining", 3, "To get 24 we go on. Working backwards: 24 = 6 * 4, so a 6."),
@@ -108,7 +108,8 @@ def test_words(name, n, text):
     ("contradiction", 1, "<think>So it is a dog.</think>cat"),
     ("contradiction", 0, "So it is a dog.</think><answer>A</answer>"),
     ("contradiction", None, "<think>dog or cat</think>cat"), ("contradiction", None, "<think>So it is a dog.</think>Hm."),
-    ("contradiction", None, "It is a dog. <answer>cat</answer>"), ("contradiction", None, "<think>So it is a dog.")])
+    ("contradiction", None, "It is a dog. <answer>cat</answer>"), ("contradiction", None, "<think>So it is a dog."),
+    ("contradiction", None, "So it is a dog. <think>")])
 def test_what_audio_needs(name, n, text):
     assert ev.COUNTERS["audio"][name](ev.row_of(line(text), "x:1")) == n
 
