@@ -1296,11 +1296,13 @@ def rough_tokens(text: str) -> int:
     return len(text.encode("utf-8", "replace")) // 4 + 1
 
 
-def connect(model: str, base_url: str | None, temperature: float, max_tokens: int, retries: int, timeout_s: float):
+def connect(model: str, base_url: str | None, temperature: float, max_tokens: int, retries: int, timeout_s: float,
+            schema: dict | None = SCHEMA):
     """-> send(messages, seed) -> (reply, finish reason, [prompt tokens, completion tokens], were they only estimated?)
 
     `send` raises RequestFailed, ConnectionError (no connection at all) or UserError (no request can ever succeed). Waiting
     and asking again after 408, 409, 429, 5xx, timeouts and lost connections, Retry-After included, is the client's work.
+    schema: the JSON that is asked for; None: a text.
     """
     import openai
 
@@ -1316,6 +1318,8 @@ def connect(model: str, base_url: str | None, temperature: float, max_tokens: in
     except Exception as e:  # of whatever library takes the address apart
         raise UserError(f"--base_url: expected http://HOST:PORT/v1 or https://HOST/v1, found {base_url!r:.200} ({e})") from None
     refused, answered = set(), False
+    form = {} if schema is None else {"response_format": {
+        "type": "json_schema", "json_schema": {"name": "question", "strict": True, "schema": schema}}}
 
     def clean(text) -> str:  # servers echo keys; a word such as "none" is no secret, and may be one of the reply's
         return str(text).replace(key, "***") if len(key) >= 8 else str(text)
@@ -1340,9 +1344,8 @@ def connect(model: str, base_url: str | None, temperature: float, max_tokens: in
     def send(messages: list[dict], seed: int):
         nonlocal answered
         try:
-            reply = create(dict(
-                model=model, messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed, response_format={
-                    "type": "json_schema", "json_schema": {"name": "question", "strict": True, "schema": SCHEMA}}))
+            reply = create(form | dict(model=model, messages=messages, temperature=temperature, max_tokens=max_tokens,
+                                       seed=seed))
             choice, usage = reply.choices[0], reply.usage
             text = clean(choice.message.content or getattr(choice.message, "refusal", None) or "")
         except openai.APIError as e:
