@@ -327,6 +327,32 @@ def arc(row: dict) -> dict:
     return dict(id=row.pop("id", None), question=stem, choices=choices, answer=labels.index(key) if key else None)
 
 
+def conversation(row: dict) -> dict:
+    """Fine-tuning rows as ms-swift and ShareGPT write them, Audio-Reasoner's CoTA (arXiv 2503.02318) among them: what the
+    user asks first is the question, the reply the target. Clips stand in `audios`, or in the question as <audio>PATH</audio>.
+    """
+    if "query" in row:
+        asked, reply = text(row, "query"), text(row, "response")
+    else:
+        key = "messages" if "messages" in row else "conversations"
+        turns = [({"human": "user", "gpt": "assistant"}.get(who := t.get("role", t.get("from")), who),
+                  t.get("content", t.get("value"))) for t in row[key]]
+        said = dict(reversed([turn for turn in turns if turn[0] in ("user", "assistant")]))  # the first of each
+        if not all(isinstance(said.get(who), str) for who in ("user", "assistant")):
+            raise DataError(f'field "{key}": expected a text of the user and a reply, found {row[key]!r:.200}')
+        asked, reply = said["user"], said["assistant"]
+        if len(turns) == 2 and all(len(t) == 2 for t in row[key]):  # nothing else is in it
+            del row[key]
+    clips = re.findall(r"<audio>([^<\n]+)</audio>", asked)
+    if key := next((k for k in ("audios", "audio", "sound", "audio_path") if k in row), None):
+        clips = row.pop(key)
+    if re.search("<audio>|<sound>", asked) and not clips:
+        raise DataError('field "audios": missing, and the question has an <audio>')
+    question = re.sub(r"(?:Audio \d+: *)?<audio>(?:[^<\n]+</audio>)?\n?|<sound>\n?", "", asked).strip()
+    return dict(id=row.pop("id", None), audio=clips[0] if isinstance(clips, list) and len(clips) == 1 else clips or None,
+                question=question, target=reply)
+
+
 def countdown(row: dict) -> dict:
     """TinyZero's task. The numbers and the target go to `meta`, for the reward."""
     nums, target = row["nums"], row["target"]
@@ -445,6 +471,8 @@ FORMATS = {
     "MMSU": Format("question choice_a choice_b answer_gt audio|audio_path", choice_columns),
     "ARC": Format("question answerKey", arc, text_only=True),
     "Countdown": Format("nums target", countdown, text_only=True),
+    "conversation": Format("messages|conversations|query", conversation, text_only=True,
+                           is_it=lambda row: "query" not in row or "response" in row),
     "MUSIC-AVQA": Format("video_id question_content templ_values anser type", music_avqa, skip=music_avqa_skip,
                          pool=lambda row: (parse(row["type"].encode(), 'field "type"')[1:], [text(row, "anser")])),
     "Clotho-AQA": Format("file_name QuestionText answer", clotho_aqa, group=lambda row: (row["file_name"], row["QuestionText"]),
@@ -603,7 +631,10 @@ class TextRows:
         self.header, self.parse = [], parse_record
         if len(self):
             raw = os.pread(self.file.fileno(), self.stops[0], 0).decode("utf-8-sig")
-            record = next(csv.reader(io.StringIO(raw.lstrip(), newline=""), delimiter=delimiter, strict=True))
+            try:
+                record = next(csv.reader(io.StringIO(raw.lstrip(), newline=""), delimiter=delimiter, strict=True))
+            except csv.Error as e:
+                raise DataError(f"{self.where(0)}: not a CSV record ({e})") from None
             record = [cell.strip() for cell in record]
             if len(record) == 4 and record[1].isdigit() and record[3] in ("train", "test", "validation", "val"):
                 self.header = ["youtube_id", "start_s", "label", "split"]
@@ -910,14 +941,14 @@ def open_rows(source: str):
 def scan(examples: Examples, purpose: str = "train", most: int = 10) -> array:
     """Parse every line and look for its audio file; no audio is read.       -> one hash a line, of its clip or its id
 
-    purpose: "train" needs choices and an answer, "cold_start" a target, "check" neither.
+    purpose: "train" needs choices and an answer (or Countdown's numbers), "cold_start" a target, "check" neither.
     Raises DataError listing the first `most` problems.
     """
     keys, problems, seen = array("L"), [], {}
     for i in range(len(examples)):
         try:
             example = examples[i]
-            if purpose == "train" and (example.answer is None or not example.choices):
+            if purpose == "train" and "nums" not in example.meta and (example.answer is None or not example.choices):
                 missing = "answer" if example.choices else "choices"
                 raise DataError(f'{examples.where(i)}: field "{missing}": missing, and training needs it')
             if purpose == "cold_start" and example.target is None:

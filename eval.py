@@ -203,7 +203,7 @@ def report_of(results: list[Result], examples: Examples, about: dict) -> dict:
             row[0] is not None for row in r.resolved) for r in labelled if r.said),
                        right_in_every_rotation=mean(bool(r.said) and all(row[0] for row in r.right) for r in labelled))
     groups = {}
-    for name in GROUPS:
+    for name in dict.fromkeys((*GROUPS, benchmark.by)):
         parts = collections.defaultdict(list)
         for r in known:
             value = r.example.meta.get(name)

@@ -1431,6 +1431,8 @@ def draw_curves(out: str) -> None:
             ax.set_ylim(0, 1.02)
             if ax.lines:
                 ax.legend()
+        if not ax.lines:
+            ax.text(0.5, 0.5, "none in this run", ha="center", va="center", color="gray", transform=ax.transAxes)
         ax.set_title(title, fontsize=10)
         ax.grid(alpha=0.3)
     fig.supxlabel("step", fontsize=10)
@@ -1647,7 +1649,8 @@ def rollout_records(policy: Policy, cfg: Config, step: int, groups: list[Group])
 def show(policy: Policy, group: Group, step: int) -> str:
     e = group.example
     said = collections.Counter(f"{text_of(policy, c)[:60]!r} ({r:g})" for c, r in zip(group.completions, group.rewards))
-    return (f"step {step}: {e.question} {e.choices} -> {e.choices[e.answer]!r}; sampled "
+    asked = f"{e.question} {e.choices} -> {e.choices[e.answer]!r}" if e.choices else e.question
+    return (f"step {step}: {asked}; sampled "
             + ", ".join(f"{n} x {text}" for text, n in said.most_common()))
 
 

@@ -421,7 +421,9 @@ def decide(found: list[Signal], refused: bool) -> int | None:
 
 
 def accuracy(completion: str, example) -> float:
-    """1 if the completion resolves to the right choice (by text: a choice may stand twice)."""
+    """1 if the completion resolves to the right choice (by text: a choice may stand twice), or solves its Countdown."""
+    if "nums" in example.meta:
+        return float(countdown(completion, example) == 1)
     index = resolve(completion, example.choices)
     right = index is not None and example.answer is not None and (
         index == example.answer or words(example.choices[index]) == words(example.choices[example.answer]) != ())

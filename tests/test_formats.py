@@ -96,6 +96,13 @@ MUSIC = dict(video_id="00000031", question_id=5, type='["Audio", "Counting"]', q
              templ_values='["left", "tuba"]', question_deleted=0, anser="two")
 CLOTHO = [dict(file_name="a b.wav", QuestionText="Is it rain?", answer=a, confidence=c)
           for a, c in ((" Yes", "maybe"), ("no", "yes"), ("yes ", "yes"))]
+CHAT = dict(messages=[dict(role="user", content="<audio>\nWhat barks?"), dict(role="assistant", content="<THINK>A dog.")],
+            audios=["a.wav"], task="sound")
+CHAT_READ = dict(id="1", audio="a.wav", question="What barks?", target="<THINK>A dog.", meta={"task": "sound"})
+SHARE = dict(id="s1", sound="a.wav", conversations=[{"from": "human", "value": "<sound>\nWhat barks?"},
+                                                    {"from": "gpt", "value": "<THINK>A dog."}])
+LONGER = [dict(role="system", content="Think."), *CHAT["messages"], dict(role="user", content="Sure?"),
+          dict(role="assistant", content="Yes.")]
 PROCESSED = dict(id=3, question="Which?\nIs it?\nChoices:\nA. a dog\nB. B flat\nC. a", answer="B. B flat", audio="p.wav", n=1)
 
 CASES = [
@@ -147,6 +154,14 @@ CASES = [
     ("ARC", ARC | dict(choices=[{"text": t, "label": label} for t, label in zip("xyz", "ABC")]), ARC_READ),
     ("ARC", AI2, ARC_READ | dict(meta={"grade": 4})),
     ("ARC", AI2 | dict(answerKey=""), ARC_READ | dict(answer=None, meta={"grade": 4})),
+    ("conversation", CHAT, CHAT_READ),
+    ("conversation", CHAT | dict(audios=["a.wav", "b.wav"], messages=LONGER),
+     CHAT_READ | dict(audio=["a.wav", "b.wav"], meta={"task": "sound", "messages": LONGER})),
+    ("conversation", SHARE, CHAT_READ | dict(id="s1", meta={})),
+    ("conversation", dict(query="Audio 1: <audio>a.wav</audio>\nWhat barks?", response="<THINK>A dog.", task="sound"),
+     CHAT_READ),
+    ("conversation", dict(query="Why?", response="So.", history=[]),
+     dict(id="1", audio=None, question="Why?", target="So.", meta={"history": []})),
     ("Countdown", dict(nums=[3, 5, -7], target=105), COUNTDOWN_READ),
     ("Countdown", dict(nums=[3, 5, -7], target=105, id="c"), COUNTDOWN_READ | dict(id="c")),
     ("Clotho-AQA", CLOTHO, dict(id="1", audio="a b.wav", question="Is it rain?", choices=["yes", "no"], answer=0, meta=dict(
@@ -389,12 +404,13 @@ def test_the_line_that_is_bad_is_named(refusal):
 @pytest.mark.parametrize("name", FIRST)
 def test_only_some_formats_may_be_without_sound(read, name):
     """A null path is refused by line; without a line of its own, no clips are merged under the name None."""
-    keys = ("audio", "audio_path", "video_name", "audio_id", "context", "path", "video_id", "file_name", "ytid", "file")
+    keys = ("audio", "audio_path", "video_name", "audio_id", "context", "path", "video_id", "file_name", "ytid", "file",
+            "audios")
     rows = [row | {k: None for k in keys if k in row} for row in rows_of(name)]
     if name in ("own", "ARC", "Countdown"):
         assert read(rows)[0].audio is None
         return
-    with pytest.raises(DataError, match=r'file:\d: (field "(audio|video_name|audio_id|path|video_id)": |not a row of)'):
+    with pytest.raises(DataError, match=r'file:\d: (field "(audios?|video_name|audio_id|path|video_id)": |not a row of)'):
         examples = read([*rows_of(name), *rows])
         for i in range(len(rows_of(name)) if name not in ("Clotho-AQA", "captions") else 1, len(examples)):
             examples[i]
@@ -438,6 +454,9 @@ BAD = [
     ("ARC", dict(choices={"text": ["x", "y"]}), 'field "label": missing'), ("Countdown", dict(nums=[]), 'field "nums"'),
     ("Countdown", dict(nums="1"), 'field "nums"'), ("Countdown", dict(nums=[1, True]), 'field "nums"'),
     ("Countdown", dict(target=1.5), 'field "nums"'), ("Countdown", dict(target="5"), 'field "nums"'),
+    ("conversation", dict(audios=[]), 'field "audios": missing'), ("conversation", dict(messages=[]), 'field "messages"'),
+    ("conversation", dict(messages="hello"), ""), ("conversation", dict(messages=CHAT["messages"][:1]), 'field "messages"'),
+    ("conversation", dict(audios="gone", messages=[dict(role=[1], content="x")]), ""),
     ("MUSIC-AVQA", dict(templ_values="["), 'field "templ_values": broken JSON'), ("MUSIC-AVQA", dict(type="[]"), ""),
     ("MUSIC-AVQA", dict(type='["Audio", ["x"]]'), ""), ("MUSIC-AVQA", dict(anser=5), 'field "anser"'),
     ("MUSIC-AVQA", dict(type=None), ""), ("MUSIC-AVQA", dict(question_content=5), ""),

@@ -1,0 +1,104 @@
+"""The README's section "Hack it": every block is run in the module that it is for, and does what it says."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from test_families import family_folder  # noqa: F401 - a fixture
+from test_readme import README
+
+import data
+import eval as eval_
+import omni_grpo as og
+import reward
+
+BLOCKS = dict(zip(("reward", "prompt", "format", "loss", "model", "benchmark"),
+                  re.findall(r"```python\n(.*?)```", README.partition("\n## Hack it")[2].partition("\n## ")[0], re.DOTALL)))
+
+
+@pytest.fixture
+def hack(monkeypatch):
+    """Run a block inside its module, whose tables and functions are themselves again after the test."""
+    def run(name, module):
+        assert 0 < BLOCKS[name].count("\n") < 10
+        for key, value in vars(module).copy().items():
+            if isinstance(value, dict) and key.isupper():
+                saved = value.copy()
+                monkeypatch.setattr(module, key, value)  # the same object, put back with what it held
+                hack_back.append((value, saved))
+        before = vars(module).copy()
+        exec(BLOCKS[name], vars(module))
+        for key, value in vars(module).copy().items():
+            if before.get(key) is not value and key != "__builtins__":
+                new, vars(module)[key] = value, before.get(key)
+                monkeypatch.setattr(module, key, new)
+    hack_back = []
+    yield run
+    for table, saved in hack_back:
+        table.clear()
+        table.update(saved)
+
+
+def test_every_block_is_tested():
+    section = README.partition("\n## Hack it")[2].partition("\n## ")[0]
+    assert len(BLOCKS) == section.count("```python") == 6
+
+
+def test_reward(hack):
+    hack("reward", reward)
+    weights = reward.parse_rewards("accuracy=1,brief=0.2")
+    example = data.Example("", None, "?", ["a dog", "a cat"], 0)
+    assert reward.score("a dog", example, weights) == (1.2, {"accuracy": 1.0, "brief": 1.0})
+    assert reward.score("It is a dog, I think.", example, weights)[1]["brief"] == 0
+
+
+def test_prompt(hack, config, policy):
+    hack("prompt", data)
+    cfg = config(prompt="polite", audio="none", max_new_tokens=0)
+    assert cfg.new_tokens == 16
+    text = policy.tokenizer.decode(og.prompt_tokens(policy, data.Example("", None, "Why?", ["a", "b"], 0), [], cfg).ids)
+    assert "You are polite." in text and "['a', 'b']. Please answer in one word." in text
+
+
+def test_format(hack, tmp_path):
+    hack("format", data)
+    path = tmp_path / "quiz.jsonl"
+    path.write_text(json.dumps(dict(sound="/a.wav", ask="Which?", options="dog|cat", right="1", level="hard")) + "\n")
+    examples = data.Examples(str(path))
+    assert examples.format == "quiz"
+    assert examples[0] == data.Example("1", "/a.wav", "Which?", ["dog", "cat"], 1, meta={"level": "hard"})
+
+
+def test_loss(hack, config, tmp_path):
+    hack("loss", og)
+    logp = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    ratio = (logp - torch.tensor([-1.0, -2.5, -2.0])).exp()
+    loss = og.policy_loss(ratio, torch.tensor([1.0, 1.0, -1.0]), torch.ones(3), 0.2, 0.2)
+    assert torch.autograd.grad(loss, logp)[0].tolist() == pytest.approx([-1.0, -1.2, 0.8])
+    out, finished = og.train(config(steps=1, out=str(tmp_path / "run")))
+    assert finished
+
+
+def test_model(hack, config, family_folder):  # noqa: F811
+    hack("model", og)
+    policy = og.load_policy(config(model=family_folder("qwen3"), audio="none"))
+    assert og.family_of(family_folder("qwen3"))[1].model_class == "Qwen3ForCausalLM"
+    assert all(name.startswith("base_model.model.model.layers") for name in policy.trainable())
+
+
+def test_benchmark(hack, monkeypatch, tiny, tmp_path, capsys):
+    hack("format", data)
+    hack("benchmark", eval_)
+    path = tmp_path / "quiz.jsonl"
+    clip = data.Examples(tiny.questions)[0].audio
+    path.write_text("".join(json.dumps(dict(sound=clip, ask="Which?", options="beep|hum", right=str(i % 2), level=f"l{i % 2}"))
+                            + "\n" for i in range(4)))
+    out = str(tmp_path / "out")
+    assert eval_.main(["--data", str(path), "--model", tiny.base, "--out", out]) == 0
+    shown = capsys.readouterr().out
+    with open(os.path.join(out, "report.json"), encoding="utf-8") as f:
+        report = json.load(f)
+    assert "l0" in shown and "l1" in shown
+    assert any("rule" in key or "official" in key for key in report), list(report)
