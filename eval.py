@@ -15,6 +15,7 @@ rotation of the choices. The prompt is the one of training. A killed run goes on
 import argparse
 import base64
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import html
@@ -24,6 +25,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import threading
 import zlib
@@ -826,11 +828,16 @@ def judge(args, rows: list[dict], done: dict) -> str:
     todo = [item for item in jobs if (item, 0) not in done]
     lock, stopping, errors, in_a_row = threading.Lock(), [], [], 0
 
+    def interrupted(*_):  # an exception raised wherever the main thread happens to be can get lost there
+        if stopping:
+            raise KeyboardInterrupt
+        stopping.append(KeyboardInterrupt())
+
     def work(item: str) -> Exception | None:
         try:
             said = ask_judge(send, *jobs[item], args.seed)
             with lock:
-                if not stopping:  # else behind a line that a full disk cut in two
+                if not any(isinstance(e, UserError) for e in stopping):  # else behind a line that a full disk cut in two
                     done[item, 0] = dict(item=item, rotation=0, said=said, error="")
                     try:
                         data.append_line(f, done[item, 0])
@@ -839,8 +846,9 @@ def judge(args, rows: list[dict], done: dict) -> str:
         except (data.RequestFailed, ConnectionError, UserError) as e:
             return e
 
-    with open(os.path.join(args.out, "behaviours_items.jsonl"), "ab", buffering=0) as f, tqdm(
-            total=len(jobs), initial=len(jobs) - len(todo), unit="count", dynamic_ncols=True, disable=None) as bar:
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="count", dynamic_ncols=True, disable=None)
+    with open(os.path.join(args.out, "behaviours_items.jsonl"), "ab", buffering=0) as f, bar, contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, interrupted))
         for n, error in enumerate(data.answers(iter(todo), work, args.concurrency, lambda _: True, stopping), 1):
             in_a_row = in_a_row + 1 if error else 0
             errors += [error] if error else []

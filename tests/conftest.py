@@ -13,6 +13,12 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import omni_grpo as og  # noqa: E402
 
+SLOW = ["test_run", "test_ranks", "test_recipes", "test_reward", "test_eval", "test_generate", "test_formats"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):

