@@ -675,10 +675,7 @@ NOISE = [t * (100_000 // len(t)) for t in (
 def test_100_kb_of_noise_takes_linear_time(noise):
     """Seconds of this thread's time, on a machine that does other things, too; quadratic time would be minutes."""
     start = time.thread_time()
-    reward.resolve(noise, FOUR)
-    assert time.thread_time() - start < 3.0
-    start = time.thread_time()
-    for name in reward.REWARDS:
+    for name in reward.REWARDS:  # `accuracy` resolves
         reward.REWARDS[name](noise, Example("", None, "?", FOUR, 1))
     assert time.thread_time() - start < 6.0
 
