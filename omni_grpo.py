@@ -471,12 +471,11 @@ def omni_audio(model, mels: list[Tensor]) -> list[Tensor]:
 def qwen2_audio(model, mels: list[Tensor]) -> list[Tensor]:
     """Qwen2-Audio's tower and projector, whose window is 30 s whatever a clip's length.    [(bins, frames + 2)] -> [(n, H)]
 
-    The convolutions see two frames past a clip's end; behind them is silence, which attention never looks at.
+    The convolutions see two frames past a clip's end; what is behind them, attention never looks at.
     """
     parts, frames = getattr(model, "model", model), torch.tensor([m.shape[1] - 2 for m in mels])
     window = 2 * parts.audio_tower.config.max_source_positions
-    silence = [max(float(m.max()) - 2, -1.5) for m in mels]  # as the extractor has it: 1e-10, or 80 dB under the loudest
-    padded = torch.stack([F.pad(m[:, :window], (0, max(0, window - m.shape[1])), value=x) for m, x in zip(mels, silence)])
+    padded = torch.stack([F.pad(m[:, :window], (0, max(0, window - m.shape[1]))) for m in mels])
     inner = (frames - 1) // 2 + 1
     mask = torch.zeros(len(mels), 1, 1, window // 2).masked_fill(torch.arange(window // 2) >= inner[:, None, None, None], -1e30)
     dtype = parts.multi_modal_projector.linear.weight.dtype
