@@ -76,6 +76,16 @@ class Example:
         """The clips of the question, in the order in which they are heard."""
         return [] if self.audio is None else self.audio if isinstance(self.audio, list) else [self.audio]
 
+    @property
+    def is_countdown(self) -> bool:
+        """No choices, but `nums` that have to make a `target`: reward.countdown tells right from wrong."""
+        nums = self.meta.get("nums")
+        return not self.choices and isinstance(nums, list) and all(type(n) is int for n in [*nums, self.meta.get("target")])
+
+    @property
+    def has_answer(self) -> bool:
+        return self.answer is not None or self.is_countdown
+
 
 class Embedded:
     """A clip inside a parquet or Hub data set. Its bytes are read when they are asked for, and not before."""
@@ -655,7 +665,11 @@ class TextRows:
 
     def __getitem__(self, i: int):
         # pread: threads may share it, and a file that shrank meanwhile is an error and not a crash
-        return self.parse(os.pread(self.file.fileno(), self.stops[i] - self.starts[i], self.starts[i]), self.where(i))
+        raw = os.pread(self.file.fileno(), self.stops[i] - self.starts[i], self.starts[i])
+        try:
+            return self.parse(raw, "")
+        except DataError:
+            return self.parse(raw, self.where(i))  # spelt out only for a line that is refused
 
 
 class TableRows:
@@ -948,7 +962,7 @@ def scan(examples: Examples, purpose: str = "train", most: int = 10) -> array:
     for i in range(len(examples)):
         try:
             example = examples[i]
-            if purpose == "train" and "nums" not in example.meta and (example.answer is None or not example.choices):
+            if purpose == "train" and not example.has_answer:
                 missing = "answer" if example.choices else "choices"
                 raise DataError(f'{examples.where(i)}: field "{missing}": missing, and training needs it')
             if purpose == "cold_start" and example.target is None:
@@ -1079,7 +1093,7 @@ def ahead(items, work, workers: int, depth: int):
                 future.cancel()
 
 
-def probe_audio(examples: Examples, max_s: float, budget_s: float = 3.0) -> tuple[int, list[str]]:
+def probe_audio(examples: Examples, max_s: float, budget_s: float = 2.0) -> tuple[int, list[str]]:
     """Decode clips for budget_s seconds, first and last lines first.      -> (number decoded, problems)"""
     n = len(examples)
     edge = [*range(min(n, 32)), *range(max(32, n - 32), n)]

@@ -36,7 +36,7 @@ import numpy as np
 
 import data
 from data import PROMPTS, DataError, Example, Examples, UserError
-from reward import REWARDS, THINK, lex, resolve, signals, with_letters, with_mentions, words
+from reward import THINK, accuracy, lex, resolve, signals, with_letters, with_mentions, words
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The benchmarks' own rules, re-implemented from their descriptions
@@ -98,8 +98,8 @@ class Result:
 
     @property
     def right(self) -> list[list[bool]]:
-        if "nums" in self.example.meta and "countdown" in REWARDS:
-            return [[REWARDS["countdown"](t, self.example) == 1 for t in texts] for texts in self.said]
+        if self.example.is_countdown:
+            return [[accuracy(t, self.example) == 1 for t in texts] for texts in self.said]
         return [[same(self.example, i, self.example.answer) for i in row] for row in self.resolved]
 
     @property
@@ -166,14 +166,10 @@ def spoken(result: Result) -> tuple[str, str]:
     return (raw if choice is None else result.example.choices[choice]), raw
 
 
-def is_scored(example: Example) -> bool:
-    return example.answer is not None or "nums" in example.meta and "countdown" in REWARDS
-
-
 def report_of(results: list[Result], examples: Examples, about: dict) -> dict:
     """All scores. Items without a known answer are not scored; a file without any gets none."""
     benchmark = BENCHMARKS.get(examples.format, Benchmark())
-    known = [r for r in results if is_scored(r.example)]
+    known = [r for r in results if r.example.has_answer]
     labelled = [r for r in known if r.example.choices]
     flat = [i for r in labelled for row in r.resolved for i in row]
     report = about | dict(file=os.path.basename(examples.path), format=examples.format, version=examples.version,
@@ -464,7 +460,7 @@ def run(args, examples: Examples, out: str, policy=None) -> tuple[dict, list[Res
     items = examples[:args.limit or None]
     if args.prompt == "caption":
         return captions(args, items, out, policy), []
-    args.prompt = args.prompt or ("answer" if any("nums" in e.meta for e in items) else "direct")  # its reward reads the tags
+    args.prompt = args.prompt or ("answer" if any(e.is_countdown for e in items) else "direct")  # its reward reads the tags
     heard = other_clips(examples[:], args.seed)[:len(items)] if args.audio == "shuffled" else None  # whatever the --limit
     results, setting = answer(args, items, out, policy, heard)
     report = report_of(results, examples, {k: v for k, v in setting.items() if k != "prompt_text"})
@@ -545,7 +541,7 @@ def controls(args, examples: Examples) -> None:
     """The standard set, one table: how much of the score is hearing?"""
     import omni_grpo as og
 
-    if not any(is_scored(examples[i]) for i in range(min(len(examples), args.limit or len(examples)))):
+    if not any(examples[i].has_answer for i in range(min(len(examples), args.limit or len(examples)))):
         raise UserError(f"--data {args.data}: no answers in this file, and controls compare scores")
     cfg = og.Config(model=args.model, adapter=args.adapter, load_in_4bit=args.load_in_4bit)
     policy, table, all_results = og.load_policy(cfg, train=False), {}, {}
@@ -990,7 +986,7 @@ def page(report: dict, results: list[Result], max_audio_s: float, flips: dict[st
     items = []
     for r, heard in zip(results, played):
         choice, raw = majority(r), spoken(r)[1]
-        state = "unscored" if not is_scored(r.example) else \
+        state = "unscored" if not r.example.has_answer else \
             "right" if r.score == 1 else "unresolved" if choice is None and r.example.choices else "wrong"
         items.append(dict(id=r.example.id, question=r.example.question, choices=r.example.choices, gold=r.example.answer,
                           answer=choice, said=raw, score=r.score, state=state, error=r.error, flip=(flips or {}).get(r.key, ""),

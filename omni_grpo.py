@@ -701,17 +701,17 @@ def hear(policy: Policy, example: Example, cfg: Config) -> tuple[list[Tensor], b
     clips = [] if cfg.audio == "none" else example.clips
     if clips and policy.extractor is None:
         raise UserError(f"--model {cfg.model}: this model has no audio tower; use --audio none")
-    mels, any_cut = [], False
+    mels, any_cut, extractor = [], False, policy.extractor
     for clip in clips:
-        extractor, after = policy.extractor, policy.frames_after
         wave, cut = data.load_audio(clip, min(cfg.max_audio_s, extractor.n_samples / extractor.sampling_rate))
         if cfg.audio == "silence":
             wave[:] = 0
         padded = min(-(-len(wave) // extractor.hop_length) * extractor.hop_length + extractor.n_fft, extractor.n_samples)
         out = extractor(wave, sampling_rate=extractor.sampling_rate, return_tensors="pt", padding="max_length",
                         max_length=padded, return_attention_mask=True)
-        mel = out["input_features"][0, :, :int(out["attention_mask"].sum()) + after]
-        mels.append(F.pad(mel, (0, int(out["attention_mask"].sum()) + after - mel.shape[1])))
+        frames = int(out["attention_mask"].sum()) + policy.frames_after
+        mel = out["input_features"][0, :, :frames]
+        mels.append(F.pad(mel, (0, frames - mel.shape[1])))  # where the extractor's length ends with the clip
         any_cut |= cut
     return mels, any_cut
 

@@ -422,7 +422,7 @@ def decide(found: list[Signal], refused: bool) -> int | None:
 
 def accuracy(completion: str, example) -> float:
     """1 if the completion resolves to the right choice (by text: a choice may stand twice), or solves its Countdown."""
-    if "nums" in example.meta:
+    if example.is_countdown:
         return float(countdown(completion, example) == 1)
     index = resolve(completion, example.choices)
     right = index is not None and example.answer is not None and (
@@ -487,7 +487,7 @@ NEGATION = re.compile(r"\b(?:not|no|never|cannot|nor|neither|without|unlikely|wr
 
 def consistency(completion: str, example) -> float:
     """1 if the trace ends at the choice that is then answered, or rules out every other one; 0 if it ends at another, comes
-    to no end or gives no answer. Judge-free stand-in for the consistency reward of Audio-Thinker (arXiv 2508.08039)."""
+    to no end or gives no answer. Judge-free stand-in for the consistency reward of Audio-Thinker."""
     found, choices = trace(completion), example.choices
     given = resolve(found[1], choices) if found else None
     if given is None:
@@ -552,9 +552,9 @@ def countdown(completion: str, example) -> float:
     answers = re.findall(r"<answer>([^<]*)</answer>", completion)
     if not answers:
         return 0.0
-    found = arithmetic(" ".join(answers[-1].split()).removesuffix(f"= {example.meta.get('target')}"))
-    right = found and found[0] == example.meta.get("target") and sorted(found[1]) == sorted(example.meta.get("nums", []))
-    return 1.0 if right else 0.1
+    nums, target = (example.meta["nums"], example.meta["target"]) if example.is_countdown else ([], None)
+    found = arithmetic(" ".join(answers[-1].split()).removesuffix(f"= {target}"))
+    return 1.0 if found and found[0] == target and sorted(found[1]) == sorted(nums) else 0.1
 
 
 def countdown_last_line(completion: str, example) -> float:

@@ -613,7 +613,7 @@ def against_repeated(args) -> None:
 
 
 def startup(args) -> None:
-    """What omni_grpo.py does with --data before the model loads; the probe of the audio alone takes up to 3 s by design."""
+    """What omni_grpo.py does with --data before the model loads; the probe of the audio alone takes up to 2 s by design."""
     table("data ready", "questions", "MB of JSON lines", "s", "peak GiB", "of it before the data")
     with tempfile.TemporaryDirectory() as folder:
         soundfile.write(f"{folder}/clip.wav", np.sin(np.arange(16000) / 20), 16000)

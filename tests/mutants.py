@@ -11,7 +11,7 @@ import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-MATH, MODEL, RUN, RANKS = (f"tests/test_{x}.py" for x in ("math", "model", "run", "ranks"))
+MATH, MODEL, RUN, RANKS, FAMILIES = (f"tests/test_{x}.py" for x in ("math", "model", "run", "ranks", "families"))
 
 MUTANTS = [  # what, old, new, the tests that must die
     ("loss sign", "return -(weight * torch.minimum(", "return (weight * torch.minimum(", MATH),
@@ -75,6 +75,8 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("cursor not restored", "state |= {\"step\": step, phase: gather(batch[-1][0] + n_ranks)}",
      "state |= {\"step\": step}", RUN),
     ("checkpoint written in place", "    tmp = path + \".tmp\"\n", "    tmp = path\n", RUN),
+    ("frames past a clip's end dropped", "frames_after=2)", "frames_after=0)", FAMILIES),
+    ("Qwen2-Audio attends to what is behind the clip", "window // 2) >= inner", "window // 2) >= window + inner", FAMILIES),
 ]
 
 

@@ -19,26 +19,20 @@ BLOCKS = dict(zip(("reward", "prompt", "format", "loss", "model", "benchmark"),
 
 
 @pytest.fixture
-def hack(monkeypatch):
-    """Run a block inside its module, whose tables and functions are themselves again after the test."""
+def hack():
+    """Run a block inside its module, which is itself again after the test, with what its tables held."""
+    kept = []
+
     def run(name, module):
         assert 0 < BLOCKS[name].count("\n") < 10
-        for key, value in vars(module).copy().items():
-            if isinstance(value, dict) and key.isupper():
-                saved = value.copy()
-                monkeypatch.setattr(module, key, value)  # the same object, put back with what it held
-                hack_back.append((value, saved))
-        before = vars(module).copy()
-        exec(BLOCKS[name], vars(module))
-        for key, value in vars(module).copy().items():
-            if before.get(key) is not value and key != "__builtins__":
-                new, vars(module)[key] = value, before.get(key)
-                monkeypatch.setattr(module, key, new)
-    hack_back = []
+        space = vars(module)
+        kept.append((space, space.copy()))
+        kept.extend((table, table.copy()) for key, table in space.items() if key.isupper() and isinstance(table, dict))
+        exec(BLOCKS[name], space)
     yield run
-    for table, saved in hack_back:
+    for table, content in reversed(kept):
         table.clear()
-        table.update(saved)
+        table.update(content)
 
 
 def test_every_block_is_tested():
@@ -88,7 +82,7 @@ def test_model(hack, config, family_folder):  # noqa: F811
     assert all(name.startswith("base_model.model.model.layers") for name in policy.trainable())
 
 
-def test_benchmark(hack, monkeypatch, tiny, tmp_path, capsys):
+def test_benchmark(hack, tiny, tmp_path, capsys):
     hack("format", data)
     hack("benchmark", eval_)
     path = tmp_path / "quiz.jsonl"
