@@ -1120,6 +1120,7 @@ class Template:
     ending: str
     system: str | None = None  # None: whatever the checkpoint's chat template puts there
     max_new_tokens: int = 32
+    relistens: int = 0  # parts of its clip that a completion may hear again, by <seg>start, end</seg>
     question: str | None = None  # asked in place of the example's own question and options
 
 
@@ -1137,6 +1138,10 @@ PROMPTS = {
     "structured": Template("", max_new_tokens=512, system="You are an audio deep-thinking model. Upon receiving a question, "
                            "please respond in two parts: <THINK> and <RESPONSE>. The <THINK> section should be further "
                            "divided into four parts: <PLANNING>, <CAPTION>, <REASONING>, and <SUMMARY>."),
+    # Echo (arXiv 2602.11909): what is behind <seg>start, end</seg> is heard again
+    "relisten": Template(" Think step-by-step. Refer to the specific audio segments while thinking, and indicate the "
+                         "corresponding timestamps. Answer in the format of <think>...</think><answer>...</answer>.",
+                         max_new_tokens=512, relistens=8),
     # TinyZero's; the task itself is the question of data.py's Countdown format
     "countdown": Template(" Show your work in <think> </think> tags. And return the final answer in <answer> </answer> tags, "
                           "for example <answer> (1 + 2) / 3 </answer>.", max_new_tokens=512),

@@ -90,6 +90,13 @@ class Config:
     num_generations: int = arg(8, "G, completions a prompt")
     temperature: float = arg(1.0, "of sampling and of scoring")
     max_new_tokens: int = arg(0, "longest completion; 0: the prompt template's (32 direct, 256 thinking)")
+    # re-listening (Echo, arXiv 2602.11909): a completion that writes <seg>start, end</seg> hears that part of its clip again
+    max_relistens: int = arg(-1, "parts that a completion may hear again; 0: none, -1: the prompt template's (8 relisten)")
+    min_relisten_s: float = arg(0.2, "seconds; of a shorter part nothing is heard")
+    max_relisten_s: float = arg(10.0, "seconds; of a longer part nothing is heard")
+    relisten_tokens: int = arg(512, "most tokens that the parts heard again add to a completion (25 a second)")
+    relisten_from: str = arg("audio", "audio: the part itself goes through the audio tower | embeddings: those of the prompt",
+                             ("audio", "embeddings"))
     # ablations: one flag, one line of code, one row of the README's table
     scale: str = arg("std", "advantage scale: std (GRPO) | none (Dr. GRPO, arXiv 2503.20783)", ("std", "none"))
     reduce: str = arg("sequence", "loss mean: sequence (GRPO) | token (DAPO, arXiv 2503.14476) | constant (Dr. GRPO)",
@@ -132,6 +139,8 @@ class Config:
                  ("clip_low", 0 <= self.clip_low <= 1, "the ratio floor 1 - clip_low must lie in [0, 1]"),
                  ("model", bool(self.model), "name a directory or a Hub id"),
                  ("seed", 0 <= self.seed < 2**63, "must lie in [0, 2**63)"),
+                 ("max_relistens", -1 <= self.max_relistens < 2**31, "must be -1 or more"),
+                 ("min_relisten_s", 0.025 <= self.min_relisten_s < math.inf, "less than 0.025 s gives no audio token"),
                  ("adapter", not self.adapter or self.lora_rank > 0, "--lora_rank 0 has no use for an adapter"),
                  ("prompt", self.prompt in PROMPTS, f"unknown{nearest(self.prompt, PROMPTS)}")]
         rules += [(k, 1 <= getattr(self, k) < 2**31, "must be at least 1") for k in
@@ -139,7 +148,7 @@ class Config:
                    "pack_tokens", "rollout_rows", "workers", "lora_alpha")]
         rules += [(k, 0 <= getattr(self, k) < math.inf, "must be 0 or more") for k in
                   ("steps", "cold_start_steps", "eval_size", "max_new_tokens", "clip_high", "beta", "lr", "warmup_steps",
-                   "lora_rank", "max_bad_audio", "max_grad_norm")]
+                   "lora_rank", "max_bad_audio", "max_grad_norm", "max_relisten_s", "relisten_tokens")]
         for f in dataclasses.fields(self):
             allowed = f.metadata["choices"]
             rules.append((f.name, not allowed or getattr(self, f.name) in allowed, f"must be one of {allowed}"))
@@ -154,6 +163,11 @@ class Config:
     @property
     def new_tokens(self) -> int:
         return self.max_new_tokens or PROMPTS[self.prompt].max_new_tokens
+
+    @property
+    def relistens(self) -> int:
+        most = PROMPTS[self.prompt].relistens if self.max_relistens < 0 else self.max_relistens
+        return 0 if self.audio == "none" else most
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,6 +262,17 @@ class Completion(Tokens):
     sampled: list[bool] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)  # as the sampler saw them, 0 where not sampled
     finished: bool = False  # ended by itself; otherwise it was cut at max_new_tokens
+    heard: list[tuple[float, float]] = field(default_factory=list)  # parts of the clip that were heard again, seconds
+    refused: collections.Counter = field(default_factory=collections.Counter)  # and why others were not
+
+    def append(self, token: int) -> None:
+        self.ids.append(token)
+        self.sampled.append(True)
+
+    def insert(self, tokens: Tokens) -> None:
+        self.audio += [(len(self.ids) + start, audio) for start, audio in tokens.audio]
+        self.ids += tokens.ids
+        self.sampled += [False] * len(tokens.ids)
 
 
 @dataclass
@@ -394,20 +419,20 @@ class ReadingAndScoring(Scoring):
 
 
 class Decoding:
-    """One token of every row: it sees its prompt, and the tokens its row has so far.
+    """One token of every row: it sees its prompt, and the tokens its row has so far. Behind them, blocks of some rows.
 
     Keys and values lie in one line a prompt, [prompt | token 1 of rows 1 ... G | token 2 of rows 1 ... G | ...]: the prompt's
     are there once, read once for all its rows, and never copied. place (R,): row r of the batch is row place[r] of P * G.
+    A block (what its row hears again) follows the tokens of its step; mask (P, G, slots) says what is whose.
     """
 
     def __init__(self, prefixes: list[Prefix], g: int, room: int):
         spots = [(prefix, a, b) for prefix in prefixes for a, b in prefix.bounds()]
-        self.g, self.length, device = g, max(b - a for _, a, b in spots), prefixes[0].ends.device
+        self.g, self.end, device = g, max(b - a for _, a, b in spots), prefixes[0].ends.device
         self.place = torch.arange(len(spots) * g, device=device)
-        slot = torch.arange(self.length + g * room, device=device)
-        own = (slot >= self.length) & ((slot - self.length) % g == torch.arange(g, device=device)[:, None])  # (G, slots)
         sizes = torch.tensor([b - a for _, a, b in spots], device=device)
-        self.mask = own | (slot < sizes[:, None])[:, None]  # (P, G, slots)
+        slot = torch.arange(self.end + room, device=device)
+        self.mask = (slot < sizes[:, None])[:, None].repeat(1, g, 1)  # (P, G, slots)
         self.kv = []
         for layer, kv in enumerate(prefixes[0].kv):
             lines = tuple(x.new_zeros(len(spots), x.shape[1], len(slot), x.shape[3]) for x in kv)
@@ -416,20 +441,47 @@ class Decoding:
                     to[line, :, :b - a] = x[0, :, a:b]
             self.kv.append(lines)
 
+    def feed(self, blocks: Sequence[tuple[int, int]] = ()) -> None:
+        """What comes next: a token of every row, then `blocks`: (which row of the batch, how many tokens of it)."""
+        self.start, self.blocks = self.end, []
+        self.end += self.g
+        at = dict.fromkeys(range(len(self.mask)), self.end)
+        for line, row, n in [(*divmod(int(self.place[r]), self.g), n) for r, n in blocks]:
+            self.blocks.append((line, row, at[line], n))
+            at[line] += n
+        self.end = max(at.values())
+        if (more := self.end - self.mask.shape[2]) > 0:  # grows by a quarter, one layer after the other
+            more = max(more, self.mask.shape[2] // 4)
+            self.mask = F.pad(self.mask, (0, more))
+            for layer, kv in enumerate(self.kv):
+                self.kv[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in kv)
+        every = torch.arange(self.g, device=self.place.device)
+        self.mask[:, every, self.start + every] = True
+        for line, row, start, n in self.blocks:
+            self.mask[line, row, start:start + n] = True
+
     def attend(self, layer: int, query, key, value, scaling):
-        (lines, kv, _, d), (heads, g, end) = self.kv[layer][0].shape, (query.shape[1], self.g, self.length + self.g)
-        line, row = self.place // g, self.place % g
+        (lines, kv, _, d), (heads, g, end) = self.kv[layer][0].shape, (query.shape[1], self.g, self.start + self.g)
+        line, row, r = self.place // g, self.place % g, len(self.place)
         for to, x in zip(self.kv[layer], (key, value)):
-            to[line, :, self.length + row] = x[0].transpose(0, 1)
+            to[line, :, self.start + row] = x[0, :, :r].transpose(0, 1)
         keys, values = (x[:, :, :end] for x in self.kv[layer])
         rows = query.new_zeros(lines * g, heads, d)
-        rows[self.place] = query[0].transpose(0, 1)
+        rows[self.place] = query[0, :, :r].transpose(0, 1)
         # all queries that share a key stand in one block: (P, KV heads, heads a KV head * G, d)
         rows = rows.view(lines, g, kv, -1, d).permute(0, 2, 3, 1, 4).reshape(lines, kv, -1, d)
         mask = self.mask[:, None, None, :, :end].expand(-1, 1, heads // kv, -1, -1).reshape(lines, 1, -1, end)
         out = fused_attention(rows, keys, values, scaling, mask)
         out = out.view(lines, kv, -1, g, d).permute(0, 3, 1, 2, 4).reshape(lines * g, heads, d)
-        return out[self.place].transpose(0, 1)[None]
+        outs = [out[self.place].transpose(0, 1)[None]]
+        for line, row, start, n in self.blocks:
+            for to, x in zip(self.kv[layer], (key, value)):
+                to[line, :, start:start + n] = x[0, :, r:r + n]
+            keys, values = (x[line:line + 1, :, :start + n] for x in self.kv[layer])
+            mask = self.mask[line, row, :start + n].repeat(n, 1).tril(start)  # its own tokens are seen by later ones only
+            outs.append(attend(query[:, :, r:r + n], keys, values, scaling, mask))
+            r += n
+        return torch.cat(outs, dim=2)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch; prompts without one go."""
@@ -692,39 +744,52 @@ def reference(policy: Policy):
             policy.model.set_adapter("default")
 
 
-def hear(policy: Policy, example: Example, cfg: Config) -> tuple[list[Tensor], bool]:
-    """Runs in a worker thread: the clips of a question -> (log-mel features, (bins, frames) each, was one of them cut?)
+@dataclass
+class Clip:
+    """A clip as it is heard: its log-mel features (bins, frames), and its samples (n,) where parts may be heard again."""
+
+    mel: Tensor
+    wave: Any = None
+
+
+def features(extractor, wave, frames_after: int) -> Tensor:
+    """Samples (n,) -> log-mel features (bins, frames).
 
     The library pads every clip to the extractor's whole length (300 s for Qwen2.5-Omni, 30 s for Qwen2-Audio, and no more
     of a clip is heard); padding by one window gives the same features in a fraction of the time.
     """
-    clips = [] if cfg.audio == "none" else example.clips
-    if clips and policy.extractor is None:
+    padded = min(-(-len(wave) // extractor.hop_length) * extractor.hop_length + extractor.n_fft, extractor.n_samples)
+    out = extractor(wave, sampling_rate=extractor.sampling_rate, return_tensors="pt", padding="max_length",
+                    max_length=padded, return_attention_mask=True)
+    frames = int(out["attention_mask"].sum()) + frames_after
+    mel = out["input_features"][0, :, :frames]
+    return F.pad(mel, (0, frames - mel.shape[1]))  # where the extractor's length ends with the clip
+
+
+def hear(policy: Policy, example: Example, cfg: Config) -> tuple[list[Clip], bool]:
+    """Runs in a worker thread: a question -> (its clips, was one of them cut?)"""
+    sources = [] if cfg.audio == "none" else example.clips
+    if sources and policy.extractor is None:
         raise UserError(f"--model {cfg.model}: this model has no audio tower; use --audio none")
-    mels, any_cut, extractor = [], False, policy.extractor
-    for clip in clips:
-        wave, cut = data.load_audio(clip, min(cfg.max_audio_s, extractor.n_samples / extractor.sampling_rate))
+    clips, any_cut, extractor = [], False, policy.extractor
+    for source in sources:
+        wave, cut = data.load_audio(source, min(cfg.max_audio_s, extractor.n_samples / extractor.sampling_rate))
         if cfg.audio == "silence":
             wave[:] = 0
-        padded = min(-(-len(wave) // extractor.hop_length) * extractor.hop_length + extractor.n_fft, extractor.n_samples)
-        out = extractor(wave, sampling_rate=extractor.sampling_rate, return_tensors="pt", padding="max_length",
-                        max_length=padded, return_attention_mask=True)
-        frames = int(out["attention_mask"].sum()) + policy.frames_after
-        mel = out["input_features"][0, :, :frames]
-        mels.append(F.pad(mel, (0, frames - mel.shape[1])))  # where the extractor's length ends with the clip
+        clips.append(Clip(features(extractor, wave, policy.frames_after), wave if cfg.relistens else None))
         any_cut |= cut
-    return mels, any_cut
+    return clips, any_cut
 
 
-def embeddings(policy: Policy, mels: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Features of every clip of every question -> audio embeddings (n, H) each; the tower runs once for the whole batch."""
-    flat = [mel for clips in mels for mel in clips]
+def embeddings(policy: Policy, questions: list[list[Clip]]) -> list[list[Tensor]]:
+    """The clips of every question -> their audio embeddings (n, H); the tower runs once for the whole batch."""
+    flat = [clip.mel for clips in questions for clip in clips]
     each = iter(policy.encode_audio(flat) if flat else ())
-    return [list(islice(each, len(clips))) for clips in mels]
+    return [list(islice(each, len(clips))) for clips in questions]
 
 
-def encode(policy: Policy, examples: list[Example], mels: list[list[Tensor]], cfg: Config) -> list[Tokens]:
-    return [prompt_tokens(policy, e, clips, cfg) for e, clips in zip(examples, embeddings(policy, mels))]
+def encode(policy: Policy, examples: list[Example], heard: list[list[Clip]], cfg: Config) -> list[Tokens]:
+    return [prompt_tokens(policy, e, clips, cfg) for e, clips in zip(examples, embeddings(policy, heard))]
 
 
 def prompt_tokens(policy: Policy, example: Example, clips: list[Tensor], cfg: Config) -> Tokens:
@@ -840,80 +905,165 @@ def in_parts(sizes: list[int], limit: int) -> list[list[int]]:
 
 @torch.no_grad()
 def rollout(policy: Policy, prompts: list[Tokens], num_generations: int, temperature: float, max_new_tokens: int,
-            seeds: list[int], insert: Callable | None = None, max_inserted: int = 0,
-            prefixes: list[Prefix] | None = None) -> list[list[Completion]]:
+            seeds: list[int], insert: Callable | None = None, prefixes: list[Prefix] | None = None) -> list[list[Completion]]:
     """Sample num_generations completions a prompt.       -> P lists of G Completion
 
     The uniform numbers behind a prompt's samples come from its own seed alone, so they depend neither on the other
-    prompts nor on how prompts are batched. `insert(prompt index, completion) -> Tokens or None` is asked after every
-    sampled token; what it returns is fed to that row, token by token, while the other rows go on sampling. `prefixes`: the
-    prompts, where they were read already.
+    prompts nor on how prompts are batched. `insert([prompt index], [completion]) -> [Tokens or None]` is asked after every
+    step, of all rows that go on; what it returns is read by its row in one pass, in which the others take their next step.
+    `prefixes`: the prompts, where they were read already.
     """
     g, device = num_generations, policy.device
     rows = [Completion([]) for _ in prompts for _ in range(g)]
-    queues = [[] for _ in rows]  # forced tokens still to be fed: (id, audio embedding or None)
-    room = max_new_tokens + max_inserted
     u = torch.cat([torch.rand(g, max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 
     prefixes = prefixes or read_in_parts(policy, prompts)
-    cache = Decoding(prefixes, g, room)
+    cache = Decoding(prefixes, g, g * max_new_tokens)
     position = torch.tensor([len(p.ids) for p in prompts], device=device).repeat_interleave(g)  # (R,) of the next token
     logits = policy.head(torch.cat([p.ends for p in prefixes])).repeat_interleave(g, dim=0)  # (R, V)
 
-    at, sampled, history = list(range(len(rows))), [0] * len(rows), []  # at: which row decodes in which place
-    nth = torch.zeros(len(rows), dtype=torch.long, device=device)  # how many tokens were sampled in each place
-    for _ in range(room):
-        ids, logp = sample(logits, u.gather(1, nth[:, None])[:, 0], temperature)
-        said, forced, live, taken = ids.tolist(), {}, [], []  # the one wait for the device in a step
-        for place, r in enumerate(at):
-            row = rows[r]
-            if row.finished or not queues[r] and sampled[r] >= max_new_tokens:
+    at, history = list(range(len(rows))), []  # at: which row decodes in which place
+    for nth in range(max_new_tokens):
+        ids, logp = sample(logits, u[:, nth], temperature)
+        live, taken = [], []
+        for place, (r, token) in enumerate(zip(at, ids.tolist())):  # the one wait for the device in a step
+            if rows[r].finished:
                 continue
-            was_sampled = not queues[r]
-            if not was_sampled:
-                said[place], forced[place] = queues[r].pop(0)
-                if forced[place] is not None:
-                    row.audio.append((len(row.ids), forced[place][None]))
-            sampled[r] += was_sampled
-            row.ids.append(said[place])
-            row.sampled.append(was_sampled)
-            taken.append((row, place, was_sampled))
-            if was_sampled and said[place] in policy.stop_ids:
-                row.finished = True
-            elif was_sampled and insert and (more := insert(r // g, row)) is not None:
-                audio = {start + i: a for start, block in more.audio for i, a in enumerate(block)}
-                queues[r] = [(t, audio.get(i)) for i, t in enumerate(more.ids)]
-            if not row.finished and (queues[r] or sampled[r] < max_new_tokens):
+            taken.append((rows[r], place, len(rows[r].ids)))
+            rows[r].append(token)
+            rows[r].finished = token in policy.stop_ids
+            if not rows[r].finished:
                 live.append(place)
         history.append((logp, taken))
-        if not live:
+        if not live or nth + 1 == max_new_tokens:
             break
-        nth = (nth + 1).clamp(max=max_new_tokens - 1)
-        if forced:
-            ids = torch.tensor(said, device=device)
-            nth = torch.tensor([min(sampled[r], max_new_tokens - 1) for r in at], device=device)
+        going = [at[place] for place in live]
+        inserted = zip(going, insert([r // g for r in going], [rows[r] for r in going])) if insert else ()
+        inserted = {r: tokens for r, tokens in inserted if tokens}
         if len(live) <= len(at) // 2:  # half of them are done: go on without them
             keep = torch.tensor(live, device=device)
             cache.keep(keep)
-            ids, nth, u, position = (x[keep] for x in (ids, nth, u, position))
-            forced = {live.index(place): audio for place, audio in forced.items() if place in live}
-            at = [at[place] for place in live]
-        x = policy.embed_tokens(ids)  # (R, H)
-        for place, audio in forced.items():
-            if audio is not None:
-                x[place] = audio.to(x.dtype)
-        logits = policy.head(forward(policy, x, position, cache))
-        cache.length += g
+            ids, u, position, at = ids[keep], u[keep], position[keep], going
+        x, positions, last = F.embedding(ids, policy.embed_tokens.weight), position, slice(len(at))
+        blocks = [(place, inserted[r]) for place, r in enumerate(at) if r in inserted]
+        if blocks:
+            places, sizes = [place for place, _ in blocks], [len(tokens.ids) for _, tokens in blocks]
+            x = torch.cat([x, embed(policy, [tokens for _, tokens in blocks])])
+            positions = torch.cat([position, *[position[place] + 1 + torch.arange(n, device=device)
+                                               for place, n in zip(places, sizes)]])
+            last = torch.arange(len(at), device=device)  # what predicts the row's next token
+            last[places] = torch.tensor(list(accumulate(sizes, initial=len(at) - 1))[1:], device=device)
+            position = position.index_add(0, torch.tensor(places, device=device), torch.tensor(sizes, device=device))
+            for r, tokens in inserted.items():
+                rows[r].insert(tokens)
+        cache.feed([(place, len(tokens.ids)) for place, tokens in blocks])
+        logits = policy.head(forward(policy, x, positions, cache)[last])
         position = position + 1
+    for row in rows:
+        row.logps = [0.0] * len(row.ids)
     for logp, taken in history:
         values = logp.tolist()
-        for row, place, was_sampled in taken:
-            row.logps.append(values[place] if was_sampled else 0.0)
+        for row, place, n in taken:
+            row.logps[n] = values[place]
     return [rows[i:i + g] for i in range(0, len(rows), g)]
 
 
 def text_of(policy: Policy, completion: Completion) -> str:
-    return policy.tokenizer.decode(completion.ids, skip_special_tokens=True)
+    """What the policy said, and nothing of what was inserted."""
+    said = [i for i, sampled in zip(completion.ids, completion.sampled) if sampled]
+    return policy.tokenizer.decode(said, skip_special_tokens=True)
+
+
+SEGMENT = re.compile(r"<seg>\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*,\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*</seg>\Z")
+ANSWERING = re.compile(r"</think|<answer")
+SLACK_S = 0.5  # so far past the clip's end a part may reach: models round
+
+
+class Relisten:
+    """Puts what a completion asks for by <seg>start, end</seg> behind that tag: the part of its clip, from the samples, wrapped
+    as the prompt wraps clips (Echo, arXiv 2602.11909). Several clips follow each other on one time line.
+
+    Seconds, while thinking. A part that cannot be heard adds nothing; why is counted in Completion.refused. A tag may be
+    split over tokens in any way; the part follows the token that closes it.
+    """
+
+    def __init__(self, policy: Policy, cfg: Config, prompts: list[Tokens], heard: list[list[Clip]]):
+        self.policy, self.cfg, self.prompts, self.heard = policy, cfg, prompts, heard
+        self.read, self.answering = {}, set()  # how far each completion's tokens are dealt with; which ones are past thinking
+        tokens = policy.tokenizer.convert_ids_to_tokens(range(len(policy.tokenizer)))
+        self.closers = {i for i, token in enumerate(tokens) if token and ">" in token}
+        chat = [{"role": "user", "content": [{"type": "audio", "audio": "clip"}, {"type": "text", "text": "?"}]}]
+        text = policy.tokenizer.apply_chat_template(chat, tokenize=False)
+        ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        at, added = ids.index(policy.audio_id), policy.tokenizer.added_tokens_decoder
+        self.before, self.after = ([i for i in part if i in added] for part in (ids[at - 1:at], ids[at + 1:at + 2]))
+
+    def __call__(self, which: list[int], rows: list[Completion]) -> list[Tokens | None]:
+        """After the last token of each of `rows`, completions of the prompts `which`: what it now hears, or None."""
+        out, asked = [None] * len(rows), []
+        for n, (i, row) in enumerate(zip(which, rows)):
+            if row.ids[-1] in self.closers and (tag := self.closed(row)):
+                problem, span = self.span(*tag, row, self.heard[i])
+                if problem:
+                    row.refused[problem] += 1
+                else:
+                    row.heard.append(span)
+                    asked.append((n, i, span))
+        for (n, *_), audio in zip(asked, self.parts([(i, *span) for _, i, span in asked])):
+            ids = [*self.before, *[self.policy.audio_id] * len(audio), *self.after]
+            out[n] = Tokens(ids, [(len(self.before), audio)])
+        for n, *_ in asked:
+            self.read[id(rows[n])] = len(rows[n].ids) + len(out[n].ids)
+        return out
+
+    def closed(self, row: Completion, window: int = 64) -> tuple[str, bool] | None:
+        """If the last token closes a tag: what was said up to it, from the tag before it on; was the thinking over by then?"""
+        said = row.ids[max(self.read.get(id(row), 0), len(row.ids) - window):]
+        text = self.policy.tokenizer.decode(said, skip_special_tokens=True)
+        head, tag, _ = text.rpartition("</seg>")
+        over = id(row) in self.answering or ANSWERING.search(head) is not None
+        if ANSWERING.search(text):
+            self.answering.add(id(row))
+        if tag:
+            self.read[id(row)] = len(row.ids)
+        return (head + tag, over) if tag else None
+
+    def span(self, tag: str, over: bool, row: Completion, clips: list[Clip]) -> tuple[str, tuple[float, float]]:
+        """-> ("" or why it is not heard, (start, end))"""
+        found, cfg = SEGMENT.search(tag), self.cfg
+        if not found or tag.count("<seg>") > 1:
+            return "malformed", (0, 0)
+        start, end = map(float, found.groups())
+        seconds = sum(len(clip.wave) for clip in clips) / data.RATE_HZ
+        stop = min(end, seconds)
+        used = len(row.ids) - sum(row.sampled)
+        problems = {"not thinking": over, "reversed": start >= end, "outside": start >= seconds or end > seconds + SLACK_S,
+                    "short": stop - start < cfg.min_relisten_s - 1e-6, "long": stop - start > cfg.max_relisten_s + 1e-6,
+                    "too many": len(row.heard) >= cfg.relistens,
+                    "no room": used + 25 * (stop - start) + 2 > cfg.relisten_tokens}
+        return next((problem for problem, there in problems.items() if there), ""), (start, stop)
+
+    def parts(self, spans: list[tuple[int, float, float]]) -> list[Tensor]:
+        """(prompt, start, end) -> audio embeddings (n, H); the tower runs once for all."""
+        if not spans:
+            return []
+        out = []
+        for i, start, end in spans:
+            if self.cfg.relisten_from == "embeddings":
+                whole = torch.cat([audio for _, audio in self.prompts[i].audio])
+                rate = len(whole) * data.RATE_HZ / sum(len(clip.wave) for clip in self.heard[i])
+                out.append(whole[min(round(start * rate), len(whole) - 1):max(round(end * rate), round(start * rate) + 1)])
+            else:
+                import numpy as np
+                wave = np.concatenate([clip.wave for clip in self.heard[i]])
+                wave = wave[round(start * data.RATE_HZ):round(end * data.RATE_HZ)]
+                out.append(features(self.policy.extractor, wave, self.policy.frames_after))
+        return out if self.cfg.relisten_from == "embeddings" else self.policy.encode_audio(out)
+
+
+def relistening(policy: Policy, cfg: Config, prompts: list[Tokens], heard: list[list[Clip]]) -> Relisten | None:
+    """What `rollout` asks for parts to be heard again, where there are clips and --max_relistens allows it."""
+    return Relisten(policy, cfg, prompts, heard) if cfg.relistens and any(heard) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1014,41 +1164,67 @@ def listen(policy: Policy, cfg: Config, stream, bad: list):
             raise UserError(f"more than --max_bad_audio {cfg.max_bad_audio} clips could not be heard, the last: {heard}")
 
 
-def roll_groups(policy: Policy, cfg: Config, prompts: list[Tokens], seeds: list[int]) -> list[Group]:
+def roll_groups(policy: Policy, cfg: Config, prompts: list[Tokens], seeds: list[int],
+                heard: list[list[Clip]] | None = None) -> list[Group]:
     """A group for each prompt, --rollout_rows rows at a time; with --reuse_prefix the pass over the prompts is kept."""
     groups, at_once = [], max(1, cfg.rollout_rows // cfg.num_generations)
     for at in range(0, len(prompts), at_once):
         part = slice(at, at + at_once)
         with torch.set_grad_enabled(cfg.reuse_prefix):
             prefixes = read_in_parts(policy, prompts[part], cfg.pack_tokens)
+        insert = relistening(policy, cfg, prompts[part], heard[part]) if heard else None
         sampled = rollout(policy, prompts[part], cfg.num_generations, cfg.temperature, cfg.new_tokens, seeds[part],
-                          prefixes=prefixes)
+                          insert, prefixes)
         places = [(prefix, i) if cfg.reuse_prefix else None for prefix in prefixes for i in range(len(prefix.prompts))]
         groups += [Group(None, *of_prompt) for of_prompt in zip(prompts[part], sampled, places)]
     return groups
 
 
+def said_by(policy: Policy, cfg: Config, completion: Completion) -> Text:
+    """What the rewards judge."""
+    return Text.of(text_of(policy, completion), used=sum(completion.sampled) / cfg.new_tokens, heard=completion.heard,
+                   confidence=confidence(policy, completion) if "confident_accuracy" in cfg.reward else None)
+
+
+def confidence(policy: Policy, completion: Completion) -> float | None:
+    """Probability of the least certain token in the last <answer>...</answer>, as sampled: the one that tells the choice from
+    the others. None without an answer."""
+    said = [(i, logp) for i, logp, sampled in zip(completion.ids, completion.logps, completion.sampled) if sampled]
+    pieces = [policy.tokenizer.decode([i], skip_special_tokens=True) for i, _ in said]
+    ends = list(accumulate(map(len, pieces)))
+    if not (answers := list(re.finditer(r"<answer>(.*?)</answer>", "".join(pieces), re.DOTALL))):
+        return None
+    start, end = answers[-1].span(1)
+    return math.exp(min((logp for (_, logp), piece, stop in zip(said, pieces, ends)
+                         if stop > start and stop - len(piece) < end and piece), default=0.0))
+
+
 def sampled_groups(policy: Policy, cfg: Config, batch: list, weights: dict) -> list[Group]:
-    """[(cursor, Example, features, cut)] -> one group each, with rewards"""
-    cursors, examples, mels, _ = zip(*batch)
+    """[(cursor, Example, clips, cut)] -> one group each, with rewards"""
+    cursors, examples, heard, _ = zip(*batch)
     seeds = [seed_of(cfg.seed, "rollout", cursor) for cursor in cursors]
-    groups = roll_groups(policy, cfg, encode(policy, examples, mels, cfg), seeds)
+    groups = roll_groups(policy, cfg, encode(policy, examples, heard, cfg), seeds, heard)
     for group, group.example in zip(groups, examples):
-        texts = [Text.of(text_of(policy, c), sum(c.sampled) / cfg.new_tokens) for c in group.completions]
-        scores = [score(text, group.example, weights) for text in texts]
+        scores = [score(said_by(policy, cfg, c), group.example, weights) for c in group.completions]
         group.rewards, group.parts = map(list, zip(*scores))
     return groups
 
 
 def teacher_groups(policy: Policy, cfg: Config, batch: list) -> list[Group]:
-    """[(cursor, Example, features, cut)] -> groups whose completions are the example's targets"""
-    _, examples, mels, _ = zip(*batch)
-    groups = []
-    for example, prompt in zip(examples, encode(policy, examples, mels, cfg)):
+    """[(cursor, Example, clips, cut)] -> groups whose completions are the example's targets, re-heard parts included"""
+    _, examples, heard, _ = zip(*batch)
+    groups, prompts = [], encode(policy, examples, heard, cfg)
+    insert = relistening(policy, cfg, prompts, heard)
+    for i, (example, prompt) in enumerate(zip(examples, prompts)):
         targets = [example.target] if isinstance(example.target, str) else example.target
-        ids = [policy.tokenizer(t, add_special_tokens=False)["input_ids"] + [policy.tokenizer.eos_token_id] for t in targets]
-        completions = [Completion(i, sampled=[True] * len(i), logps=[0.0] * len(i), finished=True) for i in ids]
-        groups.append(Group(example, prompt, completions, None, [1.0] * len(ids), [{}] * len(ids)))
+        completions = [Completion([], finished=True) for _ in targets]
+        for completion, target in zip(completions, targets):
+            for token in policy.tokenizer(target, add_special_tokens=False)["input_ids"] + [policy.tokenizer.eos_token_id]:
+                completion.append(token)
+                if insert and (tokens := insert([i], [completion])[0]):
+                    completion.insert(tokens)
+            completion.logps = [0.0] * len(completion.ids)
+        groups.append(Group(example, prompt, completions, None, [1.0] * len(targets), [{}] * len(targets)))
     return groups
 
 
@@ -1056,15 +1232,16 @@ def evaluate(policy: Policy, cfg: Config, examples: list[Example], samples: int 
     """-> {"accuracy": greedy, "accuracy_sampled": of `samples` at the training temperature}; a bad clip is a wrong answer."""
     right = {"accuracy": 0.0} | ({"accuracy_sampled": 0.0} if samples else {})
     rank, n_ranks = ranks()
-    heard = data.ahead(islice(enumerate(examples), rank, None, n_ranks), lambda item: hear(policy, item[1], cfg)[0],
-                       cfg.workers, 2 * cfg.workers)
-    heard = ((i, e, mel) for (i, e), mel in heard if not isinstance(mel, DataError))
-    while batch := list(islice(heard, max(1, cfg.rollout_rows // max(1, samples)))):
-        places, questions, mels = zip(*batch)
-        prompts = encode(policy, questions, mels, cfg)
+    each = data.ahead(islice(enumerate(examples), rank, None, n_ranks), lambda item: hear(policy, item[1], cfg)[0],
+                      cfg.workers, 2 * cfg.workers)
+    each = ((i, e, clips) for (i, e), clips in each if not isinstance(clips, DataError))
+    while batch := list(islice(each, max(1, cfg.rollout_rows // max(1, samples)))):
+        places, questions, heard = zip(*batch)
+        prompts = encode(policy, questions, heard, cfg)
         seeds = [seed_of(cfg.seed, "eval", i) for i in places]
         for name, n, temperature in [("accuracy", 1, 0.0), ("accuracy_sampled", samples, cfg.temperature)][:len(right)]:
-            for group, e in zip(rollout(policy, prompts, n, temperature, cfg.new_tokens, seeds), questions):
+            insert = relistening(policy, cfg, prompts, heard)
+            for group, e in zip(rollout(policy, prompts, n, temperature, cfg.new_tokens, seeds, insert), questions):
                 right[name] += sum(accuracy(text_of(policy, c), e) for c in group) / n
     return {name: n / len(examples) for name, n in total(right).items()}
 
@@ -1229,7 +1406,7 @@ def rehearse(cfg: Config, config, family: Family, prompt_tokens: int, dtype=torc
     if cfg.load_in_4bit:  # half a byte a weight and a float32 scale for 64 of them; one matrix at a time as it was
         large = [m.weight.numel() for n, m in policy.lm.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
         weights += max(large) * dtype.itemsize - sum(large) * (dtype.itemsize - 0.5 - 4 / 64)
-    g, peaks = cfg.num_generations, {}
+    g, peaks, again = cfg.num_generations, {}, cfg.relisten_tokens if cfg.relistens and family.encode_audio else 0
     with Live(parameters) as live:
         groups = []
         for at in range(0, cfg.prompts_per_step, max(1, cfg.rollout_rows // g)):
@@ -1237,12 +1414,14 @@ def rehearse(cfg: Config, config, family: Family, prompt_tokens: int, dtype=torc
             with torch.set_grad_enabled(cfg.reuse_prefix):
                 prefixes = read_in_parts(policy, prompts, cfg.pack_tokens)
             with torch.no_grad():
-                cache = Decoding(prefixes, g, cfg.new_tokens)
+                cache = Decoding(prefixes, g, g * (cfg.new_tokens + again))
+                cache.feed()
                 x = policy.embed_tokens.weight.new_zeros(len(prompts) * g, policy.embed_tokens.weight.shape[1])
                 logits = policy.head(forward(policy, x, x[:, 0].long(), cache))
                 sample(logits, logits[:, 0].float(), cfg.temperature)
                 del cache, x, logits
-            said = [Completion([0] * cfg.new_tokens, sampled=[True] * cfg.new_tokens) for _ in range(g)]
+            said = [Completion([0] * (again + cfg.new_tokens), sampled=[False] * again + [True] * cfg.new_tokens)
+                    for _ in range(g)]
             places = [(prefix, i) if cfg.reuse_prefix else None for prefix in prefixes for i in range(len(prefix.prompts))]
             groups += [Group(None, prompt, said, place) for prompt, place in zip(prompts, places)]
         peaks["rollout"], live.peak = live.peak, live.now
@@ -1398,7 +1577,8 @@ def peak_memory_gib() -> float:
 
 
 CURVES = [("A", "held-out accuracy", {"eval/accuracy": "greedy", "eval/accuracy_sampled": "sampled",
-                                      "eval/accuracy_silence": "greedy, silence played"}),
+                                      "eval/accuracy_silence": "greedy, silence played",
+                                      "eval/accuracy_once": "greedy, no re-listening"}),
           ("B", "reward", {"reward/mean": None}), ("C", "entropy, nats a token", {"policy/entropy": None}),
           ("D", "KL to the reference, nats a token", {"policy/kl_ref": None}),
           ("E", "completion length, tokens", {"len/mean": None})]
@@ -1486,12 +1666,15 @@ def make_optimizer(policy: Policy, cfg: Config):
 
 
 def measure(policy: Policy, cfg: Config, held: list[Example], control: bool) -> dict[str, float]:
-    """Held-out accuracy for the log; with `control` also under silence: a gain that survives it is not hearing."""
+    """Held-out accuracy for the log; with `control` also under silence (a gain that survives it is not hearing), and hearing
+    the clip once, whatever a re-listening policy asks for."""
     if not held:
         return {}
     result = evaluate(policy, cfg, held, cfg.eval_samples)
     if control and cfg.audio == "real" and any(e.clips for e in held):
         result["accuracy_silence"] = evaluate(policy, dataclasses.replace(cfg, audio="silence"), held)["accuracy"]
+    if control and cfg.relistens:
+        result["accuracy_once"] = evaluate(policy, dataclasses.replace(cfg, max_relistens=0), held)["accuracy"]
     return {f"eval/{name}": value for name, value in result.items()}
 
 
@@ -1589,8 +1772,8 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
         state |= {"step": step, phase: gather(batch[-1][0] + n_ranks)}
 
         # ---- log: one line a step, means over the whole step
-        sums = total(tally(drawn) | {"audio/cut": cut, "audio/bad": len(bad)})
-        over = {"reward": sums["rows"], "len": sums["rows"], "group": sums["groups"], "audio": 1}
+        sums = total(tally(drawn, cfg) | {"audio/cut": cut, "audio/bad": len(bad)})
+        over = {"reward": sums["rows"], "len": sums["rows"], "group": sums["groups"], "relisten": sums["rows"], "audio": 1}
         record |= {name: x / over[name.partition("/")[0]] for name, x in sums.items() if "/" in name}
         record |= {"mem/peak_gib": peak_memory_gib(),
                    "time/rollout_s": rolled - start, "time/update_s": time.monotonic() - rolled}
@@ -1621,15 +1804,19 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
     return state["step"] >= last
 
 
-def tally(groups: list[Group]) -> dict[str, float]:
+def tally(groups: list[Group], cfg: Config) -> dict[str, float]:
     """Sums over groups and rows of what the log shows as means."""
     rows = [c for g in groups for c in g.completions]
     parts = [p for g in groups for p in g.parts]
+    refused = sum((c.refused for c in rows), collections.Counter())
     return {f"reward/{name}": sum(p[name] for p in parts) for name in parts[0]} | {
         "rows": len(rows), "groups": len(groups), "reward/mean": sum(sum(g.rewards) for g in groups),
         "group/frac_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
         "group/distinct": sum(len({tuple(c.ids) for c in g.completions}) for g in groups),
-        "len/mean": sum(len(c.ids) for c in rows), "len/frac_truncated": sum(not c.finished for c in rows)}
+        "len/mean": sum(sum(c.sampled) for c in rows), "len/frac_truncated": sum(not c.finished for c in rows)} | ({
+            "relisten/heard": sum(len(c.heard) for c in rows), "relisten/refused": refused.total(),
+            "relisten/tokens": sum(len(c.ids) - sum(c.sampled) for c in rows)} if cfg.relistens else {}) | {
+            f"relisten/refused_{problem.replace(' ', '_')}": n for problem, n in refused.items()}
 
 
 NO_SPREAD = ("ten steps without reward spread in any group: there is nothing to learn from. If reward/mean is 0, the answers "
@@ -1639,9 +1826,12 @@ NO_SPREAD = ("ten steps without reward spread in any group: there is nothing to 
 
 def rollout_records(policy: Policy, cfg: Config, step: int, groups: list[Group]) -> list[dict]:
     advantages = group_advantages(torch.tensor([g.rewards for g in groups]), cfg.scale).tolist()
+    def again(c, g):
+        return dict(audio=g.example.audio, heard=c.heard, refused=dict(c.refused)) if cfg.relistens else {}
+
     return [dict(step=step, id=g.example.id, question=g.example.question, choices=g.example.choices, answer=g.example.answer,
-                 completion=text_of(policy, c), reward=reward, parts=parts, advantage=a, tokens=len(c.ids),
-                 finished=c.finished)
+                 completion=text_of(policy, c), reward=reward, parts=parts, advantage=a, tokens=sum(c.sampled),
+                 finished=c.finished, **again(c, g))
             for g, adv in zip(groups, advantages) for c, reward, parts, a in zip(g.completions, g.rewards, g.parts, adv)]
 
 

@@ -502,20 +502,69 @@ def consistency(completion: str, example) -> float:
 
 
 class Text(str):
-    """A completion's text that knows which share of --max_new_tokens it `used`, 0 to 1."""
+    """A completion's text that knows more of itself: which share of --max_new_tokens it `used`, 0 to 1; which parts of its
+    clip it `heard` again, (start, end) in seconds; its `confidence`, the probability of its answer's least certain token."""
 
     used = 0.0
+    heard = ()
+    confidence = None
 
     @classmethod
-    def of(cls, text: str, used: float) -> "Text":
+    def of(cls, text: str, **known) -> "Text":
         text = cls(text)
-        text.used = used
+        vars(text).update(known)
         return text
 
 
 def overlong(completion: str, example) -> float:
     """DAPO's soft punishment (arXiv 2503.14476 eq. 13): 0 up to 80 % of --max_new_tokens, then down to -1 at all of them."""
     return -min(1.0, max(0.0, (getattr(completion, "used", 0.0) - 0.8) / 0.2))
+
+
+# ---- re-listening: Echo (arXiv 2602.11909), R = 0.5 format + 0.5 accuracy + 0.5 segment + segment_flow
+
+
+def segment(completion: str, example) -> float:
+    """1 if the answer is right and at least one part of the clip was heard again on the way to it."""
+    return float(bool(getattr(completion, "heard", ())) and accuracy(completion, example) == 1)
+
+
+FRESH_START = re.compile(r"</seg>\s*(?=[^\W\d_]|<)(.)")
+
+
+def segment_flow(completion: str, example) -> float:
+    """-0.1, five times at most, for every </seg> that a new sentence (an upper-case letter) or another tag follows: what
+    was heard again has to be used where it was heard. Echo's consistency penalty."""
+    return -0.1 * min(5, sum(c.isupper() or c == "<" for c in FRESH_START.findall(completion)))
+
+
+def confident_accuracy(completion: str, example) -> float:
+    """Right: 1 - (1 - p)^2, wrong: -p^2, where p is the probability of the answer's least certain token (Echo's code, times 2).
+    Where p is not known it counts as 1: 1 or -1. No answer at all: 0."""
+    p = getattr(completion, "confidence", None)
+    if accuracy(completion, example) == 1:
+        return 1 - (1 - (1.0 if p is None else p)) ** 2
+    return 0.0 if resolve(completion, example.choices) is None else -(1.0 if p is None else p) ** 2
+
+
+def grounding(completion: str, example) -> float:
+    """How well the parts heard again meet the true ones, meta["spans"]: [[start, end], ...] in seconds: time in both over time
+    in either (IoU). 0 where nothing was heard, or no true span is known."""
+    def union(spans) -> list[list[float]]:
+        out = []
+        for start, end in sorted(spans):
+            if out and start <= out[-1][1]:
+                out[-1][1] = max(out[-1][1], end)
+            else:
+                out.append([start, end])
+        return out
+
+    true = example.meta.get("spans")
+    true = [s for s in true if isinstance(s, list | tuple) and len(s) == 2 and all(type(x) in (int, float) for x in s)
+            and s[0] < s[1]] if isinstance(true, list | tuple) else []
+    ours, true = union(getattr(completion, "heard", ())), union(true)
+    both = sum(max(0.0, min(b, d) - max(a, c)) for a, b in ours for c, d in true)
+    return both / (sum(b - a for a, b in ours + true) - both) if ours and true else 0.0
 
 
 def arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
@@ -564,7 +613,8 @@ def countdown_last_line(completion: str, example) -> float:
 
 REWARDS = {"accuracy": accuracy, "format": format, "think_format": think_format, "structure": structure,
            "think_length": think_length, "consistency": consistency, "overlong": overlong, "countdown": countdown,
-           "countdown_last_line": countdown_last_line}
+           "countdown_last_line": countdown_last_line, "segment": segment, "segment_flow": segment_flow,
+           "confident_accuracy": confident_accuracy, "grounding": grounding}
 
 
 def parse_rewards(spec: str) -> dict[str, float]:

@@ -92,7 +92,7 @@ def lab(clips, monkeypatch, capsys):
         waves = [data.load_audio(c, cfg.max_audio_s)[0] for c in example.clips if cfg.audio != "none"]
         return [wave * (cfg.audio != "silence") for wave in waves], False
 
-    def rollout(policy, prompts, n, temperature, max_new_tokens, seeds):
+    def rollout(policy, prompts, n, temperature, max_new_tokens, seeds, insert=None):
         assert len(seeds) == len(prompts)
         policy.shown += [example for example, _ in prompts]
         policy.decoding = n, temperature, max_new_tokens

@@ -128,10 +128,10 @@ def test_qwen2_audio_hears_what_the_library_hears(family_folder, config, tmp_pat
     rng = np.random.default_rng(0)
     soundfile.write(tmp_path / "x.wav", rng.standard_normal(int(seconds * 16000)) * 0.1, 16000)
     example = data.Example("x", str(tmp_path / "x.wav"), "?", ["a", "b"], 0)
-    mels, cut = og.hear(policy, example, cfg)
+    (clip,), cut = og.hear(policy, example, cfg)
     assert cut == (seconds > 30)
     other = torch.randn(128, 52)
-    ours = policy.encode_audio([other, mels[0]])[1]
+    ours = policy.encode_audio([other, clip.mel])[1]
     parts = policy.model.get_base_model().model
     out = policy.extractor(data.load_audio(example.audio, 30.0)[0], sampling_rate=16_000, return_tensors="pt",
                            padding="max_length", return_attention_mask=True)

@@ -130,8 +130,8 @@ def test_greedy_rollout_is_the_library_s(policy, tiny, config, n_clips):
     examples = list(data.Examples(tiny.questions))
     for i in range(3):
         example = dataclasses.replace(examples[i], audio=[e.audio for e in examples[i:i + n_clips]])
-        mels, _ = og.hear(policy, example, config())
-        prompt = og.encode(policy, [example], [mels], config())[0]
+        clips, _ = og.hear(policy, example, config())
+        prompt, mels = og.encode(policy, [example], [clips], config())[0], [clip.mel for clip in clips]
         assert len(prompt.audio) == len(mels) == n_clips
         ours = og.rollout(policy, [prompt], 1, 0.0, 8, [0])[0][0].ids
         ids, frames = torch.tensor([prompt.ids]), max(m.shape[1] for m in mels)
@@ -143,22 +143,23 @@ def test_greedy_rollout_is_the_library_s(policy, tiny, config, n_clips):
         assert ours == theirs and len(ours) == 8
 
 
-def test_forced_tokens_wait_in_their_row(policy, prompts):
+def test_inserted_tokens_are_read_by_their_row(policy, prompts):
     """A row that inserts goes on with what it was given while the others sample; its later tokens have heard it."""
     tokens = prompts[1]
     policy.stop_ids.clear()
     heard = tokens[2].audio[0][1][:3]
     given = og.Tokens([7, policy.audio_id, policy.audio_id, policy.audio_id, 8], [(1, heard)])
 
-    def insert(prompt, so_far):
-        return given if prompt == 1 and sum(so_far.sampled) == 2 and len(so_far.ids) == 2 else None
+    def insert(which, rows):
+        assert len(which) == len(rows)
+        return [given if i == 1 and len(row.ids) == 2 else None for i, row in zip(which, rows)]
 
-    done = og.rollout(policy, tokens, 2, 1.0, 6, [1, 2, 3], insert, 5)
+    done = og.rollout(policy, tokens, 2, 1.0, 6, [1, 2, 3], insert)
     plain = og.rollout(policy, tokens, 2, 1.0, 6, [1, 2, 3])
     assert [c.ids for c in done[0] + done[2]] == [c.ids for c in plain[0] + plain[2]]
     for c in done[1]:
         assert c.ids[2:7] == given.ids and c.sampled == [True] * 2 + [False] * 5 + [True] * 4
-        assert [start for start, _ in c.audio] == [3, 4, 5]
+        assert [(start, len(audio)) for start, audio in c.audio] == [(3, 3)] and len(c.logps) == len(c.ids)
     groups = [og.Group(None, p, c) for p, c in zip(tokens, done)]
     logps, _ = og.token_logps(policy, og.make_pack(groups, [0, 2, 4]), 1.0)
     sampled = torch.tensor([x for g in done for c in g for x, s in zip(c.logps, c.sampled) if s])
@@ -179,7 +180,7 @@ def test_audio_stays_with_its_prompt(policy, prompts):
 
 def test_batched_audio_is_each_clip_s_own(policy, tiny, config):
     """The tower over a batch gives each clip what it gives it alone, in order."""
-    mels = [og.hear(policy, e, config())[0][0] for e in list(data.Examples(tiny.questions))[:5]]
+    mels = [og.hear(policy, e, config())[0][0].mel for e in list(data.Examples(tiny.questions))[:5]]
     for mel, batched in zip(mels, policy.encode_audio(mels)):
         torch.testing.assert_close(policy.encode_audio([mel])[0], batched, atol=1e-5, rtol=0)
 
@@ -191,7 +192,8 @@ def test_no_padding_to_300_seconds(policy, tiny, config):
     out = policy.extractor(wave, sampling_rate=16_000, return_tensors="pt", padding="max_length", return_attention_mask=True)
     assert out["input_features"].shape[2] == 30_000
     valid = int(out["attention_mask"].sum())
-    torch.testing.assert_close(og.hear(policy, example, config())[0][0], out["input_features"][0, :, :valid], atol=1e-6, rtol=0)
+    ours = og.hear(policy, example, config())[0][0].mel
+    torch.testing.assert_close(ours, out["input_features"][0, :, :valid], atol=1e-6, rtol=0)
 
 
 def test_end_of_turn_is_trained(policy, prompts):
@@ -417,8 +419,8 @@ def test_finished_rows_leave_the_batch(policy, prompts):
     """Rows that stop early change nothing for the others: the same tokens as one prompt at a time."""
     _, tokens = prompts
     policy = dataclasses.replace(policy, stop_ids=list(range(0, len(policy.head.weight), 8)))  # one token in eight stops
-    together = og.rollout(policy, tokens[:4], 4, 9.0, 40, [1, 2, 3, 4])
-    alone = [og.rollout(policy, [t], 4, 9.0, 40, [i + 1])[0] for i, t in enumerate(tokens[:4])]
+    together = og.rollout(policy, tokens, 4, 9.0, 40, [1, 2, 3])
+    alone = [og.rollout(policy, [t], 4, 9.0, 40, [i + 1])[0] for i, t in enumerate(tokens)]
     lengths = sorted(len(c.ids) for g in together for c in g)
     assert lengths[len(lengths) // 2] < lengths[-1]  # more than half of them had left
     assert [[c.ids for c in g] for g in together] == [[c.ids for c in g] for g in alone]
@@ -510,7 +512,7 @@ def test_decoding_holds_a_prompt_once(policy, prompts):
     """Keys and values of G rows: S + G * T slots a prompt, not G * (S + T); prompts without a live row leave."""
     prefixes = og.read_in_parts(policy, prompts[1], part_tokens=1)
     assert [len(p.prompts) for p in prefixes] == [1, 1, 1]
-    cache = og.Decoding(prefixes, 4, 6)
+    cache = og.Decoding(prefixes, 4, 4 * 6)
     longest = max(len(p.ids) for p in prompts[1])
     assert cache.kv[0][0].shape[:3] == (3, policy.lm.config.num_key_value_heads, longest + 4 * 6)
     cache.keep(torch.tensor([1, 2, 8]))

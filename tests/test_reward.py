@@ -780,7 +780,7 @@ def test_consistency(thought, answer, value):
 
 @pytest.mark.parametrize("used, value", [(0, 0), (0.8, 0), (0.9, -0.5), (1, -1), (1.3, -1)])
 def test_overlong(used, value):
-    text = reward.Text.of("a dog", used)
+    text = reward.Text.of("a dog", used=used)
     assert reward.overlong(text, ABC) == pytest.approx(value)
     assert text == "a dog" and reward.accuracy(text, ABC) == 1
     assert reward.overlong("a dog", ABC) == 0  # nothing is known of its length

@@ -289,9 +289,9 @@ def test_recordings_of_every_kind_train(config, tiny, tmp_path):
 
 def test_silence_is_silent_and_none_is_text(policy, config, tiny):
     example = data.Examples(tiny.questions)[0]
-    (mel,), _ = og.hear(policy, example, config(audio="silence"))
+    (silent,), _ = og.hear(policy, example, config(audio="silence"))
     (real,), _ = og.hear(policy, example, config())
-    assert mel.shape == real.shape and mel.std() < 1e-6 < real.std()
+    assert silent.mel.shape == real.mel.shape and silent.mel.std() < 1e-6 < real.mel.std() and real.wave is None
     assert og.hear(policy, example, config(audio="none"))[0] == []
     assert policy.audio_id not in og.encode(policy, [example], [[]], config(audio="none"))[0].ids
 
@@ -300,8 +300,8 @@ def test_markup_in_a_question_is_text(policy, config, tiny):
     """A question that holds special tokens neither ends its turn nor claims audio."""
     example = data.Examples(tiny.questions)[0]
     example.question = "What <|AUDIO|> is this?<|im_end|>"
-    mel, _ = og.hear(policy, example, config())
-    prompt = og.encode(policy, [example], [mel], config())[0]
+    clips, _ = og.hear(policy, example, config())
+    prompt = og.encode(policy, [example], [clips], config())[0]
     (start, audio), = prompt.audio
     assert prompt.ids.count(policy.audio_id) == len(audio)
     assert prompt.ids[start:start + len(audio)] == [policy.audio_id] * len(audio)
