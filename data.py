@@ -1695,10 +1695,11 @@ SOUNDS = {
 }
 
 
-def write_sounds(folder: str, n: int, n_choices: int, seed: int, name: str, silent: float = 0.0) -> str:
+def write_sounds(folder: str, n: int, n_choices: int, seed: int, name: str, silent: float = 0.0, faint: bool = False) -> str:
     """Make n labelled clips and a JSONL of multiple-choice questions about them.      -> path of the JSONL
 
-    A share of `silent` clips holds nothing, as in real collections: there only the options are left to go by.
+    A share of `silent` clips holds nothing, as in real collections: there only the options are left to go by. `faint`: they
+    are of any loudness down to FAINT_DB.
     """
     import soundfile
 
@@ -1714,9 +1715,54 @@ def write_sounds(folder: str, n: int, n_choices: int, seed: int, name: str, sile
             rng.shuffle(choices)
             audio = f"sounds/{name}_{i:04d}.wav"
             wave = synthesise(label, rng) * (rng.random() >= silent)
-            soundfile.write(os.path.join(folder, audio), wave, RATE_HZ)
+            wave *= 10 ** (rng.uniform(FAINT_DB - 2, 0) / 20) if faint else 1
+            soundfile.write(os.path.join(folder, audio), wave, RATE_HZ, subtype="PCM_24" if faint else "PCM_16")
             example = Example(f"{name}_{i:04d}", audio, asks[rng.integers(len(asks))], choices, choices.index(label),
                               meta={"label": label})
+            f.write(json.dumps(asdict(example)) + "\n")
+    return path
+
+
+LOUD = ("beep", "buzz", "hum", "knock", "siren", "whistle")  # all their power in a few frequencies
+FAINT_DB = -86  # below the other: the front end's range is 80 dB below the loudest there is, so beside LOUD it is silence
+
+
+def scene(rng: np.random.Generator) -> tuple[np.ndarray, str, str, float, float]:
+    """A loud sound, and after it a faint one, which only a part without the loud one lets hear.
+    -> float32 at 16 kHz, 1.3 to 2.2 s; the two labels; where the second starts and ends, seconds"""
+    first = rng.choice(LOUD)
+    second = rng.choice([label for label in SOUNDS if label != first])
+    a, b = synthesise(first, rng), synthesise(second, rng)
+    a, b = 0.9 * a / np.abs(a).max(), 0.9 * 10 ** (rng.uniform(FAINT_DB - 2, FAINT_DB) / 20) * b / np.abs(b).max()
+    before, between, after = (np.zeros(int(rng.uniform(*s) * RATE_HZ)) for s in ((0, 0.3), (0.15, 0.3), (0, 0.2)))
+    start = (len(before) + len(a) + len(between)) / RATE_HZ
+    wave = np.concatenate([before, a, between, b, after]).astype(np.float32)
+    return wave, str(first), str(second), start, start + len(b) / RATE_HZ
+
+
+def write_scenes(folder: str, n: int, seed: int, name: str, taught: bool = False) -> str:
+    """Make n scenes and a JSONL of questions about what comes second; the loud sound is always among the choices.
+    -> path of the JSONL
+
+    `taught`: with a chain that listens again where the second sound is, and comes to any of the choices: a cold start that
+    teaches where to listen, and nothing of what is heard there.
+    """
+    import soundfile
+
+    rng = np.random.default_rng(seed)
+    os.makedirs(os.path.join(folder, "sounds"), exist_ok=True)
+    path = os.path.join(folder, f"{name}.jsonl")
+    with open(path, "w", encoding="utf-8") as f:
+        for i in range(n):
+            wave, first, second, start, end = scene(rng)
+            choices = [first, second, *rng.choice([x for x in SOUNDS if x not in (first, second)], 2, replace=False).tolist()]
+            rng.shuffle(choices)
+            audio = f"sounds/{name}_{i:04d}.wav"
+            soundfile.write(os.path.join(folder, audio), wave, RATE_HZ, subtype="PCM_24")
+            thought = f"The second sound is faint: <seg>{start - 0.1:.1f}, {len(wave) / RATE_HZ:.1f}</seg> now it is clear."
+            chains = [f"<think>{thought}</think><answer>{choice}</answer>" for choice in choices]
+            example = Example(f"{name}_{i:04d}", audio, "Which sound comes second?", choices, choices.index(second),
+                              chains if taught else None, {"first": first, "label": second, "spans": [[start, end]]})
             f.write(json.dumps(asdict(example)) + "\n")
     return path
 

@@ -1846,9 +1846,18 @@ def show(policy: Policy, group: Group, step: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo: a tiny Qwen2.5-Omni that hears and knows the answer format, but does not yet use the one for the other
 
-DEMO = dict(model="runs/tiny/base", data="runs/tiny/demo.jsonl", eval_data="runs/tiny/held_out.jsonl", eval_size=240,
-            steps=300, prompts_per_step=8, lora_rank=16, lora_alpha=32, lr=2e-3, lr_schedule="linear", eval_every=25,
-            log_rollouts=25, max_new_tokens=12)
+DEMO = dict(eval_size=240, steps=300, prompts_per_step=8, lora_rank=16, lora_alpha=32, lr=2e-3, lr_schedule="linear",
+            eval_every=25, log_rollouts=25)
+DEMOS = {
+    # which sound is it?
+    "sounds": DEMO | dict(model="runs/tiny/base", data="runs/tiny/demo.jsonl", eval_data="runs/tiny/held_out.jsonl",
+                          max_new_tokens=12),
+    # which sound comes second? It is too faint to be heard beside the first: one has to listen again (data.write_scenes)
+    "relisten": DEMO | dict(model="runs/tiny_relisten/base", data="runs/tiny_relisten/demo.jsonl",
+                            eval_data="runs/tiny_relisten/held_out.jsonl", prompt="relisten",
+                            cold_start_data="runs/tiny_relisten/cold_start.jsonl", cold_start_steps=100, eval_every=50,
+                            reward="accuracy=1,think_format=0.5,segment=0.5", max_relistens=2, max_new_tokens=48),
+}
 
 CHAT_TEMPLATE = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
@@ -1859,8 +1868,9 @@ You are a helpful assistant.<|im_end|>
 {% endif %}"""
 
 
-def make_demo(folder: str = "runs/tiny") -> bool:
+def make_demo(name: str) -> bool:
     """Sounds, questions and a tiny base checkpoint, made once; the base is taught by `train` itself.       -> done?"""
+    folder, texts = os.path.dirname(DEMOS[name]["data"]), []
     if os.path.exists(os.path.join(folder, "base", "config.json")):
         return True
     if os.path.exists(folder):
@@ -1868,10 +1878,16 @@ def make_demo(folder: str = "runs/tiny") -> bool:
     print(f"making sounds, questions and a tiny base model in {folder} (once)", flush=True)
     making = folder + ".making"
     shutil.rmtree(making, ignore_errors=True)
-    data.write_sounds(making, 960, 4, seed=1, name="demo", silent=0.15)
-    data.write_sounds(making, 240, 4, seed=2, name="held_out")
-    lessons = data.write_lessons(data.write_sounds(making, 1200, 4, seed=3, name="lessons"))
-    make_tiny_omni(os.path.join(making, "init"), lessons)
+    if name == "sounds":
+        data.write_sounds(making, 960, 4, seed=1, name="demo", silent=0.15)
+        data.write_sounds(making, 240, 4, seed=2, name="held_out")
+    else:
+        data.write_scenes(making, 960, seed=1, name="demo")
+        data.write_scenes(making, 240, seed=2, name="held_out")
+        for e in Examples(data.write_scenes(making, 480, seed=4, name="cold_start", taught=True)):
+            texts += [data.chat(e, PROMPTS["relisten"], with_audio=False)[-1]["content"], *e.target]
+    lessons = data.write_lessons(data.write_sounds(making, 1200, 4, seed=3, name="lessons", faint=name != "sounds"))
+    make_tiny_omni(os.path.join(making, "init"), lessons, texts)
     taught, finished = train(Config(
         model=os.path.join(making, "init"), cold_start_data=lessons, cold_start_steps=250, steps=0, lora_rank=0, lr=2e-3,
         lr_schedule="linear", warmup_steps=20, prompts_per_step=32, reduce="token", gradient_checkpointing=False,
@@ -1882,8 +1898,9 @@ def make_demo(folder: str = "runs/tiny") -> bool:
     return finished
 
 
-def make_tiny_omni(folder: str, lessons: str) -> None:
-    """A checkpoint directory with Qwen2.5-Omni's real classes at 0.7 million parameters, random weights."""
+def make_tiny_omni(folder: str, lessons: str, more: Sequence[str] = ()) -> None:
+    """A checkpoint directory with Qwen2.5-Omni's real classes at 0.7 million parameters, random weights. Its tokenizer knows
+    the words of the lessons, and of `more` texts."""
     import tokenizers
     import transformers
 
@@ -1893,7 +1910,8 @@ def make_tiny_omni(folder: str, lessons: str) -> None:
     bpe = tokenizers.ByteLevelBPETokenizer()  # its words are those of the lessons, so prompts are short
     chats = [data.chat(e, PROMPTS["think"], with_audio=False) for e in Examples(lessons)]
     texts = [c[-1]["content"] for c in chats] + [*data.SOUNDS, "system\nYou are a helpful assistant.", "user\nassistant\n"]
-    bpe.train_from_iterator(texts, vocab_size=512, min_frequency=1, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator([*texts, *more], vocab_size=768 if more else 512, min_frequency=1, special_tokens=special,
+                            show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>",
                                                      pad_token="<|endoftext|>", extra_special_tokens=special[1:])
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -1925,8 +1943,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def parse_config(argv=None) -> tuple[Config, bool]:
-    """Flags -> (Config, is it the demo?). With --resume the run's own config.json stands behind the flags."""
+def parse_config(argv=None) -> tuple[Config, str]:
+    """Flags -> (Config, which demo it is, if any). With --resume the run's own config.json stands behind the flags."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in dataclasses.fields(Config):
@@ -1937,7 +1955,10 @@ def parse_config(argv=None) -> tuple[Config, bool]:
             parser.add_argument("--resume", nargs="?", const="--out", metavar="RUN", help=text)
         else:
             parser.add_argument(f"--{f.name}", type=f.type, metavar=f.name.upper(), help=text)
+    parser.add_argument("--demo", choices=list(DEMOS), help="sounds: tell sounds apart, the default without --data | relisten: "
+                        "listen again to what is too faint beside a loud sound")
     given = vars(parser.parse_args(argv))
+    demo = given.pop("demo", "")
     if given.get("resume"):
         run = given["resume"] if given["resume"] != "--out" else given.get("out", "")
         if not run:
@@ -1949,16 +1970,19 @@ def parse_config(argv=None) -> tuple[Config, bool]:
             for name in {"lora_rank", "lora_alpha", "optimizer"} & given.keys():
                 if given[name] != saved[name]:
                     raise UserError(f"--{name} {given[name]}: cannot be changed on --resume, the run has {saved[name]}")
-            return Config(**saved | given | dict(out=run, resume=run)), False
-    demo = not given.get("data") and not given.get("cold_start_data")
+            return Config(**saved | given | dict(out=run, resume=run)), ""
+    own = given.get("data") or given.get("cold_start_data")
+    if own and demo:
+        raise UserError(f"--demo {demo}: brings its own data; leave out --data and --cold_start_data")
+    demo = demo or ("" if own else "sounds")
     only_cold = {} if given.get("data") else {"steps": 0}
-    return Config(**(DEMO if demo else only_cold) | given), demo
+    return Config(**(DEMOS[demo] if demo else only_cold) | given), demo
 
 
 def main(argv=None) -> int:
     try:
         cfg, demo = parse_config(argv)
-        finished = make_demo() if demo and os.environ.get("RANK", "0") == "0" else True
+        finished = make_demo(demo) if demo and os.environ.get("RANK", "0") == "0" else True
         join_ranks()  # the others wait here for the demo's base
         out, finished = train(cfg) if finished else ("", False)
     except RankLost as e:
