@@ -1715,7 +1715,7 @@ def write_sounds(folder: str, n: int, n_choices: int, seed: int, name: str, sile
             rng.shuffle(choices)
             audio = f"sounds/{name}_{i:04d}.wav"
             wave = synthesise(label, rng) * (rng.random() >= silent)
-            wave *= 10 ** (rng.uniform(FAINT_DB - 2, 0) / 20) if faint else 1
+            wave *= 10 ** (rng.uniform(FAINT_DB[label], 0) / 20) if faint else 1
             soundfile.write(os.path.join(folder, audio), wave, RATE_HZ, subtype="PCM_24" if faint else "PCM_16")
             example = Example(f"{name}_{i:04d}", audio, asks[rng.integers(len(asks))], choices, choices.index(label),
                               meta={"label": label})
@@ -1723,8 +1723,11 @@ def write_sounds(folder: str, n: int, n_choices: int, seed: int, name: str, sile
     return path
 
 
-LOUD = ("beep", "buzz", "hum", "knock", "siren", "whistle")  # all their power in a few frequencies
-FAINT_DB = -86  # below the other: the front end's range is 80 dB below the loudest there is, so beside LOUD it is silence
+# The front end's range is 80 dB below the loudest frequency of a clip. LOUD sounds have all their power in a few, and beside
+# one of them at full level a sound at its level here is silence; alone, all are as audible as each other.
+LOUD = ("beep", "buzz", "hum", "siren")
+FAINT_DB = {"beep": -86, "buzz": -89, "hiss": -66, "rumble": -81, "whistle": -84, "chirp": -82, "siren": -87, "clicks": -62,
+            "bell": -77, "knock": -84, "hum": -87, "roar": -72}
 
 
 def scene(rng: np.random.Generator) -> tuple[np.ndarray, str, str, float, float]:
@@ -1733,7 +1736,7 @@ def scene(rng: np.random.Generator) -> tuple[np.ndarray, str, str, float, float]
     first = rng.choice(LOUD)
     second = rng.choice([label for label in SOUNDS if label != first])
     a, b = synthesise(first, rng), synthesise(second, rng)
-    a, b = 0.9 * a / np.abs(a).max(), 0.9 * 10 ** (rng.uniform(FAINT_DB - 2, FAINT_DB) / 20) * b / np.abs(b).max()
+    a, b = 0.9 * a / np.abs(a).max(), 10 ** (FAINT_DB[second] / 20) * b / np.abs(b).max()
     before, between, after = (np.zeros(int(rng.uniform(*s) * RATE_HZ)) for s in ((0, 0.3), (0.15, 0.3), (0, 0.2)))
     start = (len(before) + len(a) + len(between)) / RATE_HZ
     wave = np.concatenate([before, a, between, b, after]).astype(np.float32)
@@ -1759,7 +1762,7 @@ def write_scenes(folder: str, n: int, seed: int, name: str, taught: bool = False
             rng.shuffle(choices)
             audio = f"sounds/{name}_{i:04d}.wav"
             soundfile.write(os.path.join(folder, audio), wave, RATE_HZ, subtype="PCM_24")
-            thought = f"The second sound is faint: <seg>{start - 0.1:.1f}, {len(wave) / RATE_HZ:.1f}</seg> now it is clear."
+            thought = f"Listen again: <seg>{start - 0.1:.1f}, {len(wave) / RATE_HZ:.1f}</seg> clear."
             chains = [f"<think>{thought}</think><answer>{choice}</answer>" for choice in choices]
             example = Example(f"{name}_{i:04d}", audio, "Which sound comes second?", choices, choices.index(second),
                               chains if taught else None, {"first": first, "label": second, "spans": [[start, end]]})
