@@ -19,6 +19,7 @@ import argparse
 import collections
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -400,6 +401,9 @@ def sampling(args, counts: tuple[int, ...]) -> None:
         row(k, a, b, over(a, b))
 
 
+END = 1  # the end-of-turn token of --trl
+
+
 def plain_sampling(tokens: int) -> dict:
     return dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=tokens, min_new_tokens=tokens,
                 pad_token_id=0)
@@ -420,14 +424,18 @@ def our_step(policy, optimizer, cfg, prompts: list[og.Tokens]) -> None:
 S, LORA = 400, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of --trl
 
 
-def causal_lm():
-    """A small Qwen2 with random weights, always the same."""
+def causal_lm(ends: bool):
+    """A small Qwen2 with random weights, always the same; `ends`: one token in twelve is the last, as in direct answers."""
     import transformers
 
     torch.manual_seed(0)
     shape = SMALL | dict(hidden_size=256, intermediate_size=1024, num_attention_heads=4)
     shape["rope_parameters"] = dict(rope_type="default", rope_theta=10000.0)
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)).to(DEVICE)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)).to(DEVICE)
+    if ends:
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(2048, device=DEVICE))
+        model.lm_head.bias.data[END] = math.log(2047 / 11)
+    return model
 
 
 def fill_lora(model) -> None:
@@ -440,17 +448,17 @@ def text_prompts(n: int) -> list[list[int]]:
     return [[7 + (i * i + 31 * j) % 2000 for i in range(S)] for j in range(n)]
 
 
-def our_text(args, t: int, beta: float, checkpointing: bool):
+def our_text(args, t: int, beta: float, checkpointing: bool, ends: bool):
     """-> (policy, optimizer, cfg, prompts) of --trl"""
     cfg = og.Config(data="-", prompts_per_step=args.prompts, num_generations=args.generations, max_new_tokens=t, lora_rank=16,
                     lora_alpha=16, optimizer="adamw", beta=beta, scale="none", gradient_checkpointing=checkpointing)
-    policy = og.take_apart(cfg, causal_lm(), og.TEXT_ONLY)
+    policy = og.take_apart(cfg, causal_lm(ends), og.TEXT_ONLY)
     fill_lora(policy.model)
-    policy.stop_ids = []
+    policy.stop_ids = [END] if ends else []
     return policy, og.make_optimizer(policy, cfg), cfg, list(map(og.Tokens, text_prompts(args.prompts)))
 
 
-def trl_trainer(args, t: int, beta: float, checkpointing: bool, steps: int, callbacks=()):
+def trl_trainer(args, t: int, beta: float, checkpointing: bool, ends: bool, steps: int, callbacks=()):
     """TRL's trainer, set to the algorithm of our_text: what differs is how the step is computed."""
     og.quiet_libraries()
     import datasets
@@ -459,20 +467,21 @@ def trl_trainer(args, t: int, beta: float, checkpointing: bool, steps: int, call
     import transformers
     import trl
 
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"PAD": 0, "END": 1} | {f"w{i}": i for i in range(2, 2048)}))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"PAD": 0, "END": END} | {f"w{i}": i for i in range(2, 2048)}))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="PAD", eos_token="END")
     prompts = [" ".join(f"w{i}" for i in ids) for ids in text_prompts(args.prompts)] * (steps + 1)
     g = args.generations
     config = trl.GRPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.prompts * g, num_generations=g,
-        max_completion_length=t, generation_kwargs=dict(min_new_tokens=t), temperature=1.0, top_p=1.0, top_k=0, beta=beta,
-        loss_type="grpo", scale_rewards="none", use_bias_correction_kl=False, epsilon=0.2, num_iterations=1, max_steps=steps,
+        max_completion_length=t, generation_kwargs={} if ends else dict(min_new_tokens=t), temperature=1.0, top_p=1.0, top_k=0,
+        beta=beta, loss_type="grpo", scale_rewards="none", use_bias_correction_kl=False, epsilon=0.2, num_iterations=1,
+        max_steps=steps,
         optim="adamw_torch", learning_rate=1e-5, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="constant",
         disable_dropout=True, gradient_checkpointing=checkpointing, bf16=False, use_cpu=DEVICE == "cpu", report_to="none",
         logging_strategy="no", save_strategy="no", disable_tqdm=True, shuffle_dataset=False)
-    trainer = trl.GRPOTrainer(causal_lm(), random_rewards, args=config, processing_class=tokenizer, callbacks=list(callbacks),
-                              train_dataset=datasets.Dataset.from_dict(dict(prompt=prompts)),
+    trainer = trl.GRPOTrainer(causal_lm(ends), random_rewards, args=config, processing_class=tokenizer,
+                              callbacks=list(callbacks), train_dataset=datasets.Dataset.from_dict(dict(prompt=prompts)),
                               peft_config=peft.LoraConfig(r=16, lora_alpha=16, target_modules=LORA, task_type="CAUSAL_LM"))
     trainer.remove_callback(transformers.PrinterCallback)
     fill_lora(trainer.model)
@@ -481,6 +490,7 @@ def trl_trainer(args, t: int, beta: float, checkpointing: bool, steps: int, call
 
 def against_trl(args) -> None:
     """A whole step (rollout, scoring, update) of prompts of S = 400 tokens, G completions of T, against GRPOTrainer.train.
+    T from 1 to 24: completions end by themselves, as answers do; otherwise all are cut at T.
 
     Equal on both sides: a small random Qwen2 and its LoRA (rank 16, all linear layers), the prompts, rewards that depend on
     the tokens alone, plain sampling, AdamW, float32, threads, checkpointing. Two settings of TRL's are not its defaults:
@@ -516,13 +526,15 @@ def against_trl(args) -> None:
     table(f"one step of {args.prompts} prompts, S = {S}, G = {args.generations}, {args.threads} threads, against trl "
           f"{trl.__version__}, accelerate {accelerate.__version__}", "T", "beta", "checkpointing", "TRL s", "ours s",
           "faster, x", "TRL peak GiB", "ours peak GiB", "less, x", "advantages differ by", "lowest cosine of a gradient")
-    for params in [(8, 0.0, True), (8, 0.04, False), (24, 0.0, False), (24, 0.04, False), (24, 0.0, True), (24, 0.04, True)]:
+    for params in [(24, 0.0, True, True), (24, 0.04, True, True), (24, 0.0, False, True), (24, 0.0, True, False),
+                   (24, 0.04, True, False), (24, 0.0, False, False), (8, 0.0, True, False), (8, 0.04, True, False)]:
         turns, checks, ours = [], [], our_text(args, *params)
         trainer = trl_trainer(args, *params, args.repeats + 1, [Turns()])
         trainer.train()
         a, b = map(list, zip(*turns[1:]))
         peaks = [fresh(side, *params)[2] for side in ("trl", "ours")]
-        row(*params, a, b, over(a, b), *peaks, peaks[0] / peaks[1], *checks[0])
+        t, beta, checkpointing, ends = params
+        row(f"1 to {t}" if ends else t, beta, checkpointing, a, b, over(a, b), *peaks, peaks[0] / peaks[1], *checks[0])
 
 
 def same_step(trainer, policy, optimizer, cfg, prompts) -> tuple[float, float]:
@@ -530,9 +542,10 @@ def same_step(trainer, policy, optimizer, cfg, prompts) -> tuple[float, float]:
     -> largest difference of an advantage, lowest cosine between the two gradients of a parameter"""
     batch, mine, g = trainer._buffered_inputs[0], {}, cfg.num_generations
     theirs = {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
-    done = [og.Completion(c, sampled=[True] * len(c)) for c in batch["completion_ids"].tolist()]
+    ids = [c[:n] for c, n in zip(batch["completion_ids"].tolist(), batch["completion_mask"].sum(dim=1).tolist())]
+    done = [og.Completion(c, sampled=[True] * len(c)) for c in ids]
     places = [[i for i, ids in enumerate(batch["prompt_ids"].tolist()) if ids == p.ids] for p in prompts]  # it shuffles rows
-    assert all(len(p) == g for p in places) and all(len(c.ids) == cfg.new_tokens for c in done)
+    assert all(len(p) == g for p in places) and all(len(c) == cfg.new_tokens or c[-1] in policy.stop_ids for c in ids)
     groups = [og.Group(None, p, [done[i] for i in at], None, random_rewards([done[i].ids for i in at]))
               for p, at in zip(prompts, places)]
     keep = types.SimpleNamespace(zero_grad=lambda set_to_none: None, step=lambda: mine.update(
