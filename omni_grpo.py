@@ -1620,6 +1620,46 @@ def draw_curves(out: str) -> None:
     plt.close(fig)
 
 
+def draw_rollout(out: str) -> None:
+    """The last right answer of rollouts.jsonl that listened again -> rollout.png: its clip, what was heard again, its text.
+
+    A part is drawn at the height at which it is heard: the front end's range ends 80 dB below the loudest of what it is given.
+    """
+    path, last = os.path.join(out, "rollouts.jsonl"), None
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for r in map(json.loads, f):
+                if r.get("heard") and isinstance(r["audio"], str) and r["parts"].get("accuracy", r["reward"]) > 0:
+                    last = r
+    if not last:
+        return
+    import textwrap
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    wave = data.load_audio(last["audio"], 300.0)[0]
+    seconds = np.arange(len(wave)) / data.RATE_HZ
+    fig, ax = plt.subplots(figsize=(11, 3.6))
+    ax.plot(seconds, wave / (np.abs(wave).max() + 1e-12), lw=0.5, color="gray", label="the clip")
+    for n, (start, end) in enumerate(last["heard"]):
+        part = slice(round(start * data.RATE_HZ), round(end * data.RATE_HZ))
+        level = np.abs(wave[part]).max() + 1e-12
+        db = 20 * np.log10(level / (np.abs(wave).max() + 1e-12))
+        ax.axvspan(start, end, color=f"C{n}", alpha=0.15)
+        label = f"heard again, {start:g} to {end:g} s, {db:.0f} dB"
+        ax.plot(seconds[part], wave[part] / level, lw=0.5, color=f"C{n}", label=label)
+    ax.set(xlim=(0, len(wave) / data.RATE_HZ), ylim=(-1.1, 1.1), yticks=[], xlabel="seconds")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    said = f"{last['question']} {', '.join(last['choices'])}\n{last['completion']}"
+    ax.set_title("\n".join(textwrap.fill(x, 120) for x in said.splitlines()), fontsize=10, loc="left", parse_math=False)
+    fig.tight_layout()
+    write_atomically(os.path.join(out, "rollout.png"), lambda tmp: fig.savefig(tmp, dpi=100, format="png"))
+    plt.close(fig)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -1722,6 +1762,8 @@ def train(cfg: Config) -> tuple[str, bool]:
         for s, handler in handlers.items():
             signal.signal(s, handler)
     draw_curves(out)
+    if cfg.relistens:
+        draw_rollout(out)
     return out, finished
 
 
