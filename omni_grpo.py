@@ -989,7 +989,8 @@ class Relisten:
 
     def __init__(self, policy: Policy, cfg: Config, prompts: list[Tokens], heard: list[list[Clip]]):
         self.policy, self.cfg, self.prompts, self.heard = policy, cfg, prompts, heard
-        self.read, self.answering = {}, set()  # how far each completion's tokens are dealt with; which ones are past thinking
+        self.read = {}  # of each completion: how many tokens are dealt with, and what the last of them says behind its tag
+        self.answering = set()  # which completions are past thinking
         tokens = policy.tokenizer.convert_ids_to_tokens(range(len(policy.tokenizer)))
         self.closers = {i for i, token in enumerate(tokens) if token and ">" in token}
         chat = [{"role": "user", "content": [{"type": "audio", "audio": "clip"}, {"type": "text", "text": "?"}]}]
@@ -1013,19 +1014,20 @@ class Relisten:
             ids = [*self.before, *[self.policy.audio_id] * len(audio), *self.after]
             out[n] = Tokens(ids, [(len(self.before), audio)])
         for n, *_ in asked:
-            self.read[id(rows[n])] = len(rows[n].ids) + len(out[n].ids)
+            self.read[id(rows[n])] = len(rows[n].ids) + len(out[n].ids), self.read[id(rows[n])][1]
         return out
 
     def closed(self, row: Completion, window: int = 64) -> tuple[str, bool] | None:
         """If the last token closes a tag: what was said up to it, from the tag before it on; was the thinking over by then?"""
-        said = row.ids[max(self.read.get(id(row), 0), len(row.ids) - window):]
-        text = self.policy.tokenizer.decode(said, skip_special_tokens=True)
-        head, tag, _ = text.rpartition("</seg>")
+        (read, rest), start = self.read.get(id(row), (0, "")), len(row.ids) - window
+        text = self.policy.tokenizer.decode(row.ids[max(read, start):], skip_special_tokens=True)
+        text = rest + text if read >= start else text
+        head, tag, rest = text.rpartition("</seg>")
         over = id(row) in self.answering or ANSWERING.search(head) is not None
         if ANSWERING.search(text):
             self.answering.add(id(row))
         if tag:
-            self.read[id(row)] = len(row.ids)
+            self.read[id(row)] = len(row.ids), rest
         return (head + tag, over) if tag else None
 
     def span(self, tag: str, over: bool, row: Completion, clips: list[Clip]) -> tuple[str, tuple[float, float]]:
