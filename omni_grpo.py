@@ -975,7 +975,7 @@ def text_of(policy: Policy, completion: Completion) -> str:
 
 
 SEGMENT = re.compile(r"<seg>\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*,\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*</seg>\Z")
-ANSWERING = re.compile(r"</think|<answer")
+ANSWERING = re.compile(r"</\s*think|<\s*(?:answer|response)", re.IGNORECASE)  # as the rewards read it
 SLACK_S = 0.5  # so far past the clip's end a part may reach: models round
 
 
