@@ -1054,7 +1054,8 @@ class Relisten:
             if self.cfg.relisten_from == "embeddings":
                 whole = torch.cat([audio for _, audio in self.prompts[i].audio])
                 rate = len(whole) * data.RATE_HZ / sum(len(clip.wave) for clip in self.heard[i])
-                out.append(whole[min(round(start * rate), len(whole) - 1):max(round(end * rate), round(start * rate) + 1)])
+                first, n = min(round(start * rate), len(whole) - 1), max(1, round(25 * (end - start)))
+                out.append(whole[first:first + n])
             else:
                 import numpy as np
                 wave = np.concatenate([clip.wave for clip in self.heard[i]])
