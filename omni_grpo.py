@@ -423,15 +423,16 @@ class Decoding:
 
     Keys and values lie in one line a prompt, [prompt | token 1 of rows 1 ... G | token 2 of rows 1 ... G | ...]: the prompt's
     are there once, read once for all its rows, and never copied. place (R,): row r of the batch is row place[r] of P * G.
-    A block (what its row hears again) follows the tokens of its step; mask (P, G, slots) says what is whose.
+    A block (what its row hears again) follows the tokens of its step, in its line only; mask (P, G, slots) says what is whose.
     """
 
     def __init__(self, prefixes: list[Prefix], g: int, room: int):
         spots = [(prefix, a, b) for prefix in prefixes for a, b in prefix.bounds()]
-        self.g, self.end, device = g, max(b - a for _, a, b in spots), prefixes[0].ends.device
+        self.g, longest, device = g, max(b - a for _, a, b in spots), prefixes[0].ends.device
+        self.ends = [longest] * len(spots)  # how far each line is filled
         self.place = torch.arange(len(spots) * g, device=device)
         sizes = torch.tensor([b - a for _, a, b in spots], device=device)
-        slot = torch.arange(self.end + room, device=device)
+        slot = torch.arange(longest + room, device=device)
         self.mask = (slot < sizes[:, None])[:, None].repeat(1, g, 1)  # (P, G, slots)
         self.kv = []
         for layer, kv in enumerate(prefixes[0].kv):
@@ -443,28 +444,27 @@ class Decoding:
 
     def feed(self, blocks: Sequence[tuple[int, int]] = ()) -> None:
         """What comes next: a token of every row, then `blocks`: (which row of the batch, how many tokens of it)."""
-        self.start, self.blocks = self.end, []
-        self.end += self.g
-        at = dict.fromkeys(range(len(self.mask)), self.end)
+        self.starts, self.blocks = torch.tensor(self.ends, device=self.place.device), []
+        self.ends = [end + self.g for end in self.ends]
+        self.seen = max(self.ends)  # by the tokens; blocks see their own, too
         for line, row, n in [(*divmod(int(self.place[r]), self.g), n) for r, n in blocks]:
-            self.blocks.append((line, row, at[line], n))
-            at[line] += n
-        self.end = max(at.values())
-        if (more := self.end - self.mask.shape[2]) > 0:  # grows by a quarter, one layer after the other
+            self.blocks.append((line, row, self.ends[line], n))
+            self.ends[line] += n
+        if (more := max(self.ends) - self.mask.shape[2]) > 0:  # grows by a quarter, one layer after the other
             more = max(more, self.mask.shape[2] // 4)
             self.mask = F.pad(self.mask, (0, more))
             for layer, kv in enumerate(self.kv):
                 self.kv[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in kv)
-        every = torch.arange(self.g, device=self.place.device)
-        self.mask[:, every, self.start + every] = True
+        line, every = torch.arange(len(self.mask), device=self.place.device), torch.arange(self.g, device=self.place.device)
+        self.mask[line[:, None], every, self.starts[:, None] + every] = True
         for line, row, start, n in self.blocks:
             self.mask[line, row, start:start + n] = True
 
     def attend(self, layer: int, query, key, value, scaling):
-        (lines, kv, _, d), (heads, g, end) = self.kv[layer][0].shape, (query.shape[1], self.g, self.start + self.g)
+        (lines, kv, _, d), (heads, g, end) = self.kv[layer][0].shape, (query.shape[1], self.g, self.seen)
         line, row, r = self.place // g, self.place % g, len(self.place)
         for to, x in zip(self.kv[layer], (key, value)):
-            to[line, :, self.start + row] = x[0, :, :r].transpose(0, 1)
+            to[line, :, self.starts[line] + row] = x[0, :, :r].transpose(0, 1)
         keys, values = (x[:, :, :end] for x in self.kv[layer])
         rows = query.new_zeros(lines * g, heads, d)
         rows[self.place] = query[0, :, :r].transpose(0, 1)
@@ -490,6 +490,7 @@ class Decoding:
         if len(lines) < len(self.mask):
             self.place = line * self.g + self.place % self.g
             self.kv, self.mask = [tuple(x[lines] for x in kv) for kv in self.kv], self.mask[lines]
+            self.ends = [self.ends[line] for line in lines.tolist()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -975,7 +976,7 @@ def text_of(policy: Policy, completion: Completion) -> str:
 
 
 SEGMENT = re.compile(r"<seg>\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*,\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*</seg>\Z")
-ANSWERING = re.compile(r"</think|<answer")
+ANSWERING = re.compile(r"</\s*think|<\s*(?:answer|response)", re.IGNORECASE)  # as the rewards read it
 SLACK_S = 0.5  # so far past the clip's end a part may reach: models round
 
 
@@ -989,7 +990,8 @@ class Relisten:
 
     def __init__(self, policy: Policy, cfg: Config, prompts: list[Tokens], heard: list[list[Clip]]):
         self.policy, self.cfg, self.prompts, self.heard = policy, cfg, prompts, heard
-        self.read, self.answering = {}, set()  # how far each completion's tokens are dealt with; which ones are past thinking
+        self.read = {}  # of each completion: how many tokens are dealt with, and what the last of them says behind its tag
+        self.answering = set()  # which completions are past thinking
         tokens = policy.tokenizer.convert_ids_to_tokens(range(len(policy.tokenizer)))
         self.closers = {i for i, token in enumerate(tokens) if token and ">" in token}
         chat = [{"role": "user", "content": [{"type": "audio", "audio": "clip"}, {"type": "text", "text": "?"}]}]
@@ -1013,19 +1015,20 @@ class Relisten:
             ids = [*self.before, *[self.policy.audio_id] * len(audio), *self.after]
             out[n] = Tokens(ids, [(len(self.before), audio)])
         for n, *_ in asked:
-            self.read[id(rows[n])] = len(rows[n].ids) + len(out[n].ids)
+            self.read[id(rows[n])] = len(rows[n].ids) + len(out[n].ids), self.read[id(rows[n])][1]
         return out
 
     def closed(self, row: Completion, window: int = 64) -> tuple[str, bool] | None:
         """If the last token closes a tag: what was said up to it, from the tag before it on; was the thinking over by then?"""
-        said = row.ids[max(self.read.get(id(row), 0), len(row.ids) - window):]
-        text = self.policy.tokenizer.decode(said, skip_special_tokens=True)
-        head, tag, _ = text.rpartition("</seg>")
+        (read, rest), start = self.read.get(id(row), (0, "")), len(row.ids) - window
+        text = self.policy.tokenizer.decode(row.ids[max(read, start):], skip_special_tokens=True)
+        text = rest + text if read >= start else text
+        head, tag, rest = text.rpartition("</seg>")
         over = id(row) in self.answering or ANSWERING.search(head) is not None
         if ANSWERING.search(text):
             self.answering.add(id(row))
         if tag:
-            self.read[id(row)] = len(row.ids)
+            self.read[id(row)] = len(row.ids), rest
         return (head + tag, over) if tag else None
 
     def span(self, tag: str, over: bool, row: Completion, clips: list[Clip]) -> tuple[str, tuple[float, float]]:
@@ -1052,7 +1055,8 @@ class Relisten:
             if self.cfg.relisten_from == "embeddings":
                 whole = torch.cat([audio for _, audio in self.prompts[i].audio])
                 rate = len(whole) * data.RATE_HZ / sum(len(clip.wave) for clip in self.heard[i])
-                out.append(whole[min(round(start * rate), len(whole) - 1):max(round(end * rate), round(start * rate) + 1)])
+                first, n = min(round(start * rate), len(whole) - 1), max(1, round(25 * (end - start)))
+                out.append(whole[first:first + n])
             else:
                 import numpy as np
                 wave = np.concatenate([clip.wave for clip in self.heard[i]])

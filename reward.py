@@ -560,8 +560,8 @@ def grounding(completion: str, example) -> float:
         return out
 
     true = example.meta.get("spans")
-    true = [s for s in true if isinstance(s, list | tuple) and len(s) == 2 and all(type(x) in (int, float) for x in s)
-            and s[0] < s[1]] if isinstance(true, list | tuple) else []
+    true = [s for s in true if isinstance(s, list | tuple) and len(s) == 2 and all(
+        type(x) in (int, float) and abs(x) < 1e9 for x in s) and s[0] < s[1]] if isinstance(true, list | tuple) else []
     ours, true = union(getattr(completion, "heard", ())), union(true)
     both = sum(max(0.0, min(b, d) - max(a, c)) for a, b in ours for c, d in true)
     return both / (sum(b - a for a, b in ours + true) - both) if ours and true else 0.0
