@@ -429,7 +429,7 @@ class Decoding:
     def __init__(self, prefixes: list[Prefix], g: int, room: int):
         spots = [(prefix, a, b) for prefix in prefixes for a, b in prefix.bounds()]
         self.g, longest, device = g, max(b - a for _, a, b in spots), prefixes[0].ends.device
-        self.ends = [longest] * len(spots)  # how far each line is filled
+        self.ends, self.blocks = [longest] * len(spots), []  # how far each line is filled; the last step's blocks
         self.place = torch.arange(len(spots) * g, device=device)
         sizes = torch.tensor([b - a for _, a, b in spots], device=device)
         slot = torch.arange(longest + room, device=device)
@@ -444,9 +444,10 @@ class Decoding:
 
     def feed(self, blocks: Sequence[tuple[int, int]] = ()) -> None:
         """What comes next: a token of every row, then `blocks`: (which row of the batch, how many tokens of it)."""
-        self.starts, self.blocks = torch.tensor(self.ends, device=self.place.device), []
+        self.settle()
+        self.starts = torch.tensor(self.ends, device=self.place.device)
         self.ends = [end + self.g for end in self.ends]
-        self.seen = max(self.ends)  # by the tokens; blocks see their own, too
+        self.seen = max(self.ends)  # by the tokens; a block sees its own, too
         for line, row, n in [(*divmod(int(self.place[r]), self.g), n) for r, n in blocks]:
             self.blocks.append((line, row, self.ends[line], n))
             self.ends[line] += n
@@ -457,8 +458,12 @@ class Decoding:
                 self.kv[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in kv)
         line, every = torch.arange(len(self.mask), device=self.place.device), torch.arange(self.g, device=self.place.device)
         self.mask[line[:, None], every, self.starts[:, None] + every] = True
+
+    def settle(self) -> None:
+        """Blocks are seen from the next step on: the token before one, read in the same pass, must not look ahead."""
         for line, row, start, n in self.blocks:
             self.mask[line, row, start:start + n] = True
+        self.blocks = []
 
     def attend(self, layer: int, query, key, value, scaling):
         (lines, kv, _, d), (heads, g, end) = self.kv[layer][0].shape, (query.shape[1], self.g, self.seen)
@@ -478,13 +483,14 @@ class Decoding:
             for to, x in zip(self.kv[layer], (key, value)):
                 to[line, :, start:start + n] = x[0, :, r:r + n]
             keys, values = (x[line:line + 1, :, :start + n] for x in self.kv[layer])
-            mask = self.mask[line, row, :start + n].repeat(n, 1).tril(start)  # its own tokens are seen by later ones only
+            mask = torch.cat([self.mask[line, row, :start].repeat(n, 1), self.mask.new_ones(n, n).tril()], dim=1)
             outs.append(attend(query[:, :, r:r + n], keys, values, scaling, mask))
             r += n
         return torch.cat(outs, dim=2)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch; prompts without one go."""
+        self.settle()
         self.place = self.place[rows]
         lines, line = torch.unique(self.place // self.g, return_inverse=True)
         if len(lines) < len(self.mask):
