@@ -4,6 +4,7 @@
     python data.py convert FILE         any known format -> our JSONL
     python data.py folder DIR           a folder of sounds -> multiple-choice questions
     python data.py generate CAPTIONS    captions -> a language model's questions about them (AVQA-GPT, VGGS-GPT)
+    python data.py relisten EVENTS      time-stamped events -> questions, and chains of thought that name segments (Echo)
     python data.py filter FILE          keep what a policy can learn from
 
 A data set is a file of rows, recognised by their keys (`FORMATS`): our own JSONL, whose keys are the fields of `Example`,
@@ -1253,7 +1254,7 @@ def fingerprint(row: dict) -> int:
     return number(sorted(set(words(" ".join([row["question"], *row["choices"]]))) - STOP_WORDS))
 
 
-def read_reply(text: str) -> tuple[dict, str]:
+def read_reply(text: str, schema: dict = SCHEMA) -> tuple[dict, str]:
     """A reply -> (its one JSON object, "") or ({}, reason). Prose around the object is let through, a second one is not."""
     text = text.rpartition("</think>")[2]  # what some servers leave in of a model's thoughts is not its reply
     found, at = [], text.find("{")
@@ -1266,13 +1267,14 @@ def read_reply(text: str) -> tuple[dict, str]:
         return {}, "broken JSON"
     if len(found) != 1:
         return {}, "several JSON objects" if found else "no JSON object"
-    if not SCHEMA["properties"].keys() <= found[0].keys():
+    kinds = schema["properties"]
+    if not kinds.keys() <= found[0].keys():
         return {}, "missing key"
-    question, choices, answer = (found[0][k] for k in ("question", "choices", "answer"))
-    if not isinstance(question, str) or not isinstance(answer, str) or not isinstance(choices, list) \
-            or not all(isinstance(c, str) for c in choices):
+    row = {key: found[0][key] for key in kinds}
+    lists = [row[key] if kind["type"] == "array" else [row[key]] for key, kind in kinds.items()]
+    if not all(isinstance(values, list) and all(isinstance(v, str) for v in values) for values in lists):
         return {}, "wrong type"
-    return dict(question=question, choices=choices, answer=answer), ""
+    return row, ""
 
 
 def tidy(row: dict) -> dict:
@@ -1346,6 +1348,10 @@ def rough_tokens(text: str) -> int:
     return len(text.encode("utf-8", "replace")) // 4 + 1
 
 
+def prompt_tokens(messages: list[dict], schema: dict) -> int:
+    return sum(rough_tokens(text) for text in (json.dumps(schema), *(m["content"] for m in messages)))
+
+
 def connect(model: str, base_url: str | None, temperature: float, max_tokens: int, retries: int, timeout_s: float,
             schema: dict | None = SCHEMA):
     """-> send(messages, seed) -> (reply, finish reason, [prompt tokens, completion tokens], were they only estimated?)
@@ -1415,8 +1421,8 @@ def connect(model: str, base_url: str | None, temperature: float, max_tokens: in
     return send
 
 
-def ask(send, clip: Example, messages: list[dict], attempts: int, seed: int) -> dict:
-    """Ask until a question passes, `attempts` times at most. `error`: why the clip has no answer after all."""
+def ask(send, clip: Example, messages: list[dict], attempts: int, seed: int, accept: Callable) -> dict:
+    """Ask until accept(reply), as `judge` does, gives a row, `attempts` times at most. `error`: why there is no answer."""
     result = dict(clip=clip, row={}, reason="", reply="", attempts=0, tokens=[0, 0], estimated=0, error=None)
     while result["attempts"] < attempts and not result["row"]:
         result["attempts"] += 1
@@ -1424,7 +1430,7 @@ def ask(send, clip: Example, messages: list[dict], attempts: int, seed: int) -> 
             text, finish, tokens, estimated = send(messages, number(seed, clip.id, result["attempts"]) >> 33)
         except (RequestFailed, ConnectionError, UserError) as e:
             return result | {"error": e}
-        row, reason = ({}, "cut off") if finish == "length" else judge(text, clip.meta["captions"])
+        row, reason = ({}, "cut off") if finish == "length" else accept(text)
         result |= dict(row=row, reason=reason, reply=text, estimated=result["estimated"] + estimated,
                        tokens=[a + b for a, b in zip(result["tokens"], tokens)])
     return result
@@ -1446,6 +1452,7 @@ class Tally:
     positions: list[int] = field(default_factory=lambda: [0] * 4)
     longest: float = 0.0  # answers that are the longest choice; one of k equally long ones counts 1 / k
     tokens: list[int] = field(default_factory=lambda: [0, 0])  # prompts, completions
+    chains: collections.Counter = field(default_factory=collections.Counter)  # of `relisten`: why a question has none, or ""
 
     def enter(self, line: dict) -> None:
         self.done.add(number(line["id"]))
@@ -1453,6 +1460,7 @@ class Tally:
         if "reason" in line:
             self.rejected[line["reason"]] += 1
             return
+        self.chains.update([line["meta"].get("no_chain", "")] if "target" in line or "no_chain" in line["meta"] else [])
         sizes, answer = [len(c) for c in line["choices"]], line["answer"]
         self.seen.add(fingerprint(line))
         self.positions[answer] += 1
@@ -1496,6 +1504,10 @@ def reopen(path: str, keys: list[str], made: dict, tally: Tally, stack: contextl
     return file
 
 
+def path_from(folder: str, path: str) -> str:
+    return os.path.normpath(path).removeprefix(os.path.join(folder, ""))
+
+
 def make_line(result: dict, made: dict, seen: set[int], folder: str) -> dict:
     """The line of an answered clip, for the file of questions, or with a "reason" for the other."""
     clip, row = result["clip"], result["row"]
@@ -1503,8 +1515,7 @@ def make_line(result: dict, made: dict, seen: set[int], folder: str) -> dict:
     reason = result["reason"] or ("near duplicate" if fingerprint(row) in seen else "")
     if reason:
         return dict(id=clip.id, reason=reason, reply=result["reply"][:2000], captions=clip.meta["captions"], meta=made)
-    audio = os.path.normpath(clip.audio).removeprefix(os.path.join(folder, ""))
-    example = Example(clip.id, audio, **row, meta=clip.meta | {"source": "generated"} | made)
+    example = Example(clip.id, path_from(folder, clip.audio), **row, meta=clip.meta | {"source": "generated"} | made)
     example = shuffle_choices(example, random.Random(number(made["seed"], clip.id)))
     return {k: getattr(example, k) for k in LINE}
 
@@ -1531,31 +1542,77 @@ def answers(jobs, work, concurrency: int, room, stopping: list):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def generate(clips, out: str, rejects: str, model: str, *, base_url: str | None = None, concurrency: int = 16,
-             attempts: int = 3, temperature: float = 1.0, max_tokens: int = 400, seed: int = 0, max_tokens_total: int = 0,
-             max_cost: float = 0.0, price_in: float = 0.0, price_out: float = 0.0, retries: int = 5,
-             timeout_s: float = 120.0) -> dict:
+@dataclass
+class Requests:
+    """How a language model is asked, and how much of it all runs together may use.
+
+    max_tokens: of one reply; a model that thinks aloud needs thousands. max_tokens_total, max_cost (USD) with prices (USD a
+    million tokens): bounds on all runs together; nothing is begun that might, with all its attempts, go beyond.
+    """
+
+    model: str
+    base_url: str | None = None
+    concurrency: int = 16
+    attempts: int = 3
+    temperature: float = 1.0
+    max_tokens: int = 400
+    seed: int = 0
+    max_tokens_total: int = 0
+    max_cost: float = 0.0
+    price_in: float = 0.0
+    price_out: float = 0.0
+    retries: int = 5
+    timeout_s: float = 120.0
+
+    def __post_init__(self):
+        if self.max_cost and not (self.price_in and self.price_out):
+            raise UserError("--max_cost needs --price_in and --price_out, USD per million tokens")
+        for name, low in dict(concurrency=1, attempts=1, max_tokens=1, temperature=0, retries=0, price_in=0, price_out=0,
+                              max_cost=0, max_tokens_total=0).items():
+            if not low <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name}: must be at least {low}, found {getattr(self, name)}")
+
+    def connect(self, model: str, schema: dict):
+        return connect(model, self.base_url, self.temperature, self.max_tokens, self.retries, self.timeout_s, schema)
+
+
+def generate(clips, out: str, rejects: str, model: str, **options) -> dict:
     """Write a question on every clip whose line is in neither file yet.      -> the summary of both files, also printed
 
     clips: a sequence of Example, read once and in order; absolute `audio`, texts in `meta["captions"]`; an `id` may recur.
-    max_tokens: of one reply; a model that thinks aloud needs thousands. max_tokens_total, max_cost (USD) with prices (USD a
-    million tokens): bounds on all runs together; no clip is begun that might, with all its attempts, go beyond.
-    Raises UserError, and KeyboardInterrupt after Ctrl-C; what was answered until then is in the files.
+    options: those of Requests. Raises UserError, and KeyboardInterrupt after Ctrl-C; what was answered until then is in the
+    files.
+    """
+    asked, folder = Requests(model, **options), os.path.dirname(os.path.abspath(out))
+    made, send = dict(model=model, prompt_version=PROMPT_VERSION, seed=asked.seed), asked.connect(model, SCHEMA)
+
+    def prepare(clip):
+        messages = writing_prompt(clip)
+        return messages, [prompt_tokens(messages, SCHEMA), asked.max_tokens]
+
+    def work(clip, messages):
+        return ask(send, clip, messages, asked.attempts, asked.seed, lambda text: judge(text, clip.meta["captions"]))
+
+    return run(clips, dict(out=(out, LINE), rejects=(rejects, REJECT)), made, asked, prepare, work,
+               lambda result, seen: make_line(result, made, seen, folder))
+
+
+def run(clips, files: dict[str, tuple[str, list[str]]], made: dict, asked: Requests, prepare: Callable, work: Callable,
+        make: Callable, unit: str = "clip", found: dict | None = None) -> dict:
+    """Ask about every clip whose line is in none of the files yet.      -> the summary of all files, also printed
+
+    files: option -> its path and the keys of its lines; a line goes where its keys say. made: what every line was made with.
+    prepare(clip) -> (its messages, the [prompt, completion] tokens that one attempt can take); work(clip, messages) -> what
+    `ask` returns; make(that, fingerprints seen) -> the line. found: what the summary begins with, in place of their number.
     """
     from tqdm import tqdm
 
-    if max_cost and not (price_in and price_out):
-        raise UserError("--max_cost needs --price_in and --price_out, USD per million tokens")
-    for name, value, low in (("concurrency", concurrency, 1), ("attempts", attempts, 1), ("max_tokens", max_tokens, 1),
-                             ("temperature", temperature, 0), ("retries", retries, 0), ("price_in", price_in, 0),
-                             ("price_out", price_out, 0), ("max_cost", max_cost, 0), ("max_tokens_total", max_tokens_total, 0)):
-        if not low <= value < math.inf:
-            raise UserError(f"--{name}: must be at least {low}, found {value}")
-    if os.path.realpath(out) == os.path.realpath(rejects):
-        raise UserError("--out and --rejects name the same file; give two")
-    send = connect(model, base_url, temperature, max_tokens, retries, timeout_s)
-    limits = [(most, a, b) for most, a, b in ((max_tokens_total, 1, 1), (max_cost * 1e6, price_in, price_out)) if most]
-    made = dict(model=model, prompt_version=PROMPT_VERSION, seed=seed)
+    paths = {}
+    for name, (path, _) in files.items():
+        if (other := paths.setdefault(os.path.realpath(path), name)) != name:
+            raise UserError(f"--{other} and --{name} name the same file; give two")
+    limits = [(most, a, b) for most, a, b in ((asked.max_tokens_total, 1, 1),
+                                              (asked.max_cost * 1e6, asked.price_in, asked.price_out)) if most]
     tally, stopping, broken, counts, in_a_row, start = Tally(), [], [], collections.Counter(), 0, time.monotonic()
     last_failure = ""
 
@@ -1577,9 +1634,8 @@ def generate(clips, out: str, rejects: str, model: str, *, base_url: str | None 
                 if number(clip.id) in tally.done:
                     counts["done before"] += 1
                     continue
-                messages = writing_prompt(clip)
-                prompt = sum(rough_tokens(text) for text in (json.dumps(SCHEMA), *(m["content"] for m in messages)))
-                yield clip, messages, [attempts * prompt, attempts * max_tokens]
+                messages, most = prepare(clip)
+                yield clip, messages, [asked.attempts * n for n in most]
         except UserError as e:  # a broken line: all that stands before it is still asked and written
             broken.append(e)
 
@@ -1588,16 +1644,16 @@ def generate(clips, out: str, rejects: str, model: str, *, base_url: str | None 
         return all(a * prompt + b * completion <= most for most, a, b in limits)
 
     with contextlib.ExitStack() as stack:
-        files = [reopen(out, LINE, made, tally, stack), reopen(rejects, REJECT, made, tally, stack)]
+        opened = {tuple(keys): reopen(path, keys, made, tally, stack) for path, keys in files.values()}
         with contextlib.suppress(ValueError):  # only the main thread can listen to Ctrl-C
             stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, interrupted))
-        bar = stack.enter_context(tqdm(total=len(clips), unit="clip", dynamic_ncols=True, disable=None))
+        bar = stack.enter_context(tqdm(total=len(clips), unit=unit, dynamic_ncols=True, disable=None))
         for result in stack.enter_context(contextlib.closing(answers(
-                to_do(), lambda job: ask(send, *job[:2], attempts, seed), concurrency, room, stopping))):
+                to_do(), lambda job: work(*job[:2]), asked.concurrency, room, stopping))):
             counts["without usage"] += result["estimated"]
             if (error := result["error"]) is None:
-                line = make_line(result, made, tally.seen, os.path.dirname(os.path.abspath(out)))
-                append_line(files["reason" in line], line)
+                line = make(result, tally.seen)
+                append_line(opened[tuple(line)], line)
                 tally.enter(line)
                 counts["answered"], in_a_row = counts["answered"] + 1, 0
                 bar.update(counts["done before"] + counts["answered"] - bar.n)
@@ -1608,19 +1664,19 @@ def generate(clips, out: str, rejects: str, model: str, *, base_url: str | None 
             if isinstance(error, ConnectionError) and not counts["answered"]:
                 error = UserError(f"cannot reach the server: {error}; is it running, and is --base_url right?")
             elif in_a_row == 20:
-                error = UserError(f"20 clips in a row failed, the last with: {error}; once that is mended, the same command "
+                error = UserError(f"20 {unit}s in a row failed, the last with: {error}; once that is mended, the same command "
                                   "goes on from here")
             if isinstance(error, UserError):
                 stopping.append(error)
     accepted, seconds = sum(tally.positions), time.monotonic() - start
     at_limit = not stopping + broken and len(clips) > counts["done before"] + counts["answered"] + counts["failed"]
     summary = dict(
-        clips=len(clips), accepted=accepted, rejected=dict(tally.rejected.most_common()), failed=counts["failed"],
-        last_failure=last_failure, tokens=tally.tokens, without_usage=counts["without usage"],
-        clips_per_s=counts["answered"] / seconds,
-        cost=sum(n * price for n, price in zip(tally.tokens, (price_in, price_out))) / 1e6,
+        clips=len(clips), accepted=accepted, chains=dict(tally.chains.most_common()),
+        rejected=dict(tally.rejected.most_common()), failed=counts["failed"], last_failure=last_failure, tokens=tally.tokens,
+        without_usage=counts["without usage"], clips_per_s=counts["answered"] / seconds,
+        cost=sum(n * price for n, price in zip(tally.tokens, (asked.price_in, asked.price_out))) / 1e6,
         positions=tally.positions, longest=tally.longest / max(accepted, 1), at_limit=at_limit)
-    print_summary(summary)
+    print_summary(summary, found or {f"{unit}s": len(clips)}, unit)
     for reason in stopping + broken:
         raise reason
     return summary
@@ -1635,21 +1691,443 @@ def append_line(file, line: dict) -> None:
         raise UserError(f"{file.name}: {e.strerror}; once that is mended, the same command goes on from here") from None
 
 
-def print_summary(summary: dict) -> None:
+def print_summary(summary: dict, found: dict, unit: str) -> None:
     tokens, share = summary["tokens"], summary["longest"]
-    table = [("clips", summary["clips"]), ("accepted", summary["accepted"]), ("rejected", sum(summary["rejected"].values()))]
+    table = [*found.items(), ("accepted", summary["accepted"])]
+    table += [(f"  without a chain: {reason}" if reason else "  with a chain", n) for reason, n in summary["chains"].items()]
+    table += [("rejected", sum(summary["rejected"].values()))]
     table += [(f"  {reason}", n) for reason, n in summary["rejected"].items()]
     table += [("failed, to be asked again", summary["failed"])]
     table += [("  the last with", summary["last_failure"])] if summary["failed"] else []
     table += [("tokens in and out", f"{tokens[0]:,} + {tokens[1]:,}")]
     table += [("  replies whose tokens are estimates", summary["without_usage"])] if summary["without_usage"] else []
     table += [("cost", f"{summary['cost']:.2f} USD")] if summary["cost"] else []
-    table += [("clips a second, this run", f"{summary['clips_per_s']:.1f}"),
+    table += [(f"{unit}s a second, this run", f"{summary['clips_per_s']:.1f}"),
               ("answer positions", " ".join(map(str, summary["positions"]))),
               ("answer is the longest choice", f"{share:.0%} (25% by chance)")]
     print("\n".join(f"{name:<40}{value}" for name, value in table))
     if summary["at_limit"]:
         print("stopped at the limit: the next clip might exceed it; the same command with a higher limit goes on")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions that want a second listening, made as Echo's data was (arXiv 2602.11909): time-stamped events -> questions about
+# order, count, duration and overlap, with a chain of thought that names segments
+#
+#     events -> question, choices, answer by our own rules -> a language model writes the chain -> `chain_fault`
+#            -> a second call judges both -> cold start, RL or rejects, by the run of `generate`
+#
+# The answer is right by construction, as far as the table is: where a listener could differ from it by a fraction of a
+# second, or call a sound by another of its names, nothing is asked.
+
+EPS = 1e-6  # 2.3 - 2 is a little less than 0.3
+APART_S, TOUCH_S = 0.3 - EPS, 0.1 - EPS  # less apart has no clear order; two of a kind with less between them are one
+LONGER, SHARED_S = 1.5 - EPS, 0.5 - EPS  # times as long; what sounds at the same time does so for this long at least
+ASKED = dict(
+    after='Which of these sounds is the next to begin after "{}" begins?',
+    before='Which of these sounds is the last to begin before "{}" begins?', count='How many times is "{}" heard?',
+    longest="Which of these sounds is heard for the longest time in all?",
+    shortest="Which of these sounds is heard for the shortest time in all?",
+    overlap='Which of these sounds is heard at the same time as "{}"?')
+
+# ---- questions: a kind yields all that could be asked, as (question, right choice, wrong choices, spans that decide)
+
+
+def merge(events: list) -> dict[str, list[list[float]]]:
+    """(start, end, label)s -> {label: its segments in the order of time}; those that touch are one"""
+    sounds = {}
+    for start, end, label in sorted(events):
+        segments = sounds.setdefault(label, [])
+        if segments and start - segments[-1][1] < TOUCH_S:
+            segments[-1][1] = max(segments[-1][1], end)
+        else:
+            segments.append([start, end])
+    return sounds
+
+
+@functools.cache
+def alike(a: str, b: str) -> bool:
+    """Could both name one sound? "Speech" and "Male speech, man speaking" could; "Dog" and "Bark" are not known to."""
+    a, b = set(reads(a).split()), set(reads(b).split())
+    return a <= b or b <= a
+
+
+def order(sounds: dict, clear: list[str]):
+    begins = sorted((start, end, label) for label, segments in sounds.items() for start, end in segments)
+    for asked in clear:
+        span, others = sounds[asked][0], [e for e in begins if e[2] != asked]
+        if len(sounds[asked]) > 1 or any(abs(start - span[0]) < APART_S for start, _, _ in others):
+            continue
+        later, earlier = [e for e in others if e[0] > span[0]], [e for e in others if e[0] < span[0]][::-1]
+        for way, side in (("after", later), ("before", earlier)):
+            start, end, right = side[0] if side else (0, 0, "")
+            if right in clear and all(abs(s - start) >= APART_S for s, _, label in side if label != right):
+                yield ASKED[way].format(asked), right, [x for x in clear if x not in (asked, right)], [span, [start, end]]
+
+
+def count(sounds: dict, clear: list[str]):
+    last = max(segments[-1][1] for segments in sounds.values())
+    for label in clear:
+        segments, n = sounds[label], len(sounds[label])
+        lone = n == 1 and segments[0][1] - segments[0][0] > last / 2  # what goes on all the time is not counted
+        if n <= 8 and not lone and all(b[0] - a[1] >= APART_S for a, b in zip(segments, segments[1:])):
+            for low in range(max(1, n - 3), n + 1):
+                yield ASKED["count"].format(label), str(n), [str(k) for k in range(low, low + 4) if k != n], segments
+
+
+def duration(sounds: dict, clear: list[str]):
+    total = {label: sum(end - start for start, end in sounds[label]) for label in clear}
+    for right in clear:
+        yield ASKED["longest"], right, [x for x in clear if total[x] * LONGER <= total[right]], sounds[right]
+        longer = [x for x in clear if total[right] * LONGER <= total[x]]
+        if len(longer) >= 3:  # of the labels that are not in the clip each would be heard for an even shorter time
+            yield ASKED["shortest"], right, longer, sounds[right]
+
+
+def overlap(sounds: dict, clear: list[str]):
+    for asked in clear:
+        both = {x: [[max(a[0], b[0]), min(a[1], b[1])] for a in sounds[asked] for b in sounds[x]] for x in clear if x != asked}
+        apart = [x for x, spans in both.items() if all(start - end >= APART_S for start, end in spans)]
+        for right, spans in both.items():
+            if shared := sorted(span for span in spans if span[1] - span[0] >= SHARED_S):
+                yield ASKED["overlap"].format(asked), right, apart, shared
+
+
+KINDS = dict(order=order, count=count, duration=duration, overlap=overlap)
+
+
+def questions_on(clip: Example, pool: list[str], seed: int, per_clip: int) -> list[Example]:
+    """At most `per_clip` questions of different kinds, functions of the clip and the seed. At least one wrong choice is
+    heard in the clip (a count's are other numbers); what is missing to four comes from the `pool` of the table's labels."""
+    sounds, made = merge(clip.meta["events"]), []
+    clear = [x for x in sounds if not any(alike(x, other) for other in sounds if other != x)]
+    for kind in random.Random(number(seed, clip.id)).sample(list(KINDS), len(KINDS)) if sounds else ():
+        rng = random.Random(number(seed, clip.id, kind))
+        found = [possible for possible in KINDS[kind](sounds, clear) if possible[2]]
+        for question, right, wrong, spans in rng.sample(found, len(found)):
+            choices = [right, *rng.sample(wrong, min(3, len(wrong)))]
+            for label in rng.sample(pool, min(40, len(pool))) if len(choices) < 4 else ():
+                if len(choices) < 4 and not any(alike(label, x) for x in (*sounds, *choices)):
+                    choices.append(label)
+            if len(choices) == 4 and len(made) < per_clip:
+                rng.shuffle(choices)
+                meta = dict(kind=kind, spans=[[round(t, 3) for t in span] for span in spans]) | clip.meta
+                made.append(Example(f"{clip.id} {kind}", clip.audio, question, choices, choices.index(right), meta=meta))
+                break
+    return made
+
+
+# ---- tables of events
+
+EVENT = dict(  # what -> the columns that hold it
+    clip=f"segment_id|{CLIP}", label="event_label|label|event|class|class_name|category|sound",
+    start="onset|start|start_time|start_time_seconds|start_s|start_seconds|event_onset",
+    end="offset|end|end_time|end_time_seconds|end_s|end_seconds|event_offset")
+CODE = re.compile(r"/[a-z]/\w+")  # what AudioSet calls a label
+
+
+def read_events(rows, names: dict[str, str]) -> dict[str, Example]:
+    """A table -> {name: clip with its events}. A row is an event, a clip alone or the chords of one, in any order."""
+    clips = {}
+    for i in range(len(rows)):
+        row = rows[i]
+        try:
+            if not isinstance(row, dict):
+                raise DataError(f"expected a JSON object, found {row!r:.60}")
+            read = chords(row) if {"location", "chords", "chords_time"} <= row.keys() else event(row, names)
+        except DataError as e:
+            raise DataError(f"{rows.where(i)}: {e}") from None
+        if (clip := clips.setdefault(read.id, read)) is not read:
+            clip.meta["events"] += read.meta["events"]
+    return clips
+
+
+@functools.cache
+def event_columns(keys: tuple[str, ...]) -> list[str]:
+    folded = {key.casefold(): key for key in keys}
+    found = [next((folded[name] for name in known.split("|") if name in folded), None) for known in EVENT.values()]
+    if None in found:
+        raise DataError(f'field "{[*EVENT.values()][found.index(None)]}": missing; found only {sorted(keys)!r:.300}')
+    return found
+
+
+def event(row: dict, names: dict[str, str]) -> Example:
+    where, label, start, end = event_columns(tuple(row))
+    clip = Example(text(row, where, pop=False), "", "", meta=dict(events=[], segment=where == "segment_id"))
+    if all(row[key] in (None, "") for key in (label, start, end)):
+        return clip
+    said = text(row, label, pop=False).strip()
+    heard = " ".join(re.sub(r"[_<>\x00-\x1f\x7f]", " ", names.get(said, said)).split())
+    if not heard or HALF.search(heard + clip.id):
+        raise DataError(f'field "{label}": expected the name of a sound, found {said!r:.60}')
+    if CODE.fullmatch(said) and said not in names:
+        raise DataError(f'field "{label}": {said} is a code; give its name by --labels mid_to_display_name.tsv')
+    times = seconds(row, start), seconds(row, end)
+    if times[0] >= times[1]:
+        raise DataError(f'field "{end}": {row[end]} is not after the start, {row[start]}; mend or drop the line')
+    clip.meta["events"].append((*times, heard))
+    return clip
+
+
+def seconds(row: dict, key: str) -> float:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(row[key], bool) and 0 <= float(row[key]) <= 86_400:
+            return float(row[key])
+    raise DataError(f'field "{key}": expected seconds, found {row[key]!r:.60}; mend or drop the line')
+
+
+def chords(row: dict) -> Example:
+    """MusicBench: when each chord begins; "N" is none, and the last goes on to the clip's end. It has captions, too."""
+    clip, heard, times = text(row, "location", pop=False), row["chords"], row["chords_time"]
+    if not isinstance(heard, list) or not isinstance(times, list) or len(heard) != len(times):
+        raise DataError(f'field "chords_time": expected as many times as chords, found {times!r:.60} and {heard!r:.60}')
+    times = [seconds({"chords_time": t}, "chords_time") for t in times]
+    if times != sorted(set(times)):
+        raise DataError(f'field "chords_time": expected times in their order, found {times!r:.100}')
+    events = [(start, end, f"{chord} chord") for chord, start, end in zip(heard, times, [*times[1:], math.inf]) if chord != "N"]
+    told = [row[k] for k in ("main_caption", "alt_caption") if isinstance(row.get(k), str) and row[k].strip()]
+    return Example(clip, "", "", meta=dict(events=events, segment=False) | ({"captions": told} if told else {}))
+
+
+def segment_stems(segment: str) -> list[str]:
+    """What the file of an AudioSet segment, a YouTube id and the milliseconds at which its 10 s begin, is called: the id and
+    milliseconds, seconds or both ends, with or without a Y before it; or Y and the id alone."""
+    if not (found := re.fullmatch(r"([\w-]{11})_(\d{1,9})", segment)):
+        return [stem_of(segment)]
+    ms, s = int(found[2]), int(found[2]) // 1000
+    ends = f"_{ms}", f"_{s}", f"_{s:06d}", f"_{ms}_{ms + 10_000}", f"_{s}_{s + 10}", f"_{s}.000_{s + 10}.000"
+    return [stem_of(y + found[1] + end) for y in ("", "Y") for end in ends] + ["Y" + found[1]]
+
+
+def display_names(path: str) -> dict[str, str]:
+    """AudioSet's mid_to_display_name.tsv or class_labels_indices.csv, where a label's name follows its code."""
+    if problem := no_file(path):
+        raise DataError(f"{problem}; expected AudioSet's mid_to_display_name.tsv")
+    with open(path, encoding="utf-8", errors="replace") as f:
+        rows = [line.rstrip("\n").split("\t") if "\t" in line else
+                next(csv.reader([line.replace("\0", "")]), []) for line in f]
+    if not (names := {code: name for row in rows for code, name in zip(row, row[1:]) if CODE.fullmatch(code)}):
+        raise DataError(f"{path}: holds no label such as /m/09x0r; expected AudioSet's mid_to_display_name.tsv")
+    return names
+
+
+def hear(clip: Example, stems: list[str], folder: str) -> str:
+    """Find the clip's sound, read its length from the header, and end its events there.      -> why not, or "" """
+    import soundfile
+
+    clip.audio = locate(clip.id, folder)
+    if no_file(clip.audio):
+        files = {file for stem in stems if stems[1:] for file in sounds_in(folder, deep=True).get(stem, ())}
+        if len(files) != 1:
+            return "several sound files" if files else "no sound file"
+        clip.audio = files.pop()
+    try:
+        with soundfile.SoundFile(os.open(clip.audio, os.O_RDONLY)) as f:
+            last = round(f.frames / f.samplerate, 3)
+    except (OSError, RuntimeError):
+        return "sound file that cannot be read"
+    if last > 86_400:
+        return "sound file whose header does not know its length"
+    if any(last + 0.5 < end < math.inf for _, end, _ in clip.meta["events"]):
+        return "sound file that ends before its events"
+    events = [(start, min(end, last), label) for start, end, label in clip.meta["events"] if start < last]
+    clip.meta |= dict(duration_s=last, events=events)
+    return ""
+
+
+class TimedQuestions:
+    """The questions on a table of events, made when they are asked for. `found`: what there is, for the summary.
+
+    audio_dir: where sounds are looked for; "" is the folder of the table. labels: what codes of labels mean. captions: any
+    file that Examples reads with captions; they are joined by the clip's name.
+    """
+
+    def __init__(self, path: str, audio_dir: str = "", labels: str = "", captions: str = "", per_clip: int = 2, seed: int = 0):
+        self.per_clip, self.seed, folder = per_clip, seed, os.path.abspath(audio_dir or os.path.dirname(path))
+        clips = read_events(open_rows(path), display_names(labels) if labels else {}).values()
+        if not clips:
+            raise DataError(f"{path}: holds no event")
+        self.pool = sorted({label for clip in clips for _, _, label in clip.meta["events"]})
+        told = collections.defaultdict(dict)  # a name without folder and ending -> {sound: its captions}
+        for example in Examples(captions, audio_dir) if captions else ():
+            for sound in example.clips[:1]:
+                name = getattr(sound, "path", sound)
+                said = example.meta.get("captions")
+                told[stem_of(name)][name] = [c for c in (said if isinstance(said, list) else [said]) if isinstance(c, str)]
+        if captions and not any(said for sounds in told.values() for said in sounds.values()):
+            raise DataError(f"{captions}: holds no captions")
+        self.clips, found, without = [], collections.Counter(), collections.Counter()
+        for clip in progress(clips, len(clips), "clips"):
+            stems = segment_stems(clip.id) if clip.meta.pop("segment") else [stem_of(clip.id)]
+            said = [*next((told[stem] for stem in stems if stem in told), {}).values()]
+            if len(said) == 1 and said[0]:  # of two sounds with this name it could be either
+                clip.meta["captions"] = clip.meta.get("captions", []) + said[0]
+            why = hear(clip, stems, folder)
+            asked = [] if why else questions_on(clip, self.pool, seed, per_clip)
+            found.update(f"  {question.meta['kind']}" for question in asked)
+            without.update([] if asked else [f"  {why or 'nothing clear to ask'}"])
+            self.clips += [clip] if asked else []
+        if without["  no sound file"] == len(clips):
+            raise DataError(f"{path}: none of the sounds of its {len(clips)} clips is in {folder} or its folders; the last was "
+                            f"looked for as {', '.join(stems)} (.wav, .flac, ...); give --audio_dir")
+        self.n, self.found = found.total(), {"clips": len(clips)} | without | {"questions": found.total()} | found
+        if not self.n:
+            raise DataError(f"{path}: there is nothing to ask: {dict(without)}")
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        return (question for clip in self.clips for question in questions_on(clip, self.pool, self.seed, self.per_clip))
+
+
+# ---- the chain of thought and its judge
+
+CHAINER = """You write down how a listener thinks while answering a multiple-choice question about a short audio clip. The \
+listener can play any part of it again, and knows nothing else. You cannot hear it; you get what others heard, in seconds, \
+and the right choice.
+
+Write the thoughts in English, 40 to 150 words, so that they
+- say what to listen for, go to the one to six parts of the clip that decide, with a reason before each and what is heard \
+there after it, and then conclude;
+- name each part as <seg>start, end</seg>, in seconds, at least 0.2 s long; after it the same sentence goes on in lower case: \
+"The bell should come late, and in <seg>1.2, 2.85</seg> it rings twice." There are no other tags;
+- are those of somebody who only hears: no word of notes, labels, timestamps, captions, lists, or of an answer that is known;
+- end with the right choice, word for word.
+
+Reply with one JSON object and nothing else: {"chain": "..."}"""
+CHECKER = """You check a multiple-choice question about a short audio clip, and the thoughts that lead a listener to its \
+answer. You cannot hear it; you get what others heard, in seconds.
+
+The question is good if a listener can answer it from the clip alone, what was heard supports the right choice, and no other \
+choice can be right, too, or be another name of a sound that decides.
+The thoughts, called the chain, are good if every step agrees with what was heard, the parts in <seg>start, end</seg> are \
+those that decide, the answer follows from them, and they read like listening. Without thoughts the chain is bad.
+
+Reply with one JSON object and nothing else:
+{"reason": "one short sentence", "question": "good" or "bad", "chain": "good" or "bad"}"""
+WORD = {"type": "string", "enum": ["good", "bad"]}
+CHAIN, VERDICT = ({"type": "object", "additionalProperties": False, "required": [*keys], "properties": keys} for keys in (
+    {"chain": {"type": "string"}}, {"reason": {"type": "string"}, "question": WORD, "chain": WORD}))
+RELISTEN_VERSION = hashlib.sha256(json.dumps([ASKED, APART_S, TOUCH_S, LONGER, SHARED_S, CHAINER, CHECKER, CHAIN, VERDICT]
+                                             ).encode()).hexdigest()[:8]
+SEGMENT = re.compile(r"<seg>([0-9]{1,5}(?:\.[0-9]{1,6})?), ?([0-9]{1,5}(?:\.[0-9]{1,6})?)</seg>")
+MOST_SEGMENTS, LEAST_S = 8, 0.2 - EPS  # Echo listens again eight times at most, and to nothing shorter
+BETRAYS = re.compile(
+    r"\b(?:annotat\w+|time[- ]?stamp\w*|label\w*|meta-?data|caption\w*|transcripts?|descriptions?|ground[ -]truth|data ?sets?|"
+    r"according to|as (?:noted|listed|given|described)|the (?:notes|list|table) (?:says?|shows?|gives?|tells?|mentions?)|"
+    r"(?:given|provided|listed) (?:events?|segments?|times?|answers?|choices?|information))\b", re.IGNORECASE)
+NUMERALS = "zero one two three four five six seven eight nine ten eleven".split()
+NUMERALS = {name: str(n) for n, name in enumerate(NUMERALS)} | {"once": "1", "twice": "2"}
+
+
+def material(question: Example, end: str) -> str:
+    """What is known of a question, for the one who writes and the one who judges."""
+    meta, choices = question.meta, question.choices
+    known = ["Heard, in seconds:", *(f"{a:g} to {b:g}: {label}" for a, b, label in sorted(meta["events"]))]
+    known += ["On the whole clip:", *meta["captions"]] if "captions" in meta else []
+    known += [f"Question: {question.question}", f"Choices: {'; '.join(choices)}", f"Right choice: {choices[question.answer]}",
+              f"Decided in: {', '.join(f'{a:g} to {b:g}' for a, b in meta['spans'])}", "", end]
+    return "\n".join(known).encode("utf-8", "replace").decode()
+
+
+def last_named(text: str, choices: list[str]) -> int | None:
+    """The choice that is the last to be named; a number may be spelt out."""
+    def spelt(text):
+        return " ".join(["", *(NUMERALS.get(w, w) for w in reads(re.sub("[-–—*“”]", " ", text)).split()), ""])
+
+    said = spelt(text)
+    ends = [at + len(name) if (at := said.rfind(name)) >= 0 else -1 for name in map(spelt, choices)]
+    return ends.index(max(ends)) if max(ends) >= 0 else None
+
+
+def chain_fault(chain: str, question: Example) -> str:
+    """What is wrong with a chain of thought, in words that can be counted; "" if nothing is."""
+    meta, rest = question.meta, SEGMENT.sub(" ", chain)
+    segments = [(float(start), float(end)) for start, end in SEGMENT.findall(chain)]
+    last = meta.get("duration_s") or max(end for _, end, _ in meta["events"]) + 1
+    follows = [after.lstrip()[:1] or "<" for after in chain.split("</seg>")[1:]]  # </think> follows the end
+    checks = [
+        ("half a character", HALF.search(chain)),
+        ("control character", CONTROL.search(chain)),
+        ("chain length", not 10 <= len(words(rest)) <= 300 or len(chain) > 4000),
+        ("broken tag", "<" in rest or ">" in rest),
+        ("no segment", not segments),
+        ("too many segments", len(segments) > MOST_SEGMENTS),
+        ("segment outside the clip", any(end > last + 0.01 for _, end in segments)),  # rounded ends
+        ("segment too short", any(end - start < LEAST_S for start, end in segments)),
+        ("no segment that decides", not any(a < end and start < b for a, b in segments for start, end in meta["spans"])),
+        ("new sentence after a segment", any(c == "<" or c.isupper() for c in follows)),
+        ("mentions the notes", BETRAYS.search(rest)),
+        ("ends at another choice", last_named(rest, question.choices) != question.answer),
+    ]
+    return next((reason for reason, wrong in checks if wrong), "")
+
+
+def read_chain(reply: str, question: Example) -> tuple[dict, str]:
+    """A reply -> ({"chain": on one line}, "") or ({}, reason)."""
+    row, reason = read_reply(reply, CHAIN)
+    row = {key: " ".join(value.split()) for key, value in row.items()}
+    reason = reason or chain_fault(row["chain"], question)
+    return ({}, reason) if reason else (row, "")
+
+
+def read_verdict(reply: str) -> tuple[dict, str]:
+    row, reason = read_reply(reply, VERDICT)
+    good = row and {row["question"], row["chain"]} <= {"good", "bad"}
+    return (row, "") if good else ({}, reason or "neither good nor bad")
+
+
+# ---- the run
+
+COLD_START, DROPPED = [*LINE[:-1], "target", "meta"], ["id", "reason", "reply", *LINE[1:]]
+
+
+def relisten(questions: TimedQuestions, out: str, rl: str, rejects: str, model: str, judge_model: str = "", **options) -> dict:
+    """Have a chain of thought written to every question, and both judged.      -> the summary of the files, also printed
+
+    Good questions go to `out` if their chain is good, as the target of a cold start, and else to `rl`; bad ones to `rejects`.
+    options: those of Requests. Stops, goes on and raises as `generate` does.
+    """
+    asked, folder = Requests(model, seed=questions.seed, **options), os.path.dirname(os.path.abspath(out))
+    made = dict(model=model, judge_model=judge_model or model, prompt_version=RELISTEN_VERSION, seed=asked.seed,
+                per_clip=questions.per_clip)
+    writer, checker = asked.connect(model, CHAIN), asked.connect(made["judge_model"], VERDICT)
+
+    def messages(system: str, question: Example, end: str) -> list[dict]:
+        return [{"role": "system", "content": system}, {"role": "user", "content": material(question, end)}]
+
+    def prepare(question):
+        first, second = messages(CHAINER, question, "Write the thoughts."), messages(CHECKER, question, "Thoughts: ")
+        most = prompt_tokens(first, CHAIN) + prompt_tokens(second, VERDICT) + asked.max_tokens  # the judge reads the chain
+        return first, [most, 2 * asked.max_tokens]
+
+    def work(question, first):
+        chain = ask(writer, question, first, asked.attempts, asked.seed, lambda text: read_chain(text, question))
+        if chain["error"] is not None:
+            return chain
+        second = messages(CHECKER, question, f"Thoughts: {chain['row'].get('chain', '(none)')}")
+        verdict = ask(checker, question, second, asked.attempts, asked.seed, read_verdict)
+        sums = {k: chain[k] + verdict[k] for k in ("attempts", "estimated")}
+        return verdict | sums | dict(chain=chain, tokens=[a + b for a, b in zip(chain["tokens"], verdict["tokens"])])
+
+    def make(result, _):
+        question, chain, verdict = result["clip"], result["chain"], result["row"]
+        meta = {k: v for k, v in question.meta.items() if k != "events"} | {"source": "relisten"} | made
+        meta |= {k: result[k] for k in ("attempts", "tokens")} | {"verdict": HALF.sub("?", verdict.get("reason", ""))[:300]}
+        line = vars(question) | dict(audio=path_from(folder, question.audio), meta=meta)
+        if not verdict or verdict["question"] == "bad":
+            line |= dict(reason="bad question" if verdict else "no verdict", reply=result["reply"][:2000])
+            return {k: line[k] for k in DROPPED}
+        if chain["row"] and verdict["chain"] == "good":
+            answer = question.choices[question.answer]
+            line["target"] = f"<think>{chain['row']['chain']}</think><answer>{answer}</answer>"
+            return {k: line[k] for k in COLD_START}
+        meta["no_chain"] = chain["reason"] or "judged bad"
+        return {k: line[k] for k in LINE}
+
+    files = dict(out=(out, COLD_START), rl=(rl, LINE), rejects=(rejects, DROPPED))
+    return run(questions, files, made, asked, prepare, work, make, "question", questions.found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2089,6 +2567,13 @@ def write_questions(path: str, out: str, rejects: str, audio_dir: str, **options
         raise UserError(f"{failed} clips failed; the same command asks them again")
 
 
+def write_chains(path: str, out: str, rl: str, rejects: str, audio_dir: str, labels: str, captions: str, per_clip: int,
+                 seed: int, **options) -> None:
+    questions, (stem, end) = TimedQuestions(path, audio_dir, labels, captions, per_clip, seed), os.path.splitext(out)
+    if failed := relisten(questions, out, rl or f"{stem}_rl{end}", rejects or f"{stem}_rejects{end}", **options)["failed"]:
+        raise UserError(f"{failed} questions failed; the same command asks them again")
+
+
 def span(text: str) -> float:
     if not 0.025 <= (value := float(text)) <= 86_400:  # shorter clips give no audio token
         raise argparse.ArgumentTypeError(f"{text}: must be from 0.025 to 86400 seconds")
@@ -2136,6 +2621,21 @@ def parse_args(argv=None) -> dict:
         sub.set_defaults(run=run)
         return sub.add_argument
 
+    def server(add, max_tokens):
+        add("--model", required=True, help="as the server calls it; the key is read from OPENAI_API_KEY")
+        add("--base_url", default=None, help="an OpenAI-compatible server, http://HOST:PORT/v1; default: OpenAI's")
+        add("--concurrency", type=int, default=16, help="requests at once")
+        add("--attempts", type=int, default=3, help="times that the same thing is asked until a reply passes")
+        add("--temperature", type=float, default=1.0, help="of the language model")
+        add("--max_tokens", type=int, default=max_tokens, help="of one reply; a model that thinks aloud needs thousands")
+        add("--seed", type=int, default=0, help="of the requests, and of what is drawn at random")
+        add("--max_tokens_total", type=int, default=0, help="stop before all runs together use more; 0: no limit")
+        add("--max_cost", type=float, default=0.0, help="the same in USD, with --price_in and --price_out; 0: no limit")
+        add("--price_in", type=float, default=0.0, help="USD per million prompt tokens")
+        add("--price_out", type=float, default=0.0, help="USD per million completion tokens")
+        add("--retries", type=int, default=5, help="after 429, 5xx, time-outs; Retry-After is honoured up to 120 s")
+        add("--timeout_s", type=span, default=120.0, help="of one request")
+
     add = command("check", check, "read every line and every sound, list what is wrong",
                   "train.jsonl --against mmau-test-mini.json")
     add("path", metavar="FILE", help="file, folder or Hub id")
@@ -2164,19 +2664,20 @@ def parse_args(argv=None) -> dict:
     add("--out", required=True, help="JSONL of questions; the same command goes on where it stopped")
     add("--rejects", default="", help="JSONL of what was refused, and why; default: OUT_rejects.jsonl")
     add("--audio_dir", default="", help="where relative audio paths start; default: the folder of the file")
-    add("--model", required=True, help="as the server calls it; the key is read from OPENAI_API_KEY")
-    add("--base_url", default=None, help="an OpenAI-compatible server, http://HOST:PORT/v1; default: OpenAI's")
-    add("--concurrency", type=int, default=16, help="requests at once")
-    add("--attempts", type=int, default=3, help="times that a clip is asked about until a question passes")
-    add("--temperature", type=float, default=1.0, help="of the language model")
-    add("--max_tokens", type=int, default=400, help="of one reply; a model that thinks aloud needs thousands")
-    add("--seed", type=int, default=0, help="of the requests and of the order of the choices")
-    add("--max_tokens_total", type=int, default=0, help="stop before all runs together use more; 0: no limit")
-    add("--max_cost", type=float, default=0.0, help="the same in USD, with --price_in and --price_out; 0: no limit")
-    add("--price_in", type=float, default=0.0, help="USD per million prompt tokens")
-    add("--price_out", type=float, default=0.0, help="USD per million completion tokens")
-    add("--retries", type=int, default=5, help="after 429, 5xx, time-outs; Retry-After is honoured up to 120 s")
-    add("--timeout_s", type=span, default=120.0, help="of one request")
+    server(add, 400)
+
+    add = command("relisten", write_chains, "time-stamped events to questions and chains of thought that name segments",
+                  "audioset_train_strong.tsv --labels mid_to_display_name.tsv --audio_dir clips --model MODEL --out echo.jsonl")
+    add("path", metavar="EVENTS", help="AudioSet-Strong's TSV, MusicBench's JSONL, or a table of clip, onset, offset and label")
+    add("--out", required=True, help="JSONL of questions with a chain of thought; the same command goes on where it stopped")
+    add("--rl", default="", help="JSONL of good questions without a good chain; default: OUT_rl.jsonl")
+    add("--rejects", default="", help="JSONL of bad questions, and why; default: OUT_rejects.jsonl")
+    add("--audio_dir", default="", help="where the sounds are; default: the folder of the file")
+    add("--labels", default="", metavar="FILE", help="mid_to_display_name.tsv: what AudioSet's labels mean")
+    add("--captions", default="", metavar="FILE", help="clips with captions, which the language model gets to read")
+    add("--per_clip", type=at_least(1), default=2, help="questions a clip at most, each of another kind")
+    add("--judge_model", default="", help="judges question and chain; default: --model")
+    server(add, 800)
 
     add = command("filter", keep, "keep what a policy can learn from, by what eval.py --samples measured",
                   "avqa.jsonl --pass_rate 0.1..0.9 --drop_answerable_without_audio --out hard.jsonl")
