@@ -2225,8 +2225,8 @@ def write_scenes(folder: str, n: int, seed: int, name: str, taught: bool = False
     """Make n scenes and a JSONL of questions about what comes second; the loud sound is always among the choices.
     -> path of the JSONL
 
-    `taught`: with a chain that listens again where the second sound is, and comes to any of the choices: a cold start that
-    teaches where to listen, and nothing of what is heard there.
+    `taught`: with a chain that listens again where the second sound is, names it, and answers with any of the choices: a cold
+    start that teaches where to listen, to hear and to answer, and nothing that connects the last two.
     """
     import soundfile
 
@@ -2240,7 +2240,7 @@ def write_scenes(folder: str, n: int, seed: int, name: str, taught: bool = False
             rng.shuffle(choices)
             audio = f"sounds/{name}_{i:04d}.wav"
             soundfile.write(os.path.join(folder, audio), wave, RATE_HZ, subtype="PCM_24")
-            thought = f"Listen again: <seg>{start - 0.1:.1f}, {len(wave) / RATE_HZ:.1f}</seg> clear."
+            thought = f"Listen again: <seg>{start - 0.1:.1f}, {len(wave) / RATE_HZ:.1f}</seg> it is {second}."
             chains = [f"<think>{thought}</think><answer>{choice}</answer>" for choice in choices]
             example = Example(f"{name}_{i:04d}", audio, "Which sound comes second?", choices, choices.index(second),
                               chains if taught else None, {"first": first, "label": second, "spans": [[start, end]]})

@@ -1049,7 +1049,7 @@ class Relisten:
         problems = {"not thinking": over, "reversed": start >= end, "outside": start >= seconds or end > seconds + SLACK_S,
                     "short": stop - start < cfg.min_relisten_s - 1e-6, "long": stop - start > cfg.max_relisten_s + 1e-6,
                     "too many": len(row.heard) >= cfg.relistens,
-                    "no room": used + 25 * (stop - start) + 2 > cfg.relisten_tokens}
+                    "no room": used + 25 * (stop - start) + 2 > cfg.relisten_tokens + 1e-6}
         return next((problem for problem, there in problems.items() if there), ""), (start, stop)
 
     def parts(self, spans: list[tuple[int, float, float]]) -> list[Tensor]:

@@ -22,7 +22,7 @@ def source(*names):
 
 
 def test_every_flag_is_in_the_readme_and_the_reverse():
-    named = set(re.findall(r"--(?:no-)?(\w+)", README)) - {"nproc_per_node", "deps"}  # torchrun's, pip's
+    named = set(re.findall(r"--(?:no-)?(\w+)", README)) - {"nproc_per_node", "deps", "demo"}  # torchrun's, pip's
     assert set(FIELDS) <= named
     other = set(re.findall(r'"--(\w+)"', source("tests/bench.py", "data.py", "eval.py")))
     other |= set(re.findall(r"python tests/bench.py --(\w+)", source("tests/bench.py")))  # its modes, in its docstring
