@@ -87,6 +87,8 @@ class Result:
     example: Example
     key: str
     said: list[list[str]] = field(default_factory=list)  # [rotation][sample]
+    again: list[list[list]] = field(default_factory=list)  # the same: parts of the clip that were heard again, (start, end)
+    refused: list[list[dict]] = field(default_factory=list)  # and how many were not, by reason
     error: str = ""  # why the clip could not be heard; the item counts as wrong
     heard: list | None = None  # the clips it was asked with; None: its own
 
@@ -176,6 +178,9 @@ def report_of(results: list[Result], examples: Examples, about: dict) -> dict:
                           n=len(known), items=len(results), skipped=dict(examples.skipped), note=benchmark.note)
     errors = {r.key: r.error for r in results if r.error}
     report |= dict(errors=len(errors), error_items=errors, missing=sum(not r.said and not r.error for r in known or results))
+    if parts := [spans for r in results for row in r.again for spans in row]:
+        refused = sum((collections.Counter(x) for r in results for row in r.refused for x in row), collections.Counter())
+        report |= dict(heard_again=mean(map(len, parts)), heard_again_share=mean(map(bool, parts)), refused=dict(refused))
     if not known:
         return report | dict(note="no labels in this file: predictions written, nothing to score")
     accuracy = mean(r.score for r in known)
@@ -236,6 +241,10 @@ def markdown(report: dict) -> str:
         last.append(("counted as wrong: " if "accuracy" in report else "not answered: ")
                     + f"{report['errors']} clips that could not be heard, {report['missing']} items without a prediction"
                     + "".join(f"\n  {why}" for why in list(report["error_items"].values())[:10]))
+    if "heard_again" in report:
+        last.append(f"heard again: {report['heard_again']:.2f} parts an answer, at least one in "
+                    f"{percent(report['heard_again_share'])} % of them; refused: "
+                    + (", ".join(f"{n} {why}" for why, n in report["refused"].items()) or "none"))
     if "accuracy" not in report:
         return "\n".join([*lines, report["note"], *last])
     lines += ["| | n | accuracy % | 95 % interval | unresolved |", "|---|---|---|---|---|"]
@@ -302,16 +311,30 @@ def clip_mark(clip) -> list:
     return [content, *([os.path.getsize(content), os.path.getmtime(content)] if os.path.isfile(content) else [])]
 
 
+RELISTEN = ("max_relistens", "min_relisten_s", "max_relisten_s", "relisten_tokens", "relisten_from")  # flags of omni_grpo.py
+
+
+def config(args):
+    """As training has it."""
+    import omni_grpo as og
+
+    return og.Config(model=args.model, adapter=args.adapter, prompt=args.prompt or "direct", max_audio_s=args.max_audio_s,
+                     audio="real" if args.audio == "shuffled" else args.audio, load_in_4bit=args.load_in_4bit,
+                     **{name: value for name in RELISTEN if (value := getattr(args, name)) is not None})
+
+
 def settings(args) -> dict:
     """All that an answer depends on: results of different settings never stand in one folder."""
     import omni_grpo as og
 
-    template = PROMPTS[args.prompt]
+    template, cfg = dataclasses.asdict(PROMPTS[args.prompt]), config(args)
+    del template["relistens"]  # it stands below
     return dict(model=args.model, model_fingerprint=fingerprint(og.find_model(args.model)), adapter=args.adapter,
                 adapter_fingerprint=fingerprint(args.adapter) if os.path.isdir(args.adapter) else "",
-                prompt=args.prompt, prompt_text=dataclasses.asdict(template), audio=args.audio,
+                prompt=args.prompt, prompt_text=template, audio=args.audio,
+                relisten={"most": cfg.relistens} | {k: getattr(cfg, k) for k in RELISTEN[1:]} if cfg.relistens else None,
                 decoding=dict(temperature=args.temperature, samples=args.samples, seed=args.seed,
-                              max_new_tokens=args.max_new_tokens or template.max_new_tokens),
+                              max_new_tokens=args.max_new_tokens or template["max_new_tokens"]),
                 rotate_choices=args.rotate_choices, max_audio_s=args.max_audio_s, load_in_4bit=args.load_in_4bit)
 
 
@@ -333,9 +356,15 @@ def record_of(line: bytes | str) -> dict:
     """A line of items.jsonl. Raises ValueError, LookupError or TypeError where it is none."""
     record = json.loads(line)
     if [type(record[k]) for k in ("item", "error", "rotation", "said")] != [str, str, int, list] \
-            or {*map(type, record["said"])} - {str}:
+            or {*map(type, record["said"])} - {str} or not isinstance(record.get("again", []), list) \
+            or not all(isinstance(x, list) and all(map(is_span, x)) for x in record.get("again", [])) \
+            or not all(isinstance(x, dict) and {*map(type, x.values())} <= {int} for x in record.get("refused", [])):
         raise ValueError(f"no answer: {record!r:.80}")
     return record
+
+
+def is_span(x) -> bool:
+    return isinstance(x, list) and len(x) == 2 and all(type(t) in (int, float) for t in x)
 
 
 def open_results(out: str, setting: dict, prefix: str = "") -> dict[tuple[str, int], dict]:
@@ -384,8 +413,7 @@ def answer(args, items: list[Example], out: str, policy=None, heard_items=None) 
     setting = settings(args)
     heard_items = heard_items or items
     done = open_results(out, setting)
-    cfg = og.Config(model=args.model, adapter=args.adapter, prompt=args.prompt, max_audio_s=args.max_audio_s,
-                    audio="real" if args.audio == "shuffled" else args.audio, load_in_4bit=args.load_in_4bit)
+    cfg = config(args)
     results = list(map(Result, items, item_keys(items)))
     rotations = [range(len(e.choices)) if args.rotate_choices and e.choices else range(1) for e in items]
     lines = {}
@@ -401,21 +429,25 @@ def answer(args, items: list[Example], out: str, policy=None, heard_items=None) 
         scores = [0.0, 0]
         with open(os.path.join(out, "items.jsonl"), "a", encoding="utf-8", errors="backslashreplace") as f:
             while batch := list(zip(range(args.batch_size), heard)):
-                ok = [(i, mels) for _, (i, mels) in batch if not isinstance(mels, DataError)]
+                ok = [(i, clips) for _, (i, clips) in batch if not isinstance(clips, DataError)]
+                heard_by = dict(ok)
                 records = {i: [lines[results[i].key] | {"rotation": k, "said": [], "error": str(e)} for k in rotations[i]]
                            for _, (i, e) in batch if isinstance(e, DataError)}
-                clips = og.embeddings(policy, [mels for _, mels in ok])  # once a clip, for all rotations and samples
+                clips = og.embeddings(policy, [clips for _, clips in ok])  # once a clip, for all rotations and samples
                 asked = [(i, k, og.prompt_tokens(policy, rotate(heard_items[i], k), clip, cfg))
                          for (i, _), clip in zip(ok, clips) for k in rotations[i] if (results[i].key, k) not in done]
                 at_once = max(1, args.rollout_rows // args.samples)
                 for at in range(0, len(asked), at_once):
                     part = asked[at:at + at_once]
-                    said = og.rollout(policy, [p for *_, p in part], args.samples, args.temperature,
-                                      setting["decoding"]["max_new_tokens"],
-                                      [og.seed_of(args.seed, results[i].key, k) for i, k, _ in part])
+                    prompts, heard_part = [p for *_, p in part], [heard_by[i] for i, *_ in part]
+                    said = og.rollout(policy, prompts, args.samples, args.temperature, setting["decoding"]["max_new_tokens"],
+                                      [og.seed_of(args.seed, results[i].key, k) for i, k, _ in part],
+                                      og.relistening(policy, cfg, prompts, heard_part))
                     for (i, k, _), completions in zip(part, said):
                         records.setdefault(i, []).append(lines[results[i].key] | {
-                            "rotation": k, "error": "", "said": [og.text_of(policy, c) for c in completions]})
+                            "rotation": k, "error": "", "said": [og.text_of(policy, c) for c in completions]} | ({
+                                "again": [c.heard for c in completions], "refused": [dict(c.refused) for c in completions]}
+                                if cfg.relistens else {}))
                 for i, new in records.items():
                     f.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
                     done |= {(line["item"], line["rotation"]): line for line in new}
@@ -434,6 +466,8 @@ def answer(args, items: list[Example], out: str, policy=None, heard_items=None) 
 
 def collect(result: Result, records: list[dict]) -> None:
     result.said = [r["said"] for r in records if r["said"]]
+    result.again = [r["again"] for r in records if r["said"] and "again" in r]
+    result.refused = [r["refused"] for r in records if r["said"] and "refused" in r]
     result.error = next((r["error"] for r in records if r["error"]), "")
 
 
@@ -508,6 +542,7 @@ def captions(args, items: list[Example], out: str, policy=None) -> dict:
 
 CONTROLS = {"real": {}, "silence": {"audio": "silence"}, "none": {"audio": "none"}, "shuffled": {"audio": "shuffled"},
             "rotated": {"rotate_choices": True}}
+ONCE = {"once": {"max_relistens": 0}}  # the clip is heard once, whatever a re-listening policy asks for
 
 
 def mcnemar(b: int, c: int) -> float:
@@ -543,9 +578,9 @@ def controls(args, examples: Examples) -> None:
 
     if not any(examples[i].has_answer for i in range(min(len(examples), args.limit or len(examples)))):
         raise UserError(f"--data {args.data}: no answers in this file, and controls compare scores")
-    cfg = og.Config(model=args.model, adapter=args.adapter, load_in_4bit=args.load_in_4bit)
+    cfg = dataclasses.replace(config(args), audio="real")
     policy, table, all_results = og.load_policy(cfg, train=False), {}, {}
-    for name, change in CONTROLS.items():
+    for name, change in (CONTROLS | (ONCE if cfg.relistens else {})).items():
         print(f"{name} ...", file=sys.stderr, flush=True)
         there = argparse.Namespace(**vars(args) | dict(audio="real", rotate_choices=False) | change)
         table[name], all_results[name] = run(there, examples, os.path.join(args.out, name), policy)
@@ -974,29 +1009,71 @@ def sound_of(clip, max_audio_s: float) -> str:
 def page(report: dict, results: list[Result], max_audio_s: float, flips: dict[str, str] | None = None,
          budget_mib: float = 96.0) -> str:
     """Everything in one self-contained page. Past the budget clips are linked by their path and not held inside."""
-    room, clips, silent = budget_mib * 2**20, {}, report.get("audio") in ("silence", "none")
+    silent = report.get("audio") in ("silence", "none")
     played = [[] if silent else r.example.clips if r.heard is None else r.heard for r in results]
-    names = {str(clip): clip for heard in played for clip in heard}
+    clips = sounds({str(clip): clip for heard in played for clip in heard}, budget_mib, max_audio_s)
+    items = []
+    for r, heard in zip(results, played):
+        again = r.again[0][0] if r.again and r.again[0] else None
+        choice, raw = majority(r), spoken(r)[1]
+        state = "unscored" if not r.example.has_answer else \
+            "right" if r.score == 1 else "unresolved" if choice is None and r.example.choices else "wrong"
+        items.append(dict(id=r.example.id, question=r.example.question, choices=r.example.choices, gold=r.example.answer,
+                          answer=choice, said=raw, score=r.score, state=state, error=r.error, flip=(flips or {}).get(r.key, ""),
+                          clips=list(map(str, heard)), again=again, samples=[t for row in r.said for t in row][1:],
+                          tags=[f"{k}: {r.example.meta[k]}" for k in GROUPS if r.example.meta.get(k)]))
+    title = f"{report['file']}: {report.get('model', '')} {report.get('adapter', '')}".strip()
+    return filled(title, table_of(markdown(report)), items, clips)
+
+
+def sounds(names: dict, budget_mib: float, max_audio_s: float) -> dict[str, str]:
+    """name -> clip becomes name -> what a page can play. Past the budget clips are linked by their path and not held inside."""
+    room, clips = budget_mib * 2**20, {}
     for name, sound in data.ahead(names, lambda name: sound_of(names[name], max_audio_s), os.cpu_count() or 1, 32):
         if isinstance(sound, str) and room > 0:
             room -= len(sound)
             clips[name] = sound
         elif isinstance(sound, str) and isinstance(names[name], str):
             clips[name] = "file://" + os.path.abspath(name)
-    items = []
-    for r, heard in zip(results, played):
-        choice, raw = majority(r), spoken(r)[1]
-        state = "unscored" if not r.example.has_answer else \
-            "right" if r.score == 1 else "unresolved" if choice is None and r.example.choices else "wrong"
-        items.append(dict(id=r.example.id, question=r.example.question, choices=r.example.choices, gold=r.example.answer,
-                          answer=choice, said=raw, score=r.score, state=state, error=r.error, flip=(flips or {}).get(r.key, ""),
-                          clips=list(map(str, heard)), samples=[t for row in r.said for t in row][1:],
-                          tags=[f"{k}: {r.example.meta[k]}" for k in GROUPS if r.example.meta.get(k)]))
+    return clips
+
+
+def filled(title: str, table: str, items: list[dict], clips: dict[str, str]) -> str:
     packed = json.dumps(dict(items=items, clips=clips), ensure_ascii=False)
     packed = packed.replace("<", "\\u003c")  # no tag can close the script
-    title = html.escape(f"{report['file']}: {report.get('model', '')} {report.get('adapter', '')}".strip())
-    parts = {"__TITLE__": title, "__TABLE__": table_of(markdown(report)), "__DATA__": packed}
+    parts = {"__TITLE__": html.escape(title), "__TABLE__": table, "__DATA__": packed}
     return re.sub("|".join(parts), lambda m: parts[m[0]], PAGE)  # at once: a part may hold the name of another
+
+
+def rollouts_page(path: str, max_audio_s: float, most: int = 2000) -> str:
+    """rollouts.jsonl of a run, or its folder -> rollouts.html beside it: what was said in training, the newest first, each
+    with its clip and the parts of it that were heard again."""
+    path = os.path.join(path, "rollouts.jsonl") if os.path.isdir(path) else path
+    try:
+        with open(path, encoding="utf-8") as f:
+            rows = collections.deque((line for line in f if line.endswith("\n")), most)
+        rows, items = [json.loads(line) for line in rows][::-1], []
+        names = {str(clip): clip for r in rows for clip in clips_in(r)}
+        for r in rows:
+            right = r["parts"].get("accuracy", r["advantage"]) > 0
+            tags = [f"step {r['step']}", f"reward {r['reward']:g}", f"advantage {r['advantage']:.2f}",
+                    *(f"{name} {value:g}" for name, value in r["parts"].items())]
+            items.append(dict(id=r["id"], question=r["question"], choices=r["choices"], gold=r["answer"], answer=None, flip="",
+                              said=r["completion"], state="right" if right else "wrong", error="", tags=tags, samples=[],
+                              clips=list(map(str, clips_in(r))), again=r.get("heard")))
+    except OSError as e:
+        raise UserError(f"--rollouts {path}: {e.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"--rollouts {path}: no file of rollouts, or damaged ({e})") from None
+    out = os.path.join(os.path.dirname(path), "rollouts.html")
+    table = table_of(f"{len(items)} completions, the newest first" + (f", at most {most}" if len(items) == most else ""))
+    write(out, filled(path, table, items, sounds(names, 96.0, max_audio_s)))
+    return out
+
+
+def clips_in(row: dict) -> list[str]:
+    clips = row.get("audio")
+    return [c for c in (clips if isinstance(clips, list) else [clips]) if isinstance(c, str)]
 
 
 def table_of(text: str) -> str:
@@ -1023,6 +1100,8 @@ PAGE = """<!DOCTYPE html>
  .gold { color: #2a8a3e; font-weight: 600 } .bad { color: #c0392b; text-decoration: underline }
  .small { color: #666; font-size: 85% } audio { width: 100%; height: 2.2em } li { margin: 0 }
  nav { position: sticky; top: 0; background: #fff; padding: .5em 0; border-bottom: 1px solid #ddd }
+ .seg { padding: 0 .5em; margin: 0 .2em; border: 1px solid #222; border-radius: 1em } .seg.heard { background: #cfe4ff }
+ .seg.unheard { text-decoration: line-through; background: none }
  button { padding: .2em .7em; margin-right: .3em } button.on { background: #222; color: #fff } q { font-family: monospace }
 </style>
 <h1>__TITLE__</h1>
@@ -1041,7 +1120,35 @@ function make(tag, text, name) {
   e.textContent = text || ""; e.className = name || "";
   return e;
 }
+// <seg>start, end</seg> becomes a button that plays that part; several clips stand on one time line
+function play(players, start, end) {
+  for (const p of players) {
+    p.pause();
+    if (start < p.duration) {
+      const stop = () => { if (p.currentTime >= end) { p.pause(); p.removeEventListener("timeupdate", stop); } };
+      p.currentTime = start; p.addEventListener("timeupdate", stop); p.play();
+      return;
+    }
+    start -= p.duration; end -= p.duration;
+  }
+}
+function say(text, again, players) {
+  const q = make("q"), left = (again || []).slice(), parts = text.split(/(<seg>[^<]{0,40}<\\/seg>)/);
+  for (const part of parts.splice(0, again ? 100 : 0)) {
+    const span = /^<seg>\\s*([\\d.]+)\\s*,\\s*([\\d.]+)\\s*<\\/seg>$/.exec(part);
+    if (!span) { q.append(part); continue; }
+    const at = left.findIndex(s => Math.abs(s[0] - span[1]) < 1e-6 && s[1] <= +span[2] + 1e-6);
+    const b = make("button", "\\u25b6 " + span[1] + ", " + span[2], "seg " + (at < 0 ? "unheard" : "heard"));
+    b.title = at < 0 ? "refused: nothing was heard" : "heard again";
+    b.onclick = () => play(players, +span[1], +span[2]);
+    if (at >= 0) left.splice(0, at + 1);
+    q.append(b);
+  }
+  q.append(parts.join(""));
+  return q;
+}
 function draw(item) {
+  const players = [];
   const box = make("div", "", "item " + item.state);
   box.append(make("div", [item.id, item.state, item.flip, ...item.tags].filter(x => x).join(" · "), "small"));
   for (const clip of item.clips) {
@@ -1049,13 +1156,14 @@ function draw(item) {
     const player = make("audio");
     player.controls = true; player.preload = "metadata"; player.src = all.clips[clip];
     box.append(player);
+    players.push(player);
   }
   if (item.error) box.append(make("div", item.error, "bad"));
   box.append(make("div", item.question));
   const list = make("ul");
   item.choices.forEach((c, i) => list.append(make("li", c + (i === item.gold ? " ✓" : "") + (i === item.answer ? " ←" : ""),
     i === item.gold ? "gold" : i === item.answer ? "bad" : "")));
-  box.append(list, make("q", item.said));
+  box.append(list, say(item.said, item.again, players));
   for (const s of item.samples.slice(0, 7)) box.append(" ", make("q", s));
   return box;
 }
@@ -1115,6 +1223,12 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of the samples and of --audio shuffled")
     add("--max_audio_s", type=float, default=30.0, help="seconds of a clip that are heard, at most 300")
     add("--load_in_4bit", action="store_true", help="nf4 weights, CUDA only")
+    add("--max_relistens", type=int, help="parts of its clip that an answer may hear again; 0: none; default: the prompt's")
+    add("--min_relisten_s", type=float, help="seconds; of a shorter part nothing is heard; default here and below: training's")
+    add("--max_relisten_s", type=float, help="seconds; of a longer part nothing is heard")
+    add("--relisten_tokens", type=int, help="most tokens that the parts heard again add to an answer")
+    add("--relisten_from", choices=["audio", "embeddings"], help="as in training")
+    add("--rollouts", metavar="RUN", help="a page to look through what was said in training: RUN/rollouts.html")
     add("--compare", nargs=2, metavar=("BASE", "NEW"), help="two folders of results, paired")
     add("--score", metavar="PREDICTIONS", help="score a file of predictions; --data where it holds no questions")
     add("--behaviours", nargs="+", metavar="ROLLOUTS", help="count verification, backtracking, subgoals, backward chaining "
@@ -1141,8 +1255,8 @@ def parse_args(argv=None):
         parser.error("--samples above 1 needs a --temperature above 0: greedy answers are all the same")
     if args.judge and not args.behaviours:
         parser.error("--judge counts behaviours: give it --behaviours ROLLOUTS")
-    if not (args.data or args.compare or args.score or args.behaviours):
-        parser.error("nothing to do: give --data, --compare, --score or --behaviours")
+    if not (args.data or args.compare or args.score or args.behaviours or args.rollouts):
+        parser.error("nothing to do: give --data, --compare, --score, --behaviours or --rollouts")
     return args
 
 
@@ -1155,6 +1269,8 @@ def main(argv=None) -> int:
             score_file(args.score, args.data)
         elif args.behaviours:
             behaviours(args)
+        elif args.rollouts:
+            print(rollouts_page(args.rollouts, args.max_audio_s))
         else:
             examples = Examples(args.data, args.audio_dir)
             stems = (os.path.splitext(os.path.basename(os.path.normpath(p)))[0] for p in (args.data, args.model))

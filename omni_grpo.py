@@ -115,8 +115,8 @@ class Config:
     resample_uniform: bool = arg(False, "draw new prompts for groups without reward spread (DAPO dynamic sampling)")
     # optimisation
     lr: float = arg(1e-5, "AdamW learning rate; 1e-6 is a full fine-tuning rate and does not move LoRA")
-    warmup_steps: int = arg(10, "steps of linear warm-up")
-    lr_schedule: str = arg("constant", "after the warm-up: constant | linear (down to 0 at the last step)",
+    warmup_steps: int = arg(10, "steps of linear warm-up, of the cold start and of RL")
+    lr_schedule: str = arg("constant", "after the warm-up: constant | linear (down to 0 at the end of the stage)",
                            ("constant", "linear"))
     max_grad_norm: float = arg(1.0, "gradient norm ceiling")
     optimizer: str = arg("adamw8bit", "adamw8bit (bitsandbytes) | adamw (torch)", ("adamw8bit", "adamw"))
@@ -1816,8 +1816,9 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
         rolled = time.monotonic()
 
         # ---- advantage and update
-        lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
-        lr *= 1 - (step - 1) / last if cfg.lr_schedule == "linear" else 1
+        nth, of = (step, cfg.cold_start_steps) if cold else (step - cfg.cold_start_steps, cfg.steps)  # each stage has its own
+        lr = cfg.lr * min(1.0, nth / max(1, cfg.warmup_steps))
+        lr *= 1 - (nth - 1) / of if cfg.lr_schedule == "linear" else 1
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         record = {"step": step, **update(policy, optimizer, cfg, groups, cold), "optim/lr": lr}
@@ -1878,12 +1879,14 @@ NO_SPREAD = ("ten steps without reward spread in any group: there is nothing to 
 
 def rollout_records(policy: Policy, cfg: Config, step: int, groups: list[Group]) -> list[dict]:
     advantages = group_advantages(torch.tensor([g.rewards for g in groups]), cfg.scale).tolist()
-    def again(c, g):
-        return dict(audio=g.example.audio, heard=c.heard, refused=dict(c.refused)) if cfg.relistens else {}
+    def again(c, example):
+        clips = [clip if isinstance(clip, str) else None for clip in example.clips]  # a clip inside a data set has no path
+        heard = dict(heard=c.heard, refused=dict(c.refused)) if cfg.relistens else {}
+        return dict(audio=clips if len(clips) > 1 else clips[0] if clips else None) | heard
 
     return [dict(step=step, id=g.example.id, question=g.example.question, choices=g.example.choices, answer=g.example.answer,
                  completion=text_of(policy, c), reward=reward, parts=parts, advantage=a, tokens=sum(c.sampled),
-                 finished=c.finished, **again(c, g))
+                 finished=c.finished, **again(c, g.example))
             for g, adv in zip(groups, advantages) for c, reward, parts, a in zip(g.completions, g.rewards, g.parts, adv)]
 
 
