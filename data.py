@@ -2225,7 +2225,7 @@ def write_scenes(folder: str, n: int, seed: int, name: str, taught: bool = False
     """Make n scenes and a JSONL of questions about what comes second; the loud sound is always among the choices.
     -> path of the JSONL
 
-    `taught`: with a chain that listens again where the second sound is, names it, and answers with any of the choices: a cold
+    `taught`: with chains that listen again where the second sound is, name it, and then answer with any of the choices: a cold
     start that teaches where to listen, to hear and to answer, and nothing that connects the last two.
     """
     import soundfile

@@ -1939,7 +1939,7 @@ def make_demo(name: str) -> bool:
     else:
         data.write_scenes(making, 960, seed=1, name="demo")
         data.write_scenes(making, 240, seed=2, name="held_out")
-        for e in Examples(data.write_scenes(making, 480, seed=4, name="cold_start", taught=True)):
+        for e in Examples(data.write_scenes(making, 960, seed=4, name="cold_start", taught=True)):
             texts += [data.chat(e, PROMPTS["relisten"], with_audio=False)[-1]["content"], *e.target]
     lessons = data.write_lessons(data.write_sounds(making, 1200, 4, seed=3, name="lessons", faint=name != "sounds"))
     make_tiny_omni(os.path.join(making, "init"), lessons, texts)

@@ -6,6 +6,7 @@
     python tests/bench.py --reading      training steps of the demo's base with 30 s clips on disk, against clips in memory
     python tests/bench.py --eval         k sampled answers a question, against the library's generate
     python tests/bench.py --rollout      the same for groups of G = 1, 4, 8, 16
+    python tests/bench.py --relisten     rollouts in which one row in four hears a part of its clip again, against those without
     python tests/bench.py --trl          a whole training step against TRL's GRPOTrainer, and are the two the same step?
     python tests/bench.py --audio        a whole training step against the usual loop: repeated rows, clips and full logits
     python tests/bench.py --startup      seconds and memory until 1,000 ... 1,000,000 questions are ready
@@ -401,6 +402,38 @@ def sampling(args, counts: tuple[int, ...]) -> None:
         row(k, a, b, over(a, b))
 
 
+def relistening(args) -> None:
+    """Rollouts in which one row in four hears --again_s of its clip again, features and tower included, and those without."""
+    import transformers
+
+    policy = random_policy(big=torch.cuda.is_available())
+    policy.stop_ids, vocab, waves = [], policy.head.weight.shape[0] - 8, np.random.default_rng(0)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300, return_attention_mask=True)
+    clips = [waves.standard_normal(int(args.audio_s * 16000)).astype(np.float32) for _ in range(args.prompts)]
+    before, after = torch.randint(vocab, (40,)).tolist(), torch.randint(vocab, (40,)).tolist()
+    embedded = policy.encode_audio([og.features(extractor, clip, 0) for clip in clips])
+    prompts = [og.Tokens(before + [5] * len(a) + after, [(40, a)]) for a in embedded]
+    table(f"rollouts of {args.prompts} prompts with {args.audio_s:g} s clips, G = {args.generations}; one row in four hears "
+          f"{args.again_s:g} s again", "T", "without s", "with s", "longer, x")
+    for t in (32, 64, 256):
+        def insert(which, rows, t=t):
+            out = [None] * len(rows)
+            asked = [n for n, row in enumerate(rows) if len(row.ids) == t // 4 + id(row) // 64 % (t // 4) and n % 4 == 0]
+            parts = [clips[which[n]][:int(args.again_s * 16000)] for n in asked]
+            heard = policy.encode_audio([og.features(extractor, part, 0) for part in parts]) if asked else []
+            for n, audio in zip(asked, heard):
+                out[n] = og.Tokens([3, *[5] * len(audio), 4], [(1, audio)])
+            return out
+
+        def roll(insert=None, t=t):
+            return og.rollout(policy, prompts, args.generations, 1.0, t, list(range(args.prompts)), insert)
+
+        heard = sum(not all(c.sampled) for group in roll(insert) for c in group)
+        assert heard * 4 == args.prompts * args.generations, heard
+        a, b = by_turns(roll, lambda insert=insert: roll(insert), repeats=args.repeats)
+        row(t, a, b, over(b, a))
+
+
 END = 1  # the end-of-turn token of --trl
 
 
@@ -651,8 +684,9 @@ CHILDREN = {  # work(args, *params) -> what is measured, in a fresh process
     "audio": lambda args, naive: two_steps(audio_step(args, naive)[0]),
     "startup": lambda args, path: lambda: og.open_data(og.Config(data=path)),
 }
-MODES = dict(scoring=scoring, step=step, memory=memory, reading=reading, trl=against_trl, audio=against_repeated,
-             startup=startup, eval=lambda args: sampling(args, (1, 4, 8)), rollout=lambda args: sampling(args, (1, 4, 8, 16)))
+MODES = dict(scoring=scoring, step=step, memory=memory, reading=reading, trl=against_trl, relisten=relistening,
+             audio=against_repeated, startup=startup, eval=lambda args: sampling(args, (1, 4, 8)),
+             rollout=lambda args: sampling(args, (1, 4, 8, 16)))
 
 
 def main() -> None:
@@ -665,6 +699,7 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--new_tokens", type=int, default=16)
     parser.add_argument("--audio_s", type=float, default=10.0)
+    parser.add_argument("--again_s", type=float, default=3.0, help="seconds heard again of --relisten; Echo's mean is 3")
     parser.add_argument("--kind", default="wav", choices=["wav", "flac", "mp3"], help="of the clips of --reading")
     parser.add_argument("--cap_gib", type=float, default=48.0, help="of --step on a GPU: more is refused")
     parser.add_argument("--nf4", action="store_true", help="--step with 4-bit base weights")

@@ -11,7 +11,8 @@ import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-MATH, MODEL, RUN, RANKS, FAMILIES = (f"tests/test_{x}.py" for x in ("math", "model", "run", "ranks", "families"))
+MATH, MODEL, RUN, RANKS, FAMILIES, AGAIN = (
+    f"tests/test_{x}.py" for x in ("math", "model", "run", "ranks", "families", "relisten"))
 
 MUTANTS = [  # what, old, new, the tests that must die
     ("loss sign", "return -(weight * torch.minimum(", "return (weight * torch.minimum(", MATH),
@@ -77,6 +78,12 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("checkpoint written in place", "    tmp = path + \".tmp\"\n", "    tmp = path\n", RUN),
     ("frames past a clip's end dropped", "frames_after=2)", "frames_after=0)", FAMILIES),
     ("Qwen2-Audio attends to what is behind the clip", "window // 2) >= inner", "window // 2) >= window + inner", FAMILIES),
+    ("what was inserted is trained", "self.sampled += [False] *", "self.sampled += [True] *", AGAIN),
+    ("another part is heard again", "wave = wave[round(start * data.RATE_HZ):", "wave = wave[round(0 * data.RATE_HZ):", AGAIN),
+    ("a block looks ahead", "self.mask.new_ones(n, n).tril()", "self.mask.new_ones(n, n)", AGAIN),
+    ("a block takes no positions", "torch.tensor(sizes, device=device))\n", "torch.tensor(sizes, device=device) * 0)\n", AGAIN),
+    ("no end of parts", "len(row.heard) >= cfg.relistens", "False", AGAIN),
+    ("parts are heard in the answer", '"not thinking": over', '"not thinking": False', AGAIN),
 ]
 
 

@@ -1019,3 +1019,39 @@ def test_preflight_counts_what_may_be_heard_again(omni):
         for n in (0, 512)
     )
     assert many > few
+
+
+# ---- the rehearsal
+
+
+def test_the_second_sound_is_heard_only_again(tmp_path):
+    """Beside the loud sound nothing of the faint one is above the front end's floor; its part alone is full of it, and so is
+    the part that the cold start's chains listen to, most of the time."""
+    extractor = transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300, return_attention_mask=True)
+    path = data.write_scenes(str(tmp_path), 40, seed=1, name="scenes", taught=True)
+    assert len(data.scan(data.Examples(path), "cold_start")) == 40
+    clear = 0
+    for e in data.Examples(path):
+        (start, end), wave = e.meta["spans"][0], data.load_audio(e.audio)[0]
+        whole = og.features(extractor, wave, 0)
+        assert whole[:, round(start * 100) + 3 : round(end * 100) - 3].max() <= whole.min() + 1e-3 < whole.max() - 1.9
+        alone = og.features(extractor, wave[round(start * RATE_HZ) : round(end * RATE_HZ)], 0)
+        assert (alone > alone.min() + 0.1).float().mean() > 0.02
+        assert e.choices[e.answer] == e.meta["label"] and e.meta["first"] in e.choices and len(set(e.choices)) == 4
+        found = [og.SEGMENT.search(chain[: chain.index("</seg>") + 6]) for chain in e.target]
+        assert all(reward.think_format(chain, e) == 1 and reward.segment_flow(chain, e) == 0 for chain in e.target)
+        assert [reward.resolve(chain, e.choices) for chain in e.target] == [0, 1, 2, 3]
+        (heard,) = {tuple(map(float, m.groups())) for m in found}
+        again = og.features(extractor, wave[round(heard[0] * RATE_HZ) : round(heard[1] * RATE_HZ)], 0)
+        clear += again.max() < 0.5  # the loud one is not in it
+        assert reward.grounding(reward.Text.of("", heard=[heard]), e) > 0.5
+    assert clear >= 36
+
+
+def test_demos_parse(monkeypatch):
+    cfg, demo = og.parse_config(["--demo", "relisten", "--seed", "1"])
+    assert demo == "relisten" and cfg.relistens == 2 and cfg.cold_start_steps and cfg.seed == 1
+    assert og.parse_config([])[1] == "sounds"
+    for words in (["--demo", "nothing"], ["--demo", "relisten", "--data", "x.jsonl"]):
+        with pytest.raises(data.UserError):
+            og.parse_config(words)
