@@ -58,7 +58,7 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("LoRA everywhere", r"pattern = rf\"{re.escape(lm_path)}\..*\b(".replace('\\"', '"'), r'pattern = rf".*\b(', MODEL),
     ("padding seen in decoding", "own | (slot < sizes[:, None])[:, None]", "own | (slot < self.length)", MODEL),
     ("rows of a prompt see each other", "& ((slot - self.length) % g == ", "& (slot * 0 == 0 * ", MODEL),
-    ("step writes over the last", "self.end += self.g", "self.end += 0", MODEL),
+    ("step writes over the last", "end + self.g for end in", "end for end in", MODEL),
     ("wrong row leaves", "self.place = line * self.g + self.place % self.g", "self.place = line * self.g", MODEL),
     ("prefix without its gradient", "            prefix.backward(leaves[key])\n        if anything",
      "            pass\n        if anything", MODEL),
