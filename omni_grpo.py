@@ -115,6 +115,7 @@ class Config:
     resample_uniform: bool = arg(False, "draw new prompts for groups without reward spread (DAPO dynamic sampling)")
     # optimisation
     lr: float = arg(1e-5, "AdamW learning rate; 1e-6 is a full fine-tuning rate and does not move LoRA")
+    cold_start_lr: float = arg(0.0, "AdamW learning rate of the cold start, which bears a higher one (0: --lr)")
     warmup_steps: int = arg(10, "steps of linear warm-up, of the cold start and of RL")
     lr_schedule: str = arg("constant", "after the warm-up: constant | linear (down to 0 at the end of the stage)",
                            ("constant", "linear"))
@@ -147,8 +148,8 @@ class Config:
                   ("prompts_per_step", "updates_per_rollout", "save_every", "eval_every", "eval_samples", "log_rollouts",
                    "pack_tokens", "rollout_rows", "workers", "lora_alpha")]
         rules += [(k, 0 <= getattr(self, k) < math.inf, "must be 0 or more") for k in
-                  ("steps", "cold_start_steps", "eval_size", "max_new_tokens", "clip_high", "beta", "lr", "warmup_steps",
-                   "lora_rank", "max_bad_audio", "max_grad_norm", "max_relisten_s", "relisten_tokens")]
+                  ("steps", "cold_start_steps", "eval_size", "max_new_tokens", "clip_high", "beta", "lr", "cold_start_lr",
+                   "warmup_steps", "lora_rank", "max_bad_audio", "max_grad_norm", "max_relisten_s", "relisten_tokens")]
         for f in dataclasses.fields(self):
             allowed = f.metadata["choices"]
             rules.append((f.name, not allowed or getattr(self, f.name) in allowed, f"must be one of {allowed}"))
@@ -1817,7 +1818,7 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
 
         # ---- advantage and update
         nth, of = (step, cfg.cold_start_steps) if cold else (step - cfg.cold_start_steps, cfg.steps)  # each stage has its own
-        lr = cfg.lr * min(1.0, nth / max(1, cfg.warmup_steps))
+        lr = (cold and cfg.cold_start_lr or cfg.lr) * min(1.0, nth / max(1, cfg.warmup_steps))
         lr *= 1 - (nth - 1) / of if cfg.lr_schedule == "linear" else 1
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr

@@ -131,7 +131,7 @@ def test_pass_rates_come_from_eval_and_go_into_the_window(stand_ins, tiny, tmp_p
 
 def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path):
     """Structured chains on a tiny Omni whose tokenizer knows their words: the cold start raises the log-probability of
-    held-out targets, and RL lifts the format's reward over 0.9, with the frozen cold-started weights as the reference."""
+    held-out targets, and RL lifts the format's reward, with the frozen cold-started weights as the reference."""
     examples = list(data.Examples(tiny.questions))
     rows = [dict(audio=e.audio, question=e.question, choices=e.choices, target=[
         CHAIN.format(e.choices[0]), CHAIN.format(e.choices[1]), CHAIN.format(e.choices[2]).replace("</CAPTION>", "")])
@@ -139,9 +139,9 @@ def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path):
     cold, held = write(tmp_path / "cold.jsonl", rows[:18]), write(tmp_path / "held.jsonl", rows[18:])
     init = str(tmp_path / "init")
     og.make_tiny_omni(init, write(tmp_path / "words.jsonl", [dict(row, question=row["target"][0]) for row in rows]))
-    cfg = og.Config(model=init, data=tiny.questions, cold_start_data=cold, cold_start_steps=50, steps=35, eval_size=0,
+    cfg = og.Config(model=init, data=tiny.questions, cold_start_data=cold, cold_start_steps=50, steps=50, eval_size=0,
                     prompts_per_step=3, num_generations=8, prompt="structured", reward="structure=1", max_new_tokens=80,
-                    lora_rank=0, lr=3e-3, lr_schedule="linear", beta=1e-3, reduce="token", workers=1,
+                    lora_rank=0, lr=5e-4, cold_start_lr=3e-3, lr_schedule="linear", beta=1e-3, reduce="token", workers=1,
                     gradient_checkpointing=False, out=str(tmp_path / "run"))
 
     def likelihood(folder):
@@ -156,8 +156,10 @@ def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path):
     log = read(os.path.join(out, "log.jsonl"))
     rl = log[51:]
     first, last = (sum(r["reward/structure"] for r in part) / 5 for part in (rl[:5], rl[-5:]))
-    assert finished and len(rl) == 35
-    assert 0.1 < first < 0.75 and last > max(0.8, first + 0.2), (first, last)  # 0.53 and 0.90 here
+    assert finished and len(rl) == 50
+    assert 0.1 < first < 0.75 and last > max(0.6, first + 0.2), (first, last)  # 0.35 and 0.9 here; six seeds: +0.26 to +0.55
+    rates = [log[step]["optim/lr"] for step in (1, 10, 50, 51, 60, 100)]  # each stage: ten steps of warm-up, then linear to 0
+    assert rates == pytest.approx([3e-4, 3e-3 * 0.82, 3e-3 * 0.02, 5e-5, 5e-4 * 0.82, 5e-4 * 0.02])
     assert rl[0]["policy/kl_ref"] < 1e-6 < rl[-1]["policy/kl_ref"]  # the reference is the policy after its cold start
     assert likelihood(os.path.join(out, "model")) > likelihood(init) + 1
 
