@@ -1014,13 +1014,14 @@ def page(report: dict, results: list[Result], max_audio_s: float, flips: dict[st
     clips = sounds({str(clip): clip for heard in played for clip in heard}, budget_mib, max_audio_s)
     items = []
     for r, heard in zip(results, played):
-        again = r.again[0][0] if r.again and r.again[0] else None
+        texts, again = ([x for row in rows for x in row] for rows in (r.said, r.again))
         choice, raw = majority(r), spoken(r)[1]
         state = "unscored" if not r.example.has_answer else \
             "right" if r.score == 1 else "unresolved" if choice is None and r.example.choices else "wrong"
         items.append(dict(id=r.example.id, question=r.example.question, choices=r.example.choices, gold=r.example.answer,
                           answer=choice, said=raw, score=r.score, state=state, error=r.error, flip=(flips or {}).get(r.key, ""),
-                          clips=list(map(str, heard)), again=again, samples=[t for row in r.said for t in row][1:],
+                          clips=list(map(str, heard)), again=again[0] if again else None,
+                          samples=list(zip(texts, again or [None] * len(texts)))[1:],
                           tags=[f"{k}: {r.example.meta[k]}" for k in GROUPS if r.example.meta.get(k)]))
     title = f"{report['file']}: {report.get('model', '')} {report.get('adapter', '')}".strip()
     return filled(title, table_of(markdown(report)), items, clips)
@@ -1122,11 +1123,11 @@ function make(tag, text, name) {
 }
 // <seg>start, end</seg> becomes a button that plays that part; several clips stand on one time line
 function play(players, start, end) {
+  for (const p of players) { p.pause(); p.ontimeupdate = null; }
   for (const p of players) {
-    p.pause();
     if (start < p.duration) {
-      const stop = () => { if (p.currentTime >= end) { p.pause(); p.removeEventListener("timeupdate", stop); } };
-      p.currentTime = start; p.addEventListener("timeupdate", stop); p.play();
+      p.ontimeupdate = () => { if (p.currentTime >= end) { p.pause(); p.ontimeupdate = null; } };
+      p.currentTime = start; p.play();
       return;
     }
     start -= p.duration; end -= p.duration;
@@ -1164,7 +1165,7 @@ function draw(item) {
   item.choices.forEach((c, i) => list.append(make("li", c + (i === item.gold ? " ✓" : "") + (i === item.answer ? " ←" : ""),
     i === item.gold ? "gold" : i === item.answer ? "bad" : "")));
   box.append(list, say(item.said, item.again, players));
-  for (const s of item.samples.slice(0, 7)) box.append(" ", make("q", s));
+  for (const s of item.samples.slice(0, 7)) box.append(" ", say(...s, players));
   return box;
 }
 function more() {

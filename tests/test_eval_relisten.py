@@ -49,6 +49,10 @@ def test_an_evaluation_hears_again(asked, capsys):
     assert "heard again: 1.67 parts an answer, at least one in 100.0 % of them; refused: 4 outside" in capsys.readouterr().out
     items = data_of(content("out", "report.html"))["items"]
     assert [item["again"] for item in items] == [r["again"][0] for r in records] and items[0]["said"] == SAID
+    assert asked("--out", "twice", "--samples", "2") == 0
+    records = [json.loads(line) for line in content("twice", "items.jsonl").splitlines()]
+    second = [item["samples"] for item in data_of(content("twice", "report.html"))["items"]]  # its parts can be played, too
+    assert second == [[[r["said"][1], r["again"][1]]] for r in records] and second[0][0][1]
 
 
 def test_settings_of_re_listening_keep_results_apart(asked, capsys):
