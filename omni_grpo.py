@@ -1912,8 +1912,8 @@ DEMOS = {
     # weights are trained, as Echo does: LoRA alone does not teach so small a base to write the tags without slips
     "relisten": DEMO | dict(model="runs/tiny_relisten/base", data="runs/tiny_relisten/demo.jsonl",
                             eval_data="runs/tiny_relisten/held_out.jsonl", prompt="relisten",
-                            cold_start_data="runs/tiny_relisten/cold_start.jsonl", cold_start_steps=500, steps=400,
-                            eval_every=100, lora_rank=0, cold_start_lr=1.5e-3, lr=1e-3, gradient_checkpointing=False,
+                            cold_start_data="runs/tiny_relisten/cold_start.jsonl", cold_start_steps=600, steps=400,
+                            eval_every=100, lora_rank=0, cold_start_lr=2e-3, lr=1e-3, gradient_checkpointing=False,
                             reward="accuracy=1,think_format=0.5,segment=0.5", max_relistens=2, max_new_tokens=48),
 }
 

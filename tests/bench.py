@@ -418,7 +418,7 @@ def relistening(args) -> None:
     for t in (32, 64, 256):
         def insert(which, rows, t=t):
             out = [None] * len(rows)
-            asked = [n for n, row in enumerate(rows) if len(row.ids) == t // 4 + id(row) // 64 % (t // 4) and n % 4 == 0]
+            asked = [n for n, row in enumerate(rows) if len(row.ids) == t // 4 + n * 5 % (t // 4) and n % 4 == 0]
             parts = [clips[which[n]][:int(args.again_s * 16000)] for n in asked]
             heard = policy.encode_audio([og.features(extractor, part, 0) for part in parts]) if asked else []
             for n, audio in zip(asked, heard):
