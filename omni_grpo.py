@@ -1632,7 +1632,7 @@ def draw_curves(out: str) -> None:
 
 
 def draw_rollout(out: str) -> None:
-    """The last right answer of rollouts.jsonl that listened again -> rollout.png: its clip, what was heard again, its text.
+    """The last of the best answers in rollouts.jsonl that listened again -> rollout.png: clip, what was heard again, text.
 
     A part is drawn at the height at which it is heard: the front end's range ends 80 dB below the loudest of what it is given.
     """
@@ -1641,7 +1641,7 @@ def draw_rollout(out: str) -> None:
         with open(path, encoding="utf-8") as f:
             for r in map(json.loads, f):
                 if r.get("heard") and isinstance(r["audio"], str) and r["parts"].get("accuracy", r["reward"]) > 0:
-                    last = r
+                    last = r if not last or r["reward"] >= last["reward"] else last
     if not last:
         return
     import textwrap
@@ -1660,7 +1660,7 @@ def draw_rollout(out: str) -> None:
         level = np.abs(wave[part]).max() + 1e-12
         db = 20 * np.log10(level / (np.abs(wave).max() + 1e-12))
         ax.axvspan(start, end, color=f"C{n}", alpha=0.15)
-        label = f"heard again, {start:g} to {end:g} s, {db:.0f} dB"
+        label = f"heard again, {round(start, 2):g} to {round(end, 2):g} s, {db:.0f} dB"
         ax.plot(seconds[part], wave[part] / level, lw=0.5, color=f"C{n}", label=label)
     ax.set(xlim=(0, len(wave) / data.RATE_HZ), ylim=(-1.1, 1.1), yticks=[], xlabel="seconds")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
