@@ -181,10 +181,14 @@ def child(args) -> None:
 
 
 def scoring(args) -> None:
-    """Forward and backward over one group: G full rows as one batch, against the packed row. The heads see the same tokens."""
+    """Forward and backward over one group: G full rows as one batch, against the packed row. The heads see the same tokens.
+
+    Beside them one causal row of S + GT tokens, through the library's own path: what so many tokens cost without our masks.
+    """
     policy = random_policy(big=torch.cuda.is_available())
     vocab = policy.head.weight.shape[0]
-    table("scoring, forward and backward", "S", "T", "G", "repeated s", "shared s", "faster, x", "bound, x", "of the bound")
+    table("scoring, forward and backward", "S", "T", "G", "repeated s", "shared s", "one plain row s", "faster, x",
+          "bound, x", "of the bound")
     policy.lm.train()
     for s in (330, 830):
         for t, g in ((8, 4), (8, 8), (8, 16), (30, 4), (30, 8), (30, 16), (100, 8)):
@@ -198,14 +202,20 @@ def scoring(args) -> None:
                 og.token_logps(policy, pack, 1.0)[0].sum().backward()
 
             def run_repeated(rows=rows, s=s):
+                run_rows(rows, s)
+
+            def run_plain(row=torch.randint(vocab, (1, s + g * t), device=policy.device), s=s):
+                run_rows(row, s)
+
+            def run_rows(rows, s):
                 x = torch.nn.functional.embedding(rows, policy.embed_tokens.weight)
                 hidden = policy.lm(inputs_embeds=x, use_cache=False).last_hidden_state[:, s - 1:-1]
                 logps = policy.head(hidden).float().log_softmax(-1)
                 logps.gather(2, rows[:, s:, None]).sum().backward()
 
-            a, b = by_turns(run_repeated, run_shared, repeats=args.repeats)
+            a, b, c = by_turns(run_repeated, run_shared, run_plain, repeats=args.repeats)
             bound = g * (s + t) / (s + g * t)
-            row(s, t, g, a, b, over(a, b), bound, statistics.median(over(a, b)) / bound)
+            row(s, t, g, a, b, c, over(a, b), bound, statistics.median(over(a, b)) / bound)
 
 
 class Clock:
