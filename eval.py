@@ -433,9 +433,9 @@ def answer(args, items: list[Example], out: str, policy=None, heard_items=None) 
                 heard_by = dict(ok)
                 records = {i: [lines[results[i].key] | {"rotation": k, "said": [], "error": str(e)} for k in rotations[i]]
                            for _, (i, e) in batch if isinstance(e, DataError)}
-                clips = og.embeddings(policy, [clips for _, clips in ok])  # once a clip, for all rotations and samples
-                asked = [(i, k, og.prompt_tokens(policy, rotate(heard_items[i], k), clip, cfg))
-                         for (i, _), clip in zip(ok, clips) for k in rotations[i] if (results[i].key, k) not in done]
+                embedded = og.embeddings(policy, [clips for _, clips in ok])  # once a clip, for all rotations and samples
+                asked = [(i, k, og.prompt_tokens(policy, rotate(heard_items[i], k), audio, cfg))
+                         for (i, _), audio in zip(ok, embedded) for k in rotations[i] if (results[i].key, k) not in done]
                 at_once = max(1, args.rollout_rows // args.samples)
                 for at in range(0, len(asked), at_once):
                     part = asked[at:at + at_once]

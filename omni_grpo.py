@@ -25,6 +25,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -987,6 +988,18 @@ ANSWERING = re.compile(r"</\s*think|<\s*(?:answer|response)", re.IGNORECASE)  # 
 SLACK_S = 0.5  # so far past the clip's end a part may reach: models round
 
 
+@functools.cache  # the vocabulary is long, and every step asks
+def around_clips(tokenizer, audio_id: int) -> tuple[set[int], list[int], list[int]]:
+    """-> (the tokens that may close a tag, what the prompt puts before a clip, what it puts behind it)"""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    closers = {i for i, token in enumerate(tokens) if token and ">" in token}
+    chat = [{"role": "user", "content": [{"type": "audio", "audio": "clip"}, {"type": "text", "text": "?"}]}]
+    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
+    at, added = ids.index(audio_id), tokenizer.added_tokens_decoder
+    before, after = ([i for i in part if i in added] for part in (ids[at - 1:at], ids[at + 1:at + 2]))
+    return closers, before, after
+
+
 class Relisten:
     """Puts what a completion asks for by <seg>start, end</seg> behind that tag: the part of its clip, from the samples, wrapped
     as the prompt wraps clips (Echo, arXiv 2602.11909). Several clips follow each other on one time line.
@@ -999,13 +1012,7 @@ class Relisten:
         self.policy, self.cfg, self.prompts, self.heard = policy, cfg, prompts, heard
         self.read = {}  # of each completion: how many tokens are dealt with, and what the last of them says behind its tag
         self.answering = set()  # which completions are past thinking
-        tokens = policy.tokenizer.convert_ids_to_tokens(range(len(policy.tokenizer)))
-        self.closers = {i for i, token in enumerate(tokens) if token and ">" in token}
-        chat = [{"role": "user", "content": [{"type": "audio", "audio": "clip"}, {"type": "text", "text": "?"}]}]
-        text = policy.tokenizer.apply_chat_template(chat, tokenize=False)
-        ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-        at, added = ids.index(policy.audio_id), policy.tokenizer.added_tokens_decoder
-        self.before, self.after = ([i for i in part if i in added] for part in (ids[at - 1:at], ids[at + 1:at + 2]))
+        self.closers, self.before, self.after = around_clips(policy.tokenizer, policy.audio_id)
 
     def __call__(self, which: list[int], rows: list[Completion]) -> list[Tokens | None]:
         """After the last token of each of `rows`, completions of the prompts `which`: what it now hears, or None."""
@@ -1021,7 +1028,6 @@ class Relisten:
         for (n, *_), audio in zip(asked, self.parts([(i, *span) for _, i, span in asked])):
             ids = [*self.before, *[self.policy.audio_id] * len(audio), *self.after]
             out[n] = Tokens(ids, [(len(self.before), audio)])
-        for n, *_ in asked:
             self.read[id(rows[n])] = len(rows[n].ids) + len(out[n].ids), self.read[id(rows[n])][1]
         return out
 
@@ -1055,21 +1061,20 @@ class Relisten:
 
     def parts(self, spans: list[tuple[int, float, float]]) -> list[Tensor]:
         """(prompt, start, end) -> audio embeddings (n, H); the tower runs once for all."""
-        if not spans:
-            return []
-        out = []
-        for i, start, end in spans:
-            if self.cfg.relisten_from == "embeddings":
-                whole = torch.cat([audio for _, audio in self.prompts[i].audio])
-                rate = len(whole) * data.RATE_HZ / sum(len(clip.wave) for clip in self.heard[i])
-                first, n = min(round(start * rate), len(whole) - 1), max(1, round(25 * (end - start)))
-                out.append(whole[first:first + n])
-            else:
-                import numpy as np
-                wave = np.concatenate([clip.wave for clip in self.heard[i]])
-                wave = wave[round(start * data.RATE_HZ):round(end * data.RATE_HZ)]
-                out.append(features(self.policy.extractor, wave, self.policy.frames_after))
-        return out if self.cfg.relisten_from == "embeddings" else self.policy.encode_audio(out)
+        if self.cfg.relisten_from == "embeddings":
+            return [self.held(*span) for span in spans]
+        import numpy as np
+        waves = [np.concatenate([clip.wave for clip in self.heard[i]])[round(start * data.RATE_HZ):round(end * data.RATE_HZ)]
+                 for i, start, end in spans]
+        mels = [features(self.policy.extractor, wave, self.policy.frames_after) for wave in waves]
+        return self.policy.encode_audio(mels) if mels else []
+
+    def held(self, i: int, start: float, end: float) -> Tensor:
+        """The same part as the prompt holds it."""
+        whole = torch.cat([audio for _, audio in self.prompts[i].audio])
+        rate = len(whole) * data.RATE_HZ / sum(len(clip.wave) for clip in self.heard[i])
+        first, n = min(round(start * rate), len(whole) - 1), max(1, round(25 * (end - start)))
+        return whole[first:first + n]
 
 
 def relistening(policy: Policy, cfg: Config, prompts: list[Tokens], heard: list[list[Clip]]) -> Relisten | None:
@@ -1632,7 +1637,7 @@ def draw_curves(out: str) -> None:
 
 
 def draw_rollout(out: str) -> None:
-    """The last of the best answers in rollouts.jsonl that listened again -> rollout.png: clip, what was heard again, text.
+    """The last of the best answers to one clip in rollouts.jsonl that listened again -> rollout.png: clip, parts, text.
 
     A part is drawn at the height at which it is heard: the front end's range ends 80 dB below the loudest of what it is given.
     """
@@ -1651,7 +1656,10 @@ def draw_rollout(out: str) -> None:
     import numpy as np
     from matplotlib import pyplot as plt
 
-    wave = data.load_audio(last["audio"], 300.0)[0]
+    try:
+        wave = data.load_audio(last["audio"], 300.0)[0]
+    except DataError:  # gone meanwhile: no reason to end a finished run with an error
+        return
     seconds = np.arange(len(wave)) / data.RATE_HZ
     fig, ax = plt.subplots(figsize=(11, 3.6))
     ax.plot(seconds, wave / (np.abs(wave).max() + 1e-12), lw=0.5, color="gray", label="the clip")

@@ -529,7 +529,7 @@ def segment(completion: str, example) -> float:
     return float(bool(getattr(completion, "heard", ())) and accuracy(completion, example) == 1)
 
 
-FRESH_START = re.compile(r"</seg>\s*(?=[^\W\d_]|<)(.)")
+FRESH_START = re.compile(r"</seg>\s*([^\W\d_]|<)")
 
 
 def segment_flow(completion: str, example) -> float:

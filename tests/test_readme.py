@@ -1,8 +1,9 @@
-"""The README says what the code does: flags, commands, functions and tests that it names exist."""
+"""The README says what the code does: flags, commands, functions and tests that it names exist. So do the mutants' places."""
 
 import dataclasses
 import os
 import re
+import runpy
 import shlex
 
 import data
@@ -69,6 +70,13 @@ def test_every_config_default_is_valid_and_parses_back():
 
 
 def test_log_keys_in_the_readme():
-    written = set(re.findall(r'"((?:policy|group|len|optim|time|mem|audio|reward|eval)/\w+)"', source("omni_grpo.py")))
+    written = set(re.findall(r'"((?:policy|group|len|optim|time|mem|audio|reward|eval|relisten)/\w+)"', source("omni_grpo.py")))
     missing = {k for k in written if f"`{k}`" not in README} - {"policy/logp", "group/scored", "time/eval_s", "optim/lr"}
     assert not missing
+
+
+def test_every_mutant_still_finds_its_text():
+    """A mutant whose text is gone breaks nothing, and proves nothing."""
+    code = source("omni_grpo.py")
+    assert not [what for what, old, *_ in runpy.run_path(os.path.join(ROOT, "tests", "mutants.py"))["MUTANTS"]
+                if code.count(old) != 1]
