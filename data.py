@@ -41,7 +41,9 @@ from itertools import islice
 import numpy as np
 
 RATE_HZ = 16_000  # what every supported audio encoder expects
-MIN_SAMPLES = 321  # anything shorter gives no audio token (25 tokens a second, after two strides and a pooling)
+MIN_SAMPLES = (
+    321  # anything shorter gives no audio token (25 tokens a second, after two strides and a pooling)
+)
 
 
 class UserError(Exception):
@@ -54,6 +56,251 @@ class DataError(UserError):
 
 class AudioError(DataError):
     """A clip that cannot be heard: missing, unreadable, empty, too short or not finite."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every script here needs: options, exit codes, interruptions, look-ahead threads, files that survive a kill
+
+
+def knob(default, help, choices=None, low=0, high=2**31 - 1, above=None):
+    """A field of a dataclass of options: its default, its help, and the range of a number (`above`: low is excluded)."""
+    low = low if above is None else above
+    return field(
+        default=default,
+        metadata=dict(help=help, choices=choices, low=low, high=high, open=above is not None),
+    )
+
+
+def check_knobs(options) -> None:
+    """Raises UserError, naming the flag, for the first knob whose value is not among its choices or not in its range."""
+    for f in dataclasses.fields(options):
+        value, m = getattr(options, f.name), f.metadata
+        if m["choices"] and value not in m["choices"]:
+            raise UserError(f"--{f.name} {value}: must be one of {' | '.join(m['choices'])}")
+        if type(value) not in (int, float):
+            continue
+        fits = m["low"] < value <= m["high"] if m["open"] else m["low"] <= value <= m["high"]
+        if not fits or not math.isfinite(value):
+            word = "above" if m["open"] else "at least"
+            raise UserError(f"--{f.name} {value}: must be {word} {m['low']} and at most {m['high']}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows the module's docstring as its help. What is wrong is a UserError, one line and not forty lines of usage."""
+
+    def __init__(self, **options):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            formatter_class=raw, argument_default=argparse.SUPPRESS, allow_abbrev=False, **options
+        )
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+    def add_knobs(self, options_class) -> None:
+        """One flag for each field of a dataclass of knobs. A flag that is not given is not in the parsed namespace."""
+        for f in dataclasses.fields(options_class):
+            text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+            if f.type is bool:
+                self.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+            else:
+                self.add_argument(f"--{f.name}", type=f.type, metavar=f.name.upper(), help=text)
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command.       -> 0 or what it returns, 2 with one line for what the user can mend, 130 after Ctrl-C"""
+    with contextlib.suppress(
+        AttributeError
+    ):  # not every stream can be told how to write what no terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = command() or 0
+        sys.stdout.flush()
+        return code
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except OSError as e:  # no room, no permission, no such folder
+        name = e.filename2 or e.filename
+        print(f"error: {f'{name}: ' if name else ''}{e.strerror or e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def leave(code: int) -> None:
+    """End the process. After Ctrl-C at once: threads that still wait for a server would hold up a plain exit."""
+    if code == 130:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def interruptible(*names: str, note: str = ""):
+    """Yields a list. The first signal (SIGINT unless named) goes on the list, a second one raises KeyboardInterrupt.
+
+    An exception raised wherever the main thread happens to be would leave work half done; a list can be looked at between
+    two pieces of work. Outside the main thread signals are left alone.
+    """
+    stopping = []
+
+    def stop(number, frame):
+        if stopping:
+            raise KeyboardInterrupt
+        stopping.append(KeyboardInterrupt())
+        os.write(2, note.encode())  # print is not safe here
+
+    before = {}
+    with contextlib.suppress(ValueError):
+        for name in names or ("SIGINT",):
+            before[name] = signal.signal(getattr(signal, name), stop)
+    try:
+        yield stopping
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def ahead(
+    items, work: Callable, workers: int, depth: int, stopping=(), room: Callable = lambda waiting: True
+):
+    """Yield (item, work(item) or the DataError it raised) in order; threads compute up to `depth` items in advance.
+
+    Once `stopping` holds something, no further item is begun. room(waiting): may the last of the items `waiting` be begun
+    while the others are not yet yielded?
+    """
+
+    def run(item):
+        try:
+            return work(item)
+        except DataError as e:
+            return e
+
+    items, queue, pool = iter(items), collections.deque(), ThreadPoolExecutor(workers)
+    fresh = list(islice(items, 1))
+    try:
+        while True:
+            if stopping:  # threads begin items in order, so there is no gap between those that were begun
+                fresh, queue = [], collections.deque(pair for pair in queue if not pair[1].cancel())
+            while fresh and len(queue) < depth and room([item for item, _ in queue] + fresh):
+                queue.append((fresh[0], pool.submit(run, fresh[0])))
+                fresh = list(islice(items, 1))
+            if not queue:
+                return
+            item, future = queue.popleft()
+            yield item, future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def write_atomically(path: str, write: Callable[[str], None]) -> None:
+    """write(a temporary path), then rename: a kill at any moment leaves the old file or the new one, whole."""
+    part = path + ".part"
+    try:
+        write(part)
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def write_text(path: str, text: str) -> None:
+    """Atomically. Half a character, which UTF-8 does not have, is written as JSON spells it."""
+
+    def write(part):
+        with open(part, "w", encoding="utf-8", errors="backslashreplace") as f:
+            f.write(text)
+
+    write_atomically(path, write)
+
+
+class Ledger:
+    """JSON lines that are only ever appended, one write each, by one process at a time.
+
+    A kill leaves whole lines and at most a torn last one, which is cut off when the file is opened again.
+
+    path: the file; it is made where there is none. first_key: the first key of every line. enter(line, where): is called
+    with each line there is, and raises UserError where a line is not this run's; nothing has been changed by then.
+    Raises UserError if another process holds the file, or if it holds something else.
+    """
+
+    def __init__(self, path: str, first_key: str, enter: Callable[[dict, str], None]):
+        self.path = path
+        if os.path.exists(path) and (problem := file_problem(path)):
+            raise UserError(problem)
+        try:
+            self.file = open(path, "ab", buffering=0)
+        except OSError as e:
+            raise UserError(f"{path}: {e.strerror}") from None
+        try:
+            if not lock(self.file):
+                raise UserError(
+                    f"{path}: another process is writing it; wait for its end, or give another file"
+                )
+            size, start = 0, f'{{"{first_key}": '.encode()
+            with open(path, "rb") as lines:
+                for n, raw in enumerate(lines, 1):
+                    if not raw.endswith(b"\n") and raw[: len(start)] == start[: len(raw)]:
+                        break
+                    line = parse_json(raw, f"{path}:{n}")
+                    if not isinstance(line, dict) or next(iter(line), None) != first_key:
+                        raise UserError(f"{path}:{n}: not written by this command; give another file")
+                    enter(line, f"{path}:{n}")
+                    size += len(raw)
+            self.file.truncate(size)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def append(self, line: dict) -> None:
+        """Raises UserError if the disk does not take the whole line."""
+        raw = (json.dumps(line) + "\n").encode()
+        try:
+            if self.file.write(raw) != len(raw):
+                raise OSError(0, "only part of a line could be written; is the disk full?")
+        except OSError as e:
+            raise UserError(
+                f"{self.path}: {e.strerror}; once that is mended, the same command goes on from here"
+            ) from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def lock(file) -> bool:
+    """Take the file's lock, which ends with the process, kill -9 included; True where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def seed_of(*parts) -> int:
+    """56 bits that depend on nothing but the parts, whatever process computes them."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+
+
+def progress(items, total: int, what: str):
+    from tqdm import tqdm
+
+    return tqdm(
+        items, total=total, desc=what, unit="", leave=False, disable=None
+    )  # None: silent where nobody looks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +328,11 @@ class Example:
     def is_countdown(self) -> bool:
         """No choices, but `nums` that have to make a `target`: reward.countdown tells right from wrong."""
         nums = self.meta.get("nums")
-        return not self.choices and isinstance(nums, list) and all(type(n) is int for n in [*nums, self.meta.get("target")])
+        return (
+            not self.choices
+            and isinstance(nums, list)
+            and all(type(n) is int for n in [*nums, self.meta.get("target")])
+        )
 
     @property
     def has_answer(self) -> bool:
@@ -112,7 +363,9 @@ class Embedded:
         """The same for the same clip. A sample of its bytes must do: it costs 50 us, and reading a whole set takes hours."""
         if not (content := self.child("bytes")):
             return self.path
-        pieces = [content[at:at + 4096].to_pybytes() for at in (0, len(content) // 2, max(0, len(content) - 4096))]
+        pieces = [
+            content[at : at + 4096].to_pybytes() for at in (0, len(content) // 2, max(0, len(content) - 4096))
+        ]
         return f"{len(content)} bytes {hashlib.blake2b(b''.join(pieces), digest_size=8).hexdigest()}"
 
     def __bool__(self):
@@ -139,13 +392,17 @@ def make_example(fields: dict, where: str) -> Example:
         raise DataError(f'{where}: field "{key}": {problem}')
 
     # null is the same as missing
-    example = Example(**{"id": None, "audio": None, "question": None} | {k: v for k, v in fields.items() if v is not None})
+    example = Example(
+        **{"id": None, "audio": None, "question": None} | {k: v for k, v in fields.items() if v is not None}
+    )
     example.id = str(re.split(":| ", where)[-1] if example.id is None else example.id)
     if isinstance(example.audio, Embedded) and not example.audio:  # neither bytes nor a path
         example.audio = None
     if not isinstance(example.question, str) or not example.question.strip():
         bad("question", f"expected a text, found {example.question!r:.60}")
-    if not isinstance(example.choices, list) or not all(isinstance(c, str) and c.strip() for c in example.choices):
+    if not isinstance(example.choices, list) or not all(
+        isinstance(c, str) and c.strip() for c in example.choices
+    ):
         bad("choices", f"expected a list of texts, found {example.choices!r:.80}")
     if len(example.choices) == 1:
         bad("choices", f"only one choice, {example.choices[0]!r:.80}: a question needs at least two")
@@ -157,15 +414,31 @@ def make_example(fields: dict, where: str) -> Example:
     elif answer is not None and (isinstance(answer, bool) or not isinstance(answer, int)):
         bad("answer", f"expected the index or the text of a choice, found {answer!r:.80}")
     elif answer is not None and not 0 <= answer < n:
-        bad("answer", f"{answer!r:.80} is not among the {n} choices" + (f"; give an index from 0 to {n - 1}" if n else ""))
-    targets = [] if example.target is None else example.target if isinstance(example.target, list) else [example.target]
+        bad(
+            "answer",
+            f"{answer!r:.80} is not among the {n} choices"
+            + (f"; give an index from 0 to {n - 1}" if n else ""),
+        )
+    targets = (
+        []
+        if example.target is None
+        else example.target
+        if isinstance(example.target, list)
+        else [example.target]
+    )
     if example.target == [] or not all(isinstance(t, str) for t in targets):
         bad("target", f"expected a text or a list of texts, found {example.target!r:.60}")
     try:
         " ".join([example.question, *example.choices, *targets]).encode()
     except UnicodeEncodeError as e:  # JSON can write it, no tokenizer can read it
         half = e.object[e.start]
-        key = "question" if half in example.question else "choices" if half in "".join(example.choices) else "target"
+        key = (
+            "question"
+            if half in example.question
+            else "choices"
+            if half in "".join(example.choices)
+            else "target"
+        )
         bad(key, f"holds {half!a}, which is half a character; mend or drop the line")
     if not isinstance(example.meta, dict):
         bad("meta", f"expected an object, found {example.meta!r:.60}")
@@ -189,7 +462,9 @@ def own(row: dict) -> dict:
     if "audio" not in row:
         raise DataError('field "audio": missing; give a path, or null for a question without sound')
     fields = {k: row.pop(k) for k in ("id", "audio", "question", "choices", "answer", "target") if k in row}
-    return fields | {"meta": flat(row) if row.get("meta") is None or isinstance(row["meta"], dict) else row["meta"]}
+    return fields | {
+        "meta": flat(row) if row.get("meta") is None or isinstance(row["meta"], dict) else row["meta"]
+    }
 
 
 def flat(row: dict) -> dict:
@@ -209,8 +484,14 @@ def together(rows: list[dict]) -> dict:
     """The rows of one question as one: where they differ, all their values."""
     if len(rows) == 1:
         return rows[0]
-    given = {k: [row[k] for row in rows if row.get(k) is not None] for k in dict.fromkeys(k for row in rows for k in row)}
-    return {k: values if any(v != values[0] for v in values[1:]) else (values or [None])[0] for k, values in given.items()}
+    given = {
+        k: [row[k] for row in rows if row.get(k) is not None]
+        for k in dict.fromkeys(k for row in rows for k in row)
+    }
+    return {
+        k: values if any(v != values[0] for v in values[1:]) else (values or [None])[0]
+        for k, values in given.items()
+    }
 
 
 def text(row: dict, key: str, pop: bool = True) -> str:
@@ -222,12 +503,17 @@ def text(row: dict, key: str, pop: bool = True) -> str:
 
 def bare(choices: list[str], answer) -> tuple[list[str], object]:
     """(["(A) dog", "(B) cat"], "(B) cat" or "B") -> (["dog", "cat"], 1). Letters go if all choices have theirs in order."""
-    found = [re.match(rf"\s*\(?{letter}(?:\)\s*|[.:]\s+)(?=\S)", c) for letter, c in zip(string.ascii_uppercase, choices)]
+    found = [
+        re.match(rf"\s*\(?{letter}(?:\)\s*|[.:]\s+)(?=\S)", c)
+        for letter, c in zip(string.ascii_uppercase, choices)
+    ]
     lettered = len(found) == len(choices) > 0 and all(found)  # "A.D." and "B.C." are not
     if lettered:
         answer = choices.index(answer) if answer in choices else answer
-        choices = [c[m.end():] for c, m in zip(choices, found)]
-    if isinstance(answer, str) and (lettered or answer not in choices):  # a lettered "C. A" makes of "A" a letter
+        choices = [c[m.end() :] for c, m in zip(choices, found)]
+    if isinstance(answer, str) and (
+        lettered or answer not in choices
+    ):  # a lettered "C. A" makes of "A" a letter
         letter = re.fullmatch(r"\s*\(?([A-Z])[).:]?\s*", answer)
         if letter and ord(letter[1]) - 65 < len(choices):
             answer = ord(letter[1]) - 65
@@ -238,11 +524,14 @@ def multiple_choice(row: dict, question="question", choices="choices", answer="a
     """What most benchmarks share. A blank answer is one that the benchmark withholds."""
     asked, options, gold = text(row, question), row.pop(choices), row.pop(answer, None)
     if isinstance(options, str):  # some parquet copies hold the list as JSON
-        options = parse(options.encode("utf-8", "replace"), f'field "{choices}"')
+        options = parse_json(options.encode("utf-8", "replace"), f'field "{choices}"')
     if not isinstance(options, list) or not all(isinstance(c, str) for c in options):
         raise DataError(f'field "{choices}": expected a list of texts, found {options!r:.80}')
     options, gold = bare(options, gold)
-    return dict(id=row.pop("id", None), question=asked, choices=options, answer=None if gold == "" else gold) | fields
+    return (
+        dict(id=row.pop("id", None), question=asked, choices=options, answer=None if gold == "" else gold)
+        | fields
+    )
 
 
 def avqa(row: dict) -> dict:
@@ -251,38 +540,51 @@ def avqa(row: dict) -> dict:
     if isinstance(choices, list):
         if type(answer) is int and 0 <= answer < len(choices):  # True is an int too
             if choices[answer] is None:
-                raise DataError('field "answer": it points at a null choice; drop the line or mend the answer')
+                raise DataError(
+                    'field "answer": it points at a null choice; drop the line or mend the answer'
+                )
             answer -= choices[:answer].count(None)
         choices = [c for c in choices if c is not None]
     asked = text(row, "question_text", pop=False)
     if "video" not in asked:
         del row["question_text"]
     audio = row.pop("audio_path") if "audio_path" in row else text(row, "video_name", pop=False)
-    return dict(id=row.pop("id", None), audio=audio, question=asked.replace("video", "audio"), choices=choices, answer=answer)
+    return dict(
+        id=row.pop("id", None),
+        audio=audio,
+        question=asked.replace("video", "audio"),
+        choices=choices,
+        answer=answer,
+    )
 
 
 def avqa_processed(row: dict) -> dict:
     """gijs/avqa-processed: the choices stand in the question, "Q\nChoices:\nA. dog\nB. cat", the answer is "B. cat"."""
     asked, _, listed = row.pop("question").partition("\nChoices:\n")
     choices, answer = bare([line for line in listed.split("\n") if line.strip()], row.pop("answer"))
-    return dict(id=row.pop("id", None), audio=row.pop("audio"), question=asked, choices=choices, answer=answer)
+    return dict(
+        id=row.pop("id", None), audio=row.pop("audio"), question=asked, choices=choices, answer=answer
+    )
 
 
 def mmau(row: dict) -> dict:
     audio = text(row, "audio_id")
     return {"id": os.path.splitext(os.path.basename(audio))[0]} | {
-        k: v for k, v in multiple_choice(row, audio=audio).items() if v is not None}
+        k: v for k, v in multiple_choice(row, audio=audio).items() if v is not None
+    }
 
 
 def unpack(row: dict) -> None:
     more = row.pop("other_attributes", None)
-    row |= parse(more.encode(), 'field "other_attributes"') if isinstance(more, str) else more or {}
+    row |= parse_json(more.encode(), 'field "other_attributes"') if isinstance(more, str) else more or {}
 
 
 def mmau_hub(row: dict) -> dict:
     """MMAU's parquet: the question is the instruction, the rest is packed into other_attributes."""
     unpack(row)
-    return multiple_choice(row, question="instruction", audio=row.pop("context") if "context" in row else row.pop("audio"))
+    return multiple_choice(
+        row, question="instruction", audio=row.pop("context") if "context" in row else row.pop("audio")
+    )
 
 
 def mmau_version(rows) -> str:
@@ -295,8 +597,10 @@ def mmau_version(rows) -> str:
         n, meld, withheld = n + 1, meld + (row.get("dataset") == "meld"), withheld + (answer in (None, ""))
         lost += bool(answer) and isinstance(choices, list) and answer not in choices
     if lost > 20:
-        raise DataError(f"{lost} answers are not among their choices, as in MMAU's files of 15 and 16 May 2025, whose answers "
-                        "were mapped wrongly; take the current file of the benchmark")
+        raise DataError(
+            f"{lost} answers are not among their choices, as in MMAU's files of 15 and 16 May 2025, whose answers "
+            "were mapped wrongly; take the current file of the benchmark"
+        )
     if withheld == n:
         return "answers withheld"
     return "unknown version" if n != 1000 else {70: "v05.15.25", 43: "original"}.get(meld, "unknown version")
@@ -329,13 +633,17 @@ def arc(row: dict) -> dict:
     if isinstance(nested, dict):
         stem, row["choices"] = nested.pop("stem"), nested.pop("choices")
     rest = row.pop("choices")
-    labels, choices = ([c.pop(k) for c in rest] if isinstance(rest, list) else rest.pop(k) for k in ("label", "text"))
+    labels, choices = (
+        [c.pop(k) for c in rest] if isinstance(rest, list) else rest.pop(k) for k in ("label", "text")
+    )
     row |= {"question": nested} if nested and nested is not stem else {}  # what else stood there
     row |= {"choices": rest} if (any(rest) if isinstance(rest, list) else rest) else {}
     key = row.pop("answerKey")
     if key and key not in labels:
         raise DataError(f'field "answerKey": {key!r:.40} is not among the labels {labels!r:.80}')
-    return dict(id=row.pop("id", None), question=stem, choices=choices, answer=labels.index(key) if key else None)
+    return dict(
+        id=row.pop("id", None), question=stem, choices=choices, answer=labels.index(key) if key else None
+    )
 
 
 def conversation(row: dict) -> dict:
@@ -346,11 +654,20 @@ def conversation(row: dict) -> dict:
         asked, reply = text(row, "query"), text(row, "response")
     else:
         key = "messages" if "messages" in row else "conversations"
-        turns = [({"human": "user", "gpt": "assistant"}.get(who := t.get("role", t.get("from")), who),
-                  t.get("content", t.get("value"))) for t in row[key]]
-        said = dict(reversed([turn for turn in turns if turn[0] in ("user", "assistant")]))  # the first of each
+        turns = [
+            (
+                {"human": "user", "gpt": "assistant"}.get(who := t.get("role", t.get("from")), who),
+                t.get("content", t.get("value")),
+            )
+            for t in row[key]
+        ]
+        said = dict(
+            reversed([turn for turn in turns if turn[0] in ("user", "assistant")])
+        )  # the first of each
         if not all(isinstance(said.get(who), str) for who in ("user", "assistant")):
-            raise DataError(f'field "{key}": expected a text of the user and a reply, found {row[key]!r:.200}')
+            raise DataError(
+                f'field "{key}": expected a text of the user and a reply, found {row[key]!r:.200}'
+            )
         asked, reply = said["user"], said["assistant"]
         if len(turns) == 2 and all(len(t) == 2 for t in row[key]):  # nothing else is in it
             del row[key]
@@ -360,29 +677,41 @@ def conversation(row: dict) -> dict:
     if re.search("<audio>|<sound>", asked) and not clips:
         raise DataError('field "audios": missing, and the question has an <audio>')
     question = re.sub(r"(?:Audio \d+: *)?<audio>(?:[^<\n]+</audio>)?\n?|<sound>\n?", "", asked).strip()
-    return dict(id=row.pop("id", None), audio=clips[0] if isinstance(clips, list) and len(clips) == 1 else clips or None,
-                question=question, target=reply)
+    return dict(
+        id=row.pop("id", None),
+        audio=clips[0] if isinstance(clips, list) and len(clips) == 1 else clips or None,
+        question=question,
+        target=reply,
+    )
 
 
 def countdown(row: dict) -> dict:
     """TinyZero's task. The numbers and the target go to `meta`, for the reward."""
     nums, target = row["nums"], row["target"]
     if not isinstance(nums, list) or not nums or not all(type(n) is int for n in [*nums, target]):
-        raise DataError(f'field "nums": expected a list of integers and an integer target, found {nums!r:.60}, {target!r:.40}')
-    return dict(id=row.pop("id", None), question=f"Using the numbers {nums}, create an equation that equals {target}. You can "
-                "use basic arithmetic operations (+, -, *, /) and each number can only be used once.")
+        raise DataError(
+            f'field "nums": expected a list of integers and an integer target, found {nums!r:.60}, {target!r:.40}'
+        )
+    return dict(
+        id=row.pop("id", None),
+        question=f"Using the numbers {nums}, create an equation that equals {target}. You can "
+        "use basic arithmetic operations (+, -, *, /) and each number can only be used once.",
+    )
 
 
 def music_avqa(row: dict) -> dict:
     """Slots of the question are filled in order; choices come from the answers to other questions of the same type."""
-    values, asked = iter(parse(row["templ_values"].encode(), 'field "templ_values"')), row["question_content"]
+    values, asked = (
+        iter(parse_json(row["templ_values"].encode(), 'field "templ_values"')),
+        row["question_content"],
+    )
     asked = re.sub(r"<\w+>", lambda slot: str(next(values, slot[0])), asked)
     audio = text(row, "video_id", pop=False)
     return dict(id=row.pop("question_id", None), audio=audio, question=asked, answer=text(row, "anser"))
 
 
 def music_avqa_skip(row: dict) -> str:
-    kind = parse(row["type"].encode(), 'field "type"')[0]
+    kind = parse_json(row["type"].encode(), 'field "type"')[0]
     kind.encode()  # half a character could not be printed
     why = "" if kind == "Audio" else f"cannot be heard: {kind[:40]}"
     return "deleted by its authors" if row.get("question_deleted") else why
@@ -391,10 +720,18 @@ def music_avqa_skip(row: dict) -> str:
 def clotho_aqa(rows: list[dict]) -> dict:
     """Three annotators a question: the majority's answer."""
     answer, votes, answers = majority(rows)
-    rest = [{k: v for k, v in row.items() if k not in ("file_name", "QuestionText", "answer", "confidence")} for row in rows]
-    return dict(audio=rows[0]["file_name"], question=rows[0]["QuestionText"], answer=answer,
-                choices=["yes", "no"] if answer in ("yes", "no") else None, meta=together(rest) | dict(
-                    answers=answers, confidence=[r.get("confidence") for r in rows], agreement=votes / len(rows)))
+    rest = [
+        {k: v for k, v in row.items() if k not in ("file_name", "QuestionText", "answer", "confidence")}
+        for row in rows
+    ]
+    return dict(
+        audio=rows[0]["file_name"],
+        question=rows[0]["QuestionText"],
+        answer=answer,
+        choices=["yes", "no"] if answer in ("yes", "no") else None,
+        meta=together(rest)
+        | dict(answers=answers, confidence=[r.get("confidence") for r in rows], agreement=votes / len(rows)),
+    )
 
 
 def majority(rows: list[dict]) -> tuple[str, int, list[str]]:
@@ -402,7 +739,9 @@ def majority(rows: list[dict]) -> tuple[str, int, list[str]]:
     return *collections.Counter(answers).most_common(1)[0], answers
 
 
-CLIP = "audio|audio_path|audio_file|file_name|filename|file|wav|clip|path|youtube_id|ytid|fname|slice_file_name"
+CLIP = (
+    "audio|audio_path|audio_file|file_name|filename|file|wav|clip|path|youtube_id|ytid|fname|slice_file_name"
+)
 CAPTION = "captions|caption|caption_1|description"
 LABEL = "label|labels|class|category"
 START = ("start_s", "start_time", "start", "start_seconds")
@@ -434,8 +773,13 @@ def captions(rows: list[dict]) -> dict:
     if not found or not all(isinstance(c, str) for c in found):
         raise DataError(f'field "captions": expected texts, found {found!r:.60}')
     clip, carried = clip_of(rows[0]), next(k for k in CLIP.split("|") if k in rows[0])
-    fields = one_clip([{k: v for k, v in row.items() if not TOLD.fullmatch(k) and (k != carried or v != clip)}
-                       for row in rows], clip)
+    fields = one_clip(
+        [
+            {k: v for k, v in row.items() if not TOLD.fullmatch(k) and (k != carried or v != clip)}
+            for row in rows
+        ],
+        clip,
+    )
     meta = fields["meta"]
     if "captions" in meta:
         meta = flat({"captions_in_meta": meta.pop("captions"), "meta": meta})
@@ -443,7 +787,9 @@ def captions(rows: list[dict]) -> dict:
 
 
 def label(rows: list[dict]) -> dict:
-    return one_clip(rows, clip_of(rows[0])) | dict(question="Which sound is heard in this clip?", answer=labels_of(rows)[0])
+    return one_clip(rows, clip_of(rows[0])) | dict(
+        question="Which sound is heard in this clip?", answer=labels_of(rows)[0]
+    )
 
 
 def labels_of(rows: list[dict]) -> list[str]:
@@ -459,8 +805,12 @@ class Format:
     convert: Callable  # row -> fields of Example, taking out of the row what it carries over unchanged
     is_it: Callable = lambda row: True  # where the columns alone do not tell
     skip: Callable | None = None  # row -> why it is no question for us, or ""
-    group: Callable | None = None  # rows with the same key are one question; a row whose key is null stands alone
-    pool: Callable | None = None  # row -> kinds, right answers; distractors: those of its first kind, then of the next
+    group: Callable | None = (
+        None  # rows with the same key are one question; a row whose key is null stands alone
+    )
+    pool: Callable | None = (
+        None  # row -> kinds, right answers; distractors: those of its first kind, then of the next
+    )
     about: Callable | None = None  # all rows -> the version of the file; raises DataError on a broken one
     find: bool = True  # audio is looked for by its name, too; our own paths mean what they say
     text_only: bool = False  # may a question be without sound?
@@ -469,36 +819,67 @@ class Format:
 FORMATS = {
     "R1-AQA": Format("question_text multi_choice answer audio_path", avqa),
     "AVQA": Format("question_text multi_choice answer video_name", avqa),
-    "AVRT": Format("audio_path question multi_choice answer",
-                   lambda row: multiple_choice(row, choices="multi_choice", audio=row.pop("audio_path"))),
+    "AVRT": Format(
+        "audio_path question multi_choice answer",
+        lambda row: multiple_choice(row, choices="multi_choice", audio=row.pop("audio_path")),
+    ),
     "MMAU": Format("audio_id question choices answer", mmau, about=mmau_version),
     "MMAU (Hub)": Format("instruction choices answer context|audio", mmau_hub, about=mmau_version),
-    "MMAU-Pro": Format("audio_path question choices answer task_identifier", skip=mmau_pro_skip,
-                       convert=lambda row: multiple_choice(row, audio=row.pop("audio_path"))),
-    "MMAR": Format("audio_path question choices answer modality",
-                   lambda row: multiple_choice(row, audio=row.pop("audio_path"))),
-    "AudioMCQ": Format("audio_path question choices answer", lambda row: multiple_choice(row, audio=row.pop("audio_path"))),
+    "MMAU-Pro": Format(
+        "audio_path question choices answer task_identifier",
+        skip=mmau_pro_skip,
+        convert=lambda row: multiple_choice(row, audio=row.pop("audio_path")),
+    ),
+    "MMAR": Format(
+        "audio_path question choices answer modality",
+        lambda row: multiple_choice(row, audio=row.pop("audio_path")),
+    ),
+    "AudioMCQ": Format(
+        "audio_path question choices answer", lambda row: multiple_choice(row, audio=row.pop("audio_path"))
+    ),
     "AIR-Bench": Format("path question choice_a choice_b answer_gt task_name dataset_name", choice_columns),
     "MMSU": Format("question choice_a choice_b answer_gt audio|audio_path", choice_columns),
     "ARC": Format("question answerKey", arc, text_only=True),
     "Countdown": Format("nums target", countdown, text_only=True),
-    "conversation": Format("messages|conversations|query", conversation, text_only=True,
-                           is_it=lambda row: "query" not in row or "response" in row),
-    "MUSIC-AVQA": Format("video_id question_content templ_values anser type", music_avqa, skip=music_avqa_skip,
-                         pool=lambda row: (parse(row["type"].encode(), 'field "type"')[1:], [text(row, "anser")])),
-    "Clotho-AQA": Format("file_name QuestionText answer", clotho_aqa, group=lambda row: (row["file_name"], row["QuestionText"]),
-                         skip=lambda rows: "" if majority(rows)[1] > len(rows) / 2 else "the annotators disagree",
-                         pool=lambda rows: ([""], majority(rows)[:1])),
-    "avqa-processed": Format("question answer audio", avqa_processed,
-                             is_it=lambda row: "\nChoices:\n" in str(row["question"])),
-    "Hub": Format("audio question choices answer", lambda row: multiple_choice(row, audio=row.pop("audio")),
-                  is_it=lambda row: isinstance(row["audio"], Embedded)),
+    "conversation": Format(
+        "messages|conversations|query",
+        conversation,
+        text_only=True,
+        is_it=lambda row: "query" not in row or "response" in row,
+    ),
+    "MUSIC-AVQA": Format(
+        "video_id question_content templ_values anser type",
+        music_avqa,
+        skip=music_avqa_skip,
+        pool=lambda row: (parse_json(row["type"].encode(), 'field "type"')[1:], [text(row, "anser")]),
+    ),
+    "Clotho-AQA": Format(
+        "file_name QuestionText answer",
+        clotho_aqa,
+        group=lambda row: (row["file_name"], row["QuestionText"]),
+        skip=lambda rows: "" if majority(rows)[1] > len(rows) / 2 else "the annotators disagree",
+        pool=lambda rows: ([""], majority(rows)[:1]),
+    ),
+    "avqa-processed": Format(
+        "question answer audio", avqa_processed, is_it=lambda row: "\nChoices:\n" in str(row["question"])
+    ),
+    "Hub": Format(
+        "audio question choices answer",
+        lambda row: multiple_choice(row, audio=row.pop("audio")),
+        is_it=lambda row: isinstance(row["audio"], Embedded),
+    ),
     "own": Format("question", own, find=False, text_only=True),
     "captions": Format(f"{CLIP} {CAPTION}", captions, group=clip_of),
-    "labels": Format(f"{CLIP} {LABEL}", label, group=clip_of,
-                     pool=lambda rows: ([rows[0].get("family") or "", ""], labels_of(rows))),
+    "labels": Format(
+        f"{CLIP} {LABEL}",
+        label,
+        group=clip_of,
+        pool=lambda rows: ([rows[0].get("family") or "", ""], labels_of(rows)),
+    ),
 }
-COLUMNS = {k.casefold(): k for known in FORMATS.values() for either in known.keys.split() for k in either.split("|")}
+COLUMNS = {
+    k.casefold(): k for known in FORMATS.values() for either in known.keys.split() for k in either.split("|")
+}
 COLUMNS |= {k: k for k in (*START, "id", "family", "confidence", *(f"caption_{n}" for n in range(2, 6)))}
 
 
@@ -507,10 +888,14 @@ def format_of(row: dict, where: str) -> str:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {row!r:.60}")
     for name, known in FORMATS.items():
-        if all(any(key in row for key in either.split("|")) for either in known.keys.split()) and known.is_it(row):
+        if all(any(key in row for key in either.split("|")) for either in known.keys.split()) and known.is_it(
+            row
+        ):
             return name
     listed = "; ".join(f"{name}: {known.keys}" for name, known in FORMATS.items())
-    raise DataError(f"{where}: unknown format, keys {sorted(map(str, row))!r:.300}. Known formats and their keys: {listed}")
+    raise DataError(
+        f"{where}: unknown format, keys {sorted(map(str, row))!r:.300}. Known formats and their keys: {listed}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,20 +905,28 @@ def format_of(row: dict, where: str) -> str:
 JSON = json.JSONDecoder().decode  # what json.loads calls; a quarter of its time is finding that out
 
 
-def parse(raw: bytes, where: str):
+def parse_json(raw: bytes, where: str):
     try:
         return JSON(raw.decode().removeprefix("\ufeff"))  # ten times faster than the codec utf-8-sig
     except UnicodeDecodeError as e:
         raise DataError(f"{where}: not UTF-8 text ({e.reason}); save the file as UTF-8") from None
     except (ValueError, RecursionError) as e:
-        raise DataError(f"{where}: broken JSON ({e}); was the file cut off, or an object spread over several lines?") from None
+        raise DataError(
+            f"{where}: broken JSON ({e}); was the file cut off, or an object spread over several lines?"
+        ) from None
 
 
-def no_file(path: str) -> str:
+def file_problem(path: str) -> str:
     """What is wrong with a path that should be a file, "" if nothing is. A pipe or a device is no file: it could hang."""
     if os.path.isfile(path):
         return ""
-    what = "is a directory" if os.path.isdir(path) else "is not a regular file" if os.path.exists(path) else "no such file"
+    what = (
+        "is a directory"
+        if os.path.isdir(path)
+        else "is not a regular file"
+        if os.path.exists(path)
+        else "no such file"
+    )
     return f"{path:.1000}: {what}"
 
 
@@ -542,7 +935,7 @@ class TextRows:
 
     def __init__(self, path: str):
         self.path, self.starts, self.stops, self.numbers = path, array("q"), array("q"), array("q")
-        if problem := no_file(path):
+        if problem := file_problem(path):
             raise DataError(f"{problem}; expected a file of questions (JSONL)")
         try:
             self.file = open(path, "rb")
@@ -559,7 +952,7 @@ class TextRows:
         if head[:2] == b"\x1f\x8b":
             raise DataError(f"{path}: is compressed; unpack it first (gunzip)")
         first = head.partition(b"\n")[0].decode("utf-8", "replace")
-        self.entry, self.parse = "", parse
+        self.entry, self.parse = "", parse_json
         if head[:1] == b"[":
             self.entry = "entry "
             self.index_list()
@@ -587,7 +980,11 @@ class TextRows:
             whole = raw.decode("utf-8")
             del raw
             decode, blank = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-            at, byte, seen = whole.index("[") + 1, 0, 0  # `byte` is where character number `seen` lies in the file
+            at, byte, seen = (
+                whole.index("[") + 1,
+                0,
+                0,
+            )  # `byte` is where character number `seen` lies in the file
             at = blank.match(whole, at).end()
             while whole[at] != "]":
                 _, stop = decode(whole, at)
@@ -605,7 +1002,9 @@ class TextRows:
             raise DataError(f"{self.path}: not UTF-8 text ({e.reason}); save the file as UTF-8") from None
         except (ValueError, IndexError, RecursionError) as e:
             why = "it ends too soon" if isinstance(e, IndexError) else e
-            raise DataError(f"{self.path}: broken JSON ({why}) after entry {len(self)}; was the file cut off?") from None
+            raise DataError(
+                f"{self.path}: broken JSON ({why}) after entry {len(self)}; was the file cut off?"
+            ) from None
 
     def index_csv(self, delimiter: str):
         """A record may span lines. A header is a first line that names a known column; VGGSound's files have none."""
@@ -620,12 +1019,18 @@ class TextRows:
         def parse_record(raw: bytes, where: str) -> dict:
             try:
                 line = raw.decode().removeprefix("\ufeff").rstrip("\r\n")
-                record = (line.split(delimiter) if '"' not in line and line.isprintable() else  # three times faster
-                          next(csv.reader(io.StringIO(line, newline=""), delimiter=delimiter, strict=True)))
+                record = (
+                    line.split(delimiter)
+                    if '"' not in line and line.isprintable()
+                    # three times faster
+                    else next(csv.reader(io.StringIO(line, newline=""), delimiter=delimiter, strict=True))
+                )
             except (StopIteration, UnicodeDecodeError, csv.Error) as e:
                 raise DataError(f"{where}: not a CSV record ({e})") from None
             if len(record) != len(self.header):
-                raise DataError(f"{where}: {len(record)} fields, expected the {len(self.header)} columns {self.header!r:.300}")
+                raise DataError(
+                    f"{where}: {len(record)} fields, expected the {len(self.header)} columns {self.header!r:.300}"
+                )
             return dict(zip(self.header, record))
 
         reader = csv.reader(lines(), delimiter=delimiter, strict=True)  # a quote left open is an error
@@ -635,25 +1040,41 @@ class TextRows:
                     self.add(start, at, reader.line_num)
                 start = at
         except UnicodeDecodeError as e:
-            raise DataError(f"{self.path}:{reader.line_num + 1}: not UTF-8 text ({e.reason}); save the file as UTF-8") from None
+            raise DataError(
+                f"{self.path}:{reader.line_num + 1}: not UTF-8 text ({e.reason}); save the file as UTF-8"
+            ) from None
         except csv.Error as e:
-            why = "do its lines end in CR alone? save it with LF or CRLF" if "new-line" in str(e) else "is a quote left open?"
-            raise DataError(f"{self.path}:{reader.line_num}: not a CSV record ({str(e).partition(' - ')[0]}); {why}") from None
+            why = (
+                "do its lines end in CR alone? save it with LF or CRLF"
+                if "new-line" in str(e)
+                else "is a quote left open?"
+            )
+            raise DataError(
+                f"{self.path}:{reader.line_num}: not a CSV record ({str(e).partition(' - ')[0]}); {why}"
+            ) from None
         self.header, self.parse = [], parse_record
         if len(self):
             raw = os.pread(self.file.fileno(), self.stops[0], 0).decode("utf-8-sig")
             try:
-                record = next(csv.reader(io.StringIO(raw.lstrip(), newline=""), delimiter=delimiter, strict=True))
+                record = next(
+                    csv.reader(io.StringIO(raw.lstrip(), newline=""), delimiter=delimiter, strict=True)
+                )
             except csv.Error as e:
                 raise DataError(f"{self.where(0)}: not a CSV record ({e})") from None
             record = [cell.strip() for cell in record]
-            if len(record) == 4 and record[1].isdigit() and record[3] in ("train", "test", "validation", "val"):
+            if (
+                len(record) == 4
+                and record[1].isdigit()
+                and record[3] in ("train", "test", "validation", "val")
+            ):
                 self.header = ["youtube_id", "start_s", "label", "split"]
             elif len(record) == 2 and re.search(r"\.(mp4|mkv|webm|wav|flac|mp3|ogg)$", record[0]):
                 self.header = ["clip", "label"]
             else:
-                self.header = record = [COLUMNS.get(name.lstrip("# ").casefold(), name or f"column {n}")  # AudioSet: "# YTID"
-                                        for n, name in enumerate(record, 1)]
+                self.header = record = [
+                    COLUMNS.get(name.lstrip("# ").casefold(), name or f"column {n}")  # AudioSet: "# YTID"
+                    for n, name in enumerate(record, 1)
+                ]
                 if twice := [name for name in record if record.count(name) > 1]:
                     raise DataError(f"{self.where(0)}: two columns are called {twice[0]!r:.80}")
                 del self.starts[0], self.stops[0], self.numbers[0]
@@ -681,7 +1102,9 @@ class TableRows:
         try:
             import datasets
         except ImportError:
-            raise DataError(f"{source}: parquet and Hub data sets need the package datasets (pip install datasets)") from None
+            raise DataError(
+                f"{source}: parquet and Hub data sets need the package datasets (pip install datasets)"
+            ) from None
         name, _, split = source.partition(":") if not os.path.exists(source) else (source, "", "")
         try:
             datasets.disable_progress_bars()
@@ -695,13 +1118,22 @@ class TableRows:
                 org, name, *config = name.split("/")
                 rows = datasets.load_dataset(f"{org}/{name}", *config, split=split or "train")
         except Exception as e:  # the library raises what its storage raises
-            raise DataError(f"{source}: could not be loaded ({type(e).__name__}: {e!s:.300}); expected a file, or a Hub id as "
-                            "org/name[/config][:split]") from None
+            raise DataError(
+                f"{source}: could not be loaded ({type(e).__name__}: {e!s:.300}); expected a file, or a Hub id as "
+                "org/name[/config][:split]"
+            ) from None
         self.table = rows.with_format("arrow")
-        kinds = {name: getattr(kind, "feature", kind) for name, kind in rows.features.items()}  # of a list: of its items
-        self.clips = {name for name, kind in kinds.items() if isinstance(kind, datasets.Audio)
-                      or isinstance(kind, dict) and set(kind) == {"bytes", "path"}
-                      or getattr(kind, "dtype", "") in ("binary", "large_binary")}
+        kinds = {
+            name: getattr(kind, "feature", kind) for name, kind in rows.features.items()
+        }  # of a list: of its items
+        self.clips = {
+            name
+            for name, kind in kinds.items()
+            if isinstance(kind, datasets.Audio)
+            or isinstance(kind, dict)
+            and set(kind) == {"bytes", "path"}
+            or getattr(kind, "dtype", "") in ("binary", "large_binary")
+        }
         self.lists = {name for name in self.clips if hasattr(rows.features[name], "feature")}
 
     def __len__(self):
@@ -713,9 +1145,14 @@ class TableRows:
     def __getitem__(self, i: int) -> dict:
         row = self.table[i]
         cells = {name: row.column(name)[0] for name in row.column_names}
-        return {name: value.as_py() if name not in self.clips or name in self.lists and not value.is_valid
-                else [Embedded(self.table, i, name, k) or None for k in range(len(value))] if name in self.lists
-                else Embedded(self.table, i, name) for name, value in cells.items()}
+        return {
+            name: value.as_py()
+            if name not in self.clips or name in self.lists and not value.is_valid
+            else [Embedded(self.table, i, name, k) or None for k in range(len(value))]
+            if name in self.lists
+            else Embedded(self.table, i, name)
+            for name, value in cells.items()
+        }
 
 
 class FolderRows:
@@ -726,30 +1163,52 @@ class FolderRows:
 
     def __init__(self, path: str):
         self.path = path
-        names = sorted(os.path.relpath(os.path.join(folder, name), path) for folder, _, files in os.walk(path)
-                       for name in files if name.lower().endswith(SOUND_FILES))
-        names = [n for n in names if not any(part[0] == "." or part == "__MACOSX" for part in n.split(os.sep))]  # hidden
+        names = sorted(
+            os.path.relpath(os.path.join(folder, name), path)
+            for folder, _, files in os.walk(path)
+            for name in files
+            if name.lower().endswith(SOUND_FILES)
+        )
+        names = [
+            n for n in names if not any(part[0] == "." or part == "__MACOSX" for part in n.split(os.sep))
+        ]  # hidden
         if not names:
-            raise DataError(f"{path}: is a directory, and holds neither sounds ({', '.join(SOUND_FILES)}) nor a data set")
+            raise DataError(
+                f"{path}: is a directory, and holds neither sounds ({', '.join(SOUND_FILES)}) nor a data set"
+            )
         self.rows, called = [self.label(name) for name in names], {}
         for row in self.rows:  # "24 bus" and "7 bus": is it a count, or do the numbers tell them apart?
             part = next((p for p in row["audio"].split(os.sep)[-2::-1] if plain_words(p) == row["label"]), "")
             first = called.setdefault(row["label"], part)
             if first and part and re.sub(r"[\W_]", "", first.lower()) != re.sub(r"[\W_]", "", part.lower()):
-                raise DataError(f"{path}: the folders {first} and {part} would both be labelled {row['label']!r}; merge them, "
-                                "or tell them apart in words")
+                raise DataError(
+                    f"{path}: the folders {first} and {part} would both be labelled {row['label']!r}; merge them, "
+                    "or tell them apart in words"
+                )
         if len({row["label"] for row in self.rows}) < 2:
-            raise DataError(f"{path}: the names of its {len(names)} sounds do not tell them apart; sort them in folders named "
-                            "after what is heard, or write a CSV with the columns audio,label")
+            raise DataError(
+                f"{path}: the names of its {len(names)} sounds do not tell them apart; sort them in folders named "
+                "after what is heard, or write a CSV with the columns audio,label"
+            )
         if mute := [row["audio"] for row in self.rows if not row["label"]]:
-            raise DataError(f"{path}: the names of {len(mute)} of its {len(names)} sounds do not say what is heard, the first "
-                            f"{mute[0]}; put them in folders named after it, or take them out")
+            raise DataError(
+                f"{path}: the names of {len(mute)} of its {len(names)} sounds do not say what is heard, the first "
+                f"{mute[0]}; put them in folders named after it, or take them out"
+            )
 
     @staticmethod
     def label(name: str) -> dict:
-        folders = [words for part in name.split(os.sep)[:-1] if (words := plain_words(part)) and words not in NOT_A_LABEL]
+        folders = [
+            words
+            for part in name.split(os.sep)[:-1]
+            if (words := plain_words(part)) and words not in NOT_A_LABEL
+        ]
         words = folders[-1] if folders else plain_words(os.path.splitext(os.path.basename(name))[0])
-        return {"audio": name, "label": words, "family": folders[-2] if len(folders) > 1 else words.split(" ")[0]}
+        return {
+            "audio": name,
+            "label": words,
+            "family": folders[-2] if len(folders) > 1 else words.split(" ")[0],
+        }
 
     def __len__(self):
         return len(self.rows)
@@ -763,20 +1222,39 @@ class FolderRows:
 
 SOUND_FILES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff")
 VIDEO_FILES = (".mp4", ".mkv", ".webm", ".m4a")
-NOT_A_LABEL = {"audio", "audios", "clips", "data", "sounds", "samples", "wav", "wavs", "train", "test", "val", "validation"}
+NOT_A_LABEL = {
+    "audio",
+    "audios",
+    "clips",
+    "data",
+    "sounds",
+    "samples",
+    "wav",
+    "wavs",
+    "train",
+    "test",
+    "val",
+    "validation",
+}
 
 
 def plain_words(name: str) -> str:
-    """"Dog-bark_01b" -> "dog bark", "C_major" -> "c major": what is left without numbers and letters that name no word"""
-    letters = (c if unicodedata.category(c)[0] in "LM" else " " for c in unicodedata.normalize("NFC", name.lower()))
+    """ "Dog-bark_01b" -> "dog bark", "C_major" -> "c major": what is left without numbers and letters that name no word"""
+    letters = (
+        c if unicodedata.category(c)[0] in "LM" else " " for c in unicodedata.normalize("NFC", name.lower())
+    )
     found = "".join(letters).split()
-    return " ".join(w for w, then in zip(found, [*found[1:], ""]) if len(w) > 1 or not w.isascii() or len(then) > 1)
+    return " ".join(
+        w for w, then in zip(found, [*found[1:], ""]) if len(w) > 1 or not w.isascii() or len(then) > 1
+    )
 
 
 def stem_of(name: str) -> str:
     """A clip's name without folder and ending; AVQA says "-HG3Omg_89c_000030" (a YouTube id and its start second) and the
     file is "-HG3Omg_89c_30.wav". In other names zeros count: take_1 and take_001 are two."""
-    name = re.sub(r"\.(wav|flac|ogg|mp3|opus|aiff?|mp4|mkv|webm|m4a)$", "", os.path.basename(name), flags=re.IGNORECASE)
+    name = re.sub(
+        r"\.(wav|flac|ogg|mp3|opus|aiff?|mp4|mkv|webm|m4a)$", "", os.path.basename(name), flags=re.IGNORECASE
+    )
     return re.sub(r"^([\w-]{11}_)(?=\d{6}$)0{1,5}", r"\1", name)
 
 
@@ -818,9 +1296,15 @@ def locate(name: str, folder: str) -> str:
     found = set(sounds_in(os.path.dirname(path)).get(stem, ()))
     if not found and is_id(stem):
         found = set(sounds_in(folder, deep=True).get(stem, ()))
-    if not found and os.path.dirname(name) and folder.endswith(os.path.join(os.sep, os.path.normpath(os.path.dirname(name)))):
+    if (
+        not found
+        and os.path.dirname(name)
+        and folder.endswith(os.path.join(os.sep, os.path.normpath(os.path.dirname(name))))
+    ):
         found = set(sounds_in(folder).get(stem, ()))  # `folder` is the one that the name begins with
-    found = found or {file for place in folders_in(folder) if os.path.isfile(file := os.path.join(place, name))}
+    found = found or {
+        file for place in folders_in(folder) if os.path.isfile(file := os.path.join(place, name))
+    }
     return found.pop() if len(found) == 1 else path
 
 
@@ -829,7 +1313,7 @@ def with_distractors(right: list[str], kinds: list[str], pools: dict, seed: str,
     rng, choices = random.Random(seed), [right[0]]
     for kind in kinds:
         others = rng.sample(pools[kind], min(len(pools[kind]), n + len(choices) + len(right) - 1))
-        choices += [c for c in others if c not in choices and c not in right][:n - len(choices)]
+        choices += [c for c in others if c not in choices and c not in right][: n - len(choices)]
     rng.shuffle(choices)
     return choices
 
@@ -844,25 +1328,36 @@ class Examples(collections.abc.Sequence):
 
     def __init__(self, source: str, audio_dir: str = ""):
         self.path = source
-        self.folder = os.path.abspath(audio_dir or (source if os.path.isdir(source) else os.path.dirname(source)))
+        self.folder = os.path.abspath(
+            audio_dir or (source if os.path.isdir(source) else os.path.dirname(source))
+        )
         self.rows = open_rows(source)
         if not len(self.rows):
             raise DataError(f"{source}: holds no question")
         self.format = format_of(self.rows[0], self.rows.where(0))
-        self.known, self.skipped, self.pools, self.n_choices = FORMATS[self.format], collections.Counter(), {}, 4
+        self.known, self.skipped, self.pools, self.n_choices = (
+            FORMATS[self.format],
+            collections.Counter(),
+            {},
+            4,
+        )
         self.items = range(len(self.rows))  # of every question: its row, or the tuple of its rows
         if self.known.group:
             groups = {}
             for i in self.items:
-                self.ask(lambda row, i=i: groups.setdefault(self.known.group(row) or (None, i), []).append(i), i)
+                self.ask(
+                    lambda row, i=i: groups.setdefault(self.known.group(row) or (None, i), []).append(i), i
+                )
             self.items = list(map(tuple, groups.values()))
         if self.known.skip:
             reasons = [self.ask(self.known.skip, item) for item in self.items]
             self.skipped.update(filter(None, reasons))
             self.items = [item for item, reason in zip(self.items, reasons) if not reason]
             if not self.items:
-                raise DataError(f"{source}: {self.format} format, and no question that can be used: "
-                                f"{dict(self.skipped)!r:.300}")
+                raise DataError(
+                    f"{source}: {self.format} format, and no question that can be used: "
+                    f"{dict(self.skipped)!r:.300}"
+                )
         if self.known.pool:
             pools = collections.defaultdict(set)
 
@@ -889,13 +1384,30 @@ class Examples(collections.abc.Sequence):
                 raise DataError(f"{self.rows.where(i)}: expected a JSON object, found {row!r:.60}")
         try:
             return function(rows)
-        except (DataError, TypeError, ValueError, AttributeError, LookupError, StopIteration, OverflowError) as e:
+        except (
+            DataError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            StopIteration,
+            OverflowError,
+        ) as e:
             if isinstance(item, tuple) and len(item) > 1:
                 for i in item:  # which of them is bad alone?
                     self.ask(function, (i,))
-            where, row = (self.rows.where(item), rows) if isinstance(item, int) else (self.rows.where(item[0]), rows[0])
-            why = (f'field "{e.args[0]}": missing; found only {sorted(map(str, row))!r:.300}' if isinstance(e, KeyError) else e
-                   if isinstance(e, DataError) else f"not a row of {self.format} format ({e!s:.200}); found {row!r:.300}")
+            where, row = (
+                (self.rows.where(item), rows)
+                if isinstance(item, int)
+                else (self.rows.where(item[0]), rows[0])
+            )
+            why = (
+                f'field "{e.args[0]}": missing; found only {sorted(map(str, row))!r:.300}'
+                if isinstance(e, KeyError)
+                else e
+                if isinstance(e, DataError)
+                else f"not a row of {self.format} format ({e!s:.200}); found {row!r:.300}"
+            )
             raise DataError(f"{where}: {why}") from None
 
     def __len__(self):
@@ -921,7 +1433,9 @@ class Examples(collections.abc.Sequence):
             fields["choices"] = with_distractors(right, kinds, self.pools, f"{i} {right[0]}", self.n_choices)
         example = make_example(fields, where)
         if example.audio is None and not self.known.text_only:
-            raise DataError(f'{where}: field "audio": missing; {self.format} format is about sound: name it or drop the line')
+            raise DataError(
+                f'{where}: field "audio": missing; {self.format} format is about sound: name it or drop the line'
+            )
         find, clips = locate if self.known.find else below, example.clips
         try:
             for k, clip in enumerate(clips):
@@ -943,12 +1457,19 @@ class Examples(collections.abc.Sequence):
 def open_rows(source: str):
     if os.path.isdir(source):
         holds = [name for _, _, files in os.walk(source) for name in files]
-        return (TableRows if "state.json" in holds or any(n.endswith(".parquet") for n in holds) else FolderRows)(source)
+        return (
+            TableRows if "state.json" in holds or any(n.endswith(".parquet") for n in holds) else FolderRows
+        )(source)
     if os.path.isfile(source):
         with open(source, "rb") as f:
             return (TableRows if f.read(4) == b"PAR1" else TextRows)(source)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.%+:\[\]-]+)?", source) and not os.path.isdir(source.split("/")[0]) \
-            and not re.search(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zip|wav|flac|mp3|ogg)$", source.split(":")[0]):
+    if (
+        re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.%+:\[\]-]+)?", source)
+        and not os.path.isdir(source.split("/")[0])
+        and not re.search(
+            r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zip|wav|flac|mp3|ogg)$", source.split(":")[0]
+        )
+    ):
         return TableRows(source)
     return TextRows(source)  # which says what is wrong
 
@@ -967,12 +1488,16 @@ def scan(examples: Examples, purpose: str = "train", most: int = 10) -> array:
                 missing = "answer" if example.choices else "choices"
                 raise DataError(f'{examples.where(i)}: field "{missing}": missing, and training needs it')
             if purpose == "cold_start" and example.target is None:
-                raise DataError(f'{examples.where(i)}: field "target": missing, and a cold start needs the text to imitate')
+                raise DataError(
+                    f'{examples.where(i)}: field "target": missing, and a cold start needs the text to imitate'
+                )
             for clip in example.clips:
                 if isinstance(clip, str) and clip not in seen:
-                    if len(seen) < 100_000:  # several questions a clip is usual; remembering them all is not worth it
+                    if (
+                        len(seen) < 100_000
+                    ):  # several questions a clip is usual; remembering them all is not worth it
                         seen[clip] = True
-                    if problem := no_file(clip):
+                    if problem := file_problem(clip):
                         raise DataError(f'{examples.where(i)}: field "audio": {problem}{in_video(clip)}')
             keys.append(clip_key(example))
         except DataError as e:
@@ -1002,7 +1527,10 @@ def held_out(keys: array, n: int) -> tuple[list[int], list[int]]:
         return list(range(len(keys))), []
     mixed = [zlib.crc32(k.to_bytes(8, "little")) for k in keys]
     limit = sorted(mixed)[n - 1]
-    train, held = [i for i, h in enumerate(mixed) if h > limit], [i for i, h in enumerate(mixed) if h <= limit]
+    train, held = (
+        [i for i, h in enumerate(mixed) if h > limit],
+        [i for i, h in enumerate(mixed) if h <= limit],
+    )
     return (train, held) if train else (held, [])  # one clip cannot be split
 
 
@@ -1023,11 +1551,18 @@ def load_audio(source: str | bytes | Embedded, max_s: float = 30.0) -> tuple[np.
 def in_video(path: str) -> str:
     """What to do if the sound that should be at `path` lies in a video, "" if it does not."""
     stem, end = os.path.splitext(path)
-    video = next((stem + e for e in (end, *VIDEO_FILES) if e.lower() in VIDEO_FILES and os.path.isfile(stem + e)), "")
-    return video and f"; extract the sound: ffmpeg -i {video} {path if end.lower() in SOUND_FILES else stem + '.wav'}"
+    video = next(
+        (stem + e for e in (end, *VIDEO_FILES) if e.lower() in VIDEO_FILES and os.path.isfile(stem + e)), ""
+    )
+    return (
+        video
+        and f"; extract the sound: ffmpeg -i {video} {path if end.lower() in SOUND_FILES else stem + '.wav'}"
+    )
 
 
-def read_audio(source: str | bytes | Embedded, max_s: float, whole: bool = False) -> tuple[np.ndarray, int, int, float]:
+def read_audio(
+    source: str | bytes | Embedded, max_s: float, whole: bool = False
+) -> tuple[np.ndarray, int, int, float]:
     """-> (the first max_s seconds as load_audio gives them, the file's rate in Hz, its channels, seconds of the whole clip)
 
     Raises AudioError; if it must be `whole`, also on a clip that lost its end: it plays, and only its header knows. Blocks
@@ -1036,62 +1571,63 @@ def read_audio(source: str | bytes | Embedded, max_s: float, whole: bool = False
     import soundfile
     import soxr
 
-    name = source if isinstance(source, str) else f"<{len(source)} bytes>" if isinstance(source, bytes) else repr(source)
+    name = (
+        source
+        if isinstance(source, str)
+        else f"<{len(source)} bytes>"
+        if isinstance(source, bytes)
+        else repr(source)
+    )
     source = source.read() if isinstance(source, Embedded) else source
-    if isinstance(source, str) and no_file(source):
-        raise AudioError(no_file(source) + in_video(source))
+    if isinstance(source, str) and file_problem(source):
+        raise AudioError(file_problem(source) + in_video(source))
     try:  # by descriptor: from a name such as x.raw or x.au the library would guess a format
-        with soundfile.SoundFile(os.open(source, os.O_RDONLY) if isinstance(source, str) else io.BytesIO(source)) as f:
+        with soundfile.SoundFile(
+            os.open(source, os.O_RDONLY) if isinstance(source, str) else io.BytesIO(source)
+        ) as f:
             rate_hz, channels, parts, n = f.samplerate, f.channels, [], 0
-            kind, full_scale = ("int16", 2**15) if f.subtype == "PCM_16" else ("float32", 1)  # int16: a third of the time
-            block, mix = np.empty((1 << 15, channels), kind), np.full(channels, 1 / channels / full_scale, np.float32)
+            kind, full_scale = (
+                ("int16", 2**15) if f.subtype == "PCM_16" else ("float32", 1)
+            )  # int16: a third of the time
+            block, mix = (
+                np.empty((1 << 15, channels), kind),
+                np.full(channels, 1 / channels / full_scale, np.float32),
+            )
             resampler, longest = soxr.ResampleStream(rate_hz, RATE_HZ, 1), int(max_s * rate_hz)
             while n <= max_s * rate_hz and len(part := f.read(out=block)):
-                mean = part[:max(0, longest - n)] @ mix
-                if len(mean) and not (mean.min() > -1e9 and mean.max() < 1e9):  # NaN is neither; full scale is 1
-                    raise AudioError(f"{name}: holds samples that are not finite numbers, or absurdly large ones")
+                mean = part[: max(0, longest - n)] @ mix
+                if len(mean) and not (
+                    mean.min() > -1e9 and mean.max() < 1e9
+                ):  # NaN is neither; full scale is 1
+                    raise AudioError(
+                        f"{name}: holds samples that are not finite numbers, or absurdly large ones"
+                    )
                 parts.append(mean if rate_hz == RATE_HZ else resampler.resample_chunk(mean))
                 n += len(part)
             promised = f.frames / rate_hz if f.frames < 2**62 else 0  # some headers do not know
             sizes = re.search(r"data : (\d+) \(should be (\d+)", f.extra_info)  # of a wav
     except (OSError, RuntimeError) as e:  # soundfile's errors are RuntimeErrors
         hint = in_video(source) if isinstance(source, str) else ""
-        raise AudioError(f"{name}: not a readable sound file ({str(e).rpartition(': ')[2].strip()}){hint}") from None
+        raise AudioError(
+            f"{name}: not a readable sound file ({str(e).rpartition(': ')[2].strip()}){hint}"
+        ) from None
     if not n:
         raise AudioError(f"{name}: is empty")
     seconds = n / rate_hz if n <= max_s * rate_hz else max(n / rate_hz, promised)
-    if whole and sizes and int(sizes[2]) < int(sizes[1]) < 0x7fffff00:  # above: a stream that did not know its length
+    if (
+        whole and sizes and int(sizes[2]) < int(sizes[1]) < 0x7FFFFF00
+    ):  # above: a stream that did not know its length
         raise AudioError(f"{name}: is cut short, {sizes[2]} of {sizes[1]} bytes of sound are there")
     if whole and promised > seconds + 0.1:
         raise AudioError(f"{name}: is cut short, {seconds:.1f} of {promised:.1f} s are there")
     if (heard := min(n, longest)) * RATE_HZ < (MIN_SAMPLES - 0.5) * rate_hz:
-        raise AudioError(f"{name}: too short, {heard / rate_hz * 1000:.1f} ms; at least "
-                         f"{MIN_SAMPLES / RATE_HZ * 1000:.1f} ms are needed")
+        raise AudioError(
+            f"{name}: too short, {heard / rate_hz * 1000:.1f} ms; at least "
+            f"{MIN_SAMPLES / RATE_HZ * 1000:.1f} ms are needed"
+        )
     if rate_hz != RATE_HZ:
         parts.append(resampler.resample_chunk(np.empty(0, np.float32), last=True))
     return np.concatenate(parts), rate_hz, channels, seconds
-
-
-def ahead(items, work, workers: int, depth: int):
-    """Yield (item, work(item) or the DataError it raised) in order, computing up to `depth` items in advance."""
-    def run(item):
-        try:
-            return work(item)
-        except DataError as e:
-            return e
-
-    items = iter(items)
-    with ThreadPoolExecutor(workers) as pool:
-        queue = collections.deque((item, pool.submit(run, item)) for item in islice(items, depth))
-        try:
-            while queue:
-                item, future = queue.popleft()
-                for new in islice(items, 1):
-                    queue.append((new, pool.submit(run, new)))
-                yield item, future.result()
-        finally:
-            for _, future in queue:
-                future.cancel()
 
 
 def probe_audio(examples: Examples, max_s: float, budget_s: float = 2.0) -> tuple[int, list[str]]:
@@ -1101,7 +1637,9 @@ def probe_audio(examples: Examples, max_s: float, budget_s: float = 2.0) -> tupl
     order = [*edge, *range(32, max(32, n - 32))]
     problems, count, deadline = [], 0, time.monotonic() + budget_s
     clips = ((i, clip) for i in order for clip in examples[i].clips)
-    for (i, _), result in ahead(clips, lambda clip: load_audio(clip[1], max_s)[0].shape, os.cpu_count() or 1, 16):
+    for (i, _), result in ahead(
+        clips, lambda clip: load_audio(clip[1], max_s)[0].shape, os.cpu_count() or 1, 16
+    ):
         count += 1
         if isinstance(result, DataError):
             problems.append(f'{examples.where(i)}: field "audio": {result}')
@@ -1130,33 +1668,54 @@ PROMPTS = {
     "direct": Template(""),
     # R1-AQA (arXiv 2503.11197), without and with a chain of thought
     "answer": Template(" Output the final answer in <answer> </answer>."),
-    "think": Template(" Output the thinking process in <think> </think> and final answer in <answer> </answer>.",
-                      max_new_tokens=256),
+    "think": Template(
+        " Output the thinking process in <think> </think> and final answer in <answer> </answer>.",
+        max_new_tokens=256,
+    ),
     # Ke-Omni-R: the same, kept short
-    "think_short": Template(" Output the thinking process (less than 50 words) in <think> </think> and final answer in "
-                            "<answer> </answer>.", max_new_tokens=128),
+    "think_short": Template(
+        " Output the thinking process (less than 50 words) in <think> </think> and final answer in "
+        "<answer> </answer>.",
+        max_new_tokens=128,
+    ),
     # Audio-Reasoner (arXiv 2503.02318), whose four steps SARI (arXiv 2504.15900) has too
-    "structured": Template("", max_new_tokens=512, system="You are an audio deep-thinking model. Upon receiving a question, "
-                           "please respond in two parts: <THINK> and <RESPONSE>. The <THINK> section should be further "
-                           "divided into four parts: <PLANNING>, <CAPTION>, <REASONING>, and <SUMMARY>."),
+    "structured": Template(
+        "",
+        max_new_tokens=512,
+        system="You are an audio deep-thinking model. Upon receiving a question, "
+        "please respond in two parts: <THINK> and <RESPONSE>. The <THINK> section should be further "
+        "divided into four parts: <PLANNING>, <CAPTION>, <REASONING>, and <SUMMARY>.",
+    ),
     # Echo (arXiv 2602.11909): what is behind <seg>start, end</seg> is heard again
-    "relisten": Template(" Think step-by-step. Refer to the specific audio segments while thinking, and indicate the "
-                         "corresponding timestamps. Answer in the format of <think>...</think><answer>...</answer>.",
-                         max_new_tokens=512, relistens=8),
+    "relisten": Template(
+        " Think step-by-step. Refer to the specific audio segments while thinking, and indicate the "
+        "corresponding timestamps. Answer in the format of <think>...</think><answer>...</answer>.",
+        max_new_tokens=512,
+        relistens=8,
+    ),
     # TinyZero's; the task itself is the question of data.py's Countdown format
-    "countdown": Template(" Show your work in <think> </think> tags. And return the final answer in <answer> </answer> tags, "
-                          "for example <answer> (1 + 2) / 3 </answer>.", max_new_tokens=512),
+    "countdown": Template(
+        " Show your work in <think> </think> tags. And return the final answer in <answer> </answer> tags, "
+        "for example <answer> (1 + 2) / 3 </answer>.",
+        max_new_tokens=512,
+    ),
     # material for `data.py generate`
-    "caption": Template("", max_new_tokens=128, question="Describe in detail everything that can be heard in this audio."),
+    "caption": Template(
+        "", max_new_tokens=128, question="Describe in detail everything that can be heard in this audio."
+    ),
 }
 
 
 def chat(example: Example, prompt: Template, with_audio: bool = True) -> list[dict]:
     """Messages for a chat template. Options are written as R1-AQA writes them, a Python list."""
-    options = f" Please choose the answer from the following options: {example.choices}." if example.choices else ""
+    options = (
+        f" Please choose the answer from the following options: {example.choices}." if example.choices else ""
+    )
     content = [{"type": "text", "text": prompt.question or example.question + options + prompt.ending}]
     if with_audio:
-        content = [{"type": "audio", "audio": "clip"} for _ in example.clips] + content  # what to play is placed later
+        content = [
+            {"type": "audio", "audio": "clip"} for _ in example.clips
+        ] + content  # what to play is placed later
     system = [{"role": "system", "content": prompt.system}] if prompt.system else []
     return [*system, {"role": "user", "content": content if len(content) > 1 else content[0]["text"]}]
 
@@ -1194,15 +1753,37 @@ Reply with one JSON object and nothing else:
 {"question": "...", "choices": ["...", "...", "...", "..."], "answer": "the right choice, word for word"}"""
 NOTES = "Notes on the clip:\n{}\n\nWrite the question."
 SHOWN = [  # one worked example: without it small models answer with prose
-    {"role": "user", "content": NOTES.format("- a door creaks open slowly and someone walks in on a wooden floor\n"
-                                             "- a squeaking door, then footsteps, a man in a red coat enters")},
-    {"role": "assistant", "content": json.dumps(dict(
-        question="What is heard right after the door creaks?",
-        choices=["A key in a lock", "Footsteps on wood", "A window closing", "A dog on gravel"], answer="Footsteps on wood"))}]
-SCHEMA = {"type": "object", "additionalProperties": False, "required": ["question", "choices", "answer"],
-          "properties": {"question": {"type": "string"}, "answer": {"type": "string"},
-                         "choices": {"type": "array", "items": {"type": "string"}, "minItems": 4, "maxItems": 4}}}
-PROMPT_VERSION = hashlib.sha256(json.dumps([WRITER, NOTES, SHOWN, SCHEMA]).encode()).hexdigest()[:8]  # cannot be forgotten
+    {
+        "role": "user",
+        "content": NOTES.format(
+            "- a door creaks open slowly and someone walks in on a wooden floor\n"
+            "- a squeaking door, then footsteps, a man in a red coat enters"
+        ),
+    },
+    {
+        "role": "assistant",
+        "content": json.dumps(
+            dict(
+                question="What is heard right after the door creaks?",
+                choices=["A key in a lock", "Footsteps on wood", "A window closing", "A dog on gravel"],
+                answer="Footsteps on wood",
+            )
+        ),
+    },
+]
+SCHEMA = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["question", "choices", "answer"],
+    "properties": {
+        "question": {"type": "string"},
+        "answer": {"type": "string"},
+        "choices": {"type": "array", "items": {"type": "string"}, "minItems": 4, "maxItems": 4},
+    },
+}
+PROMPT_VERSION = hashlib.sha256(json.dumps([WRITER, NOTES, SHOWN, SCHEMA]).encode()).hexdigest()[
+    :8
+]  # cannot be forgotten
 
 
 def number(*parts) -> int:
@@ -1215,30 +1796,50 @@ def writing_prompt(clip: Example) -> list[dict]:
     captions = clip.meta.get("captions")
     if not isinstance(clip.audio, str):
         remedy = "; it lies inside the data set: convert it first" if isinstance(clip.audio, Embedded) else ""
-        raise DataError(f'clip {clip.id!r:.80}: field "audio": expected a path, found {clip.audio!r:.60}{remedy}')
-    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise DataError(f'clip {clip.id!r:.80}: field "captions": expected a list of texts, found {captions!r:.80}')
+        raise DataError(
+            f'clip {clip.id!r:.80}: field "audio": expected a path, found {clip.audio!r:.60}{remedy}'
+        )
+    if (
+        not isinstance(captions, list)
+        or not captions
+        or not all(isinstance(c, str) and c.strip() for c in captions)
+    ):
+        raise DataError(
+            f'clip {clip.id!r:.80}: field "captions": expected a list of texts, found {captions!r:.80}'
+        )
     text = NOTES.format("\n".join("- " + " ".join(c.split()) for c in captions))
     if HALF.search(text):
-        raise DataError(f'clip {clip.id!r:.80}: field "captions": holds half a character; mend or drop the line')
+        raise DataError(
+            f'clip {clip.id!r:.80}: field "captions": holds half a character; mend or drop the line'
+        )
     return [{"role": "system", "content": WRITER}, *SHOWN, {"role": "user", "content": text}]
 
 
 # ---- what is accepted
 
-STOP_WORDS = frozenset("a an the this that these those it its in on at of to is are was were be been do does did and or "
-                       "clip audio recording".split())
+STOP_WORDS = frozenset(
+    "a an the this that these those it its in on at of to is are was were be been do does did and or "
+    "clip audio recording".split()
+)
 HALF, CONTROL = re.compile(r"[\ud800-\udfff]"), re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LETTERS = ("ABCD", "abcd", "1234")
-LETTERED = re.compile(r"\(?([A-Da-d1-4])[.):]+(?!\d)\s*(.*)", re.DOTALL)  # "B. dog", "(b) dog", "2. dog", not "2.5"
+LETTERED = re.compile(
+    r"\(?([A-Da-d1-4])[.):]+(?!\d)\s*(.*)", re.DOTALL
+)  # "B. dog", "(b) dog", "2. dog", not "2.5"
 BANNED = [  # reason, what must not stand in a question or a choice; sounds with such a name are let through
-    ("about sight", r"see(?![ -]?saw)|sees|seen|seeing|look(?:s|ed|ing)?|watch(?:ed|ing)|visib\w*|visual\w*|"
-     r"colou?r(?!atura)\w*|picture[sd]?|images?|photo(?:s|graphs?)?|footage|videos?(?![ -]?games?)|on[ -]?screen|wearing|"
-     r"wears|dressed|cameras?(?! (?:shutter|click|flash))|shown|view(?:s|ed|ers?|ing)?|in (?:the|this) frame|(?:t-?)?shirts?|"
-     r"(?:red|orange|yellow|green|blue|purple|pink|brown|black|white|gr[ae]y) (?:coat|jacket|dress|hat|suit|uniform)(?:s|es)?"),
-    ("mentions a text", r"captions?|captioned|descriptions?|described|annotations?|transcripts?|according to|"
-     r"(?:based on|from|by) (?:the |these |your )?(?:given |provided )?notes(?! of)|the notes (?:say|state|mention|suggest)|"
-     r"texts?(?!(?:[ -](?:message|alert|tone|notification)))|(?<!musical )passages?"),
+    (
+        "about sight",
+        r"see(?![ -]?saw)|sees|seen|seeing|look(?:s|ed|ing)?|watch(?:ed|ing)|visib\w*|visual\w*|"
+        r"colou?r(?!atura)\w*|picture[sd]?|images?|photo(?:s|graphs?)?|footage|videos?(?![ -]?games?)|on[ -]?screen|wearing|"
+        r"wears|dressed|cameras?(?! (?:shutter|click|flash))|shown|view(?:s|ed|ers?|ing)?|in (?:the|this) frame|(?:t-?)?shirts?|"
+        r"(?:red|orange|yellow|green|blue|purple|pink|brown|black|white|gr[ae]y) (?:coat|jacket|dress|hat|suit|uniform)(?:s|es)?",
+    ),
+    (
+        "mentions a text",
+        r"captions?|captioned|descriptions?|described|annotations?|transcripts?|according to|"
+        r"(?:based on|from|by) (?:the |these |your )?(?:given |provided )?notes(?! of)|the notes (?:say|state|mention|suggest)|"
+        r"texts?(?!(?:[ -](?:message|alert|tone|notification)))|(?<!musical )passages?",
+    ),
     ("mentions other choices", r"of the (?:above|choices|options|other choices)|both [a-d] and [a-d]"),
 ]
 BANNED = [(reason, re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)) for reason, pattern in BANNED]
@@ -1285,7 +1886,7 @@ def tidy(row: dict) -> dict:
     choices = [m[2] for m in marks] if letters else choices
     letter, rest = (mark[1], mark[2]) if mark else (answer, "")
     kinds = [kind for kind in LETTERS if rest or kind in ("ABCD", letters)]  # a bare "2" may count something
-    place = next((kind.index(letter) for kind in kinds if letter in list(kind[:len(choices)])), None)
+    place = next((kind.index(letter) for kind in kinds if letter in list(kind[: len(choices)])), None)
     keys = [reads(c) for c in choices]
     if answer in choices:
         index = choices.index(answer)
@@ -1316,9 +1917,15 @@ def fault(row: dict, captions: list[str]) -> str:
         ("question length", not 3 <= len(asked) <= 40 or len(question) > 300),
         ("choice length", not all(1 <= len(k) <= 15 and len(c) <= 100 for k, c in zip(keys, choices))),
         ("choices alike", len(set(map(tuple, alike))) < 4),
-        ("one choice is part of another", any(a in b for i, a in enumerate(parts) for j, b in enumerate(parts) if i != j)),
+        (
+            "one choice is part of another",
+            any(a in b for i, a in enumerate(parts) for j, b in enumerate(parts) if i != j),
+        ),
         *((reason, pattern.search(text)) for reason, pattern in BANNED),
-        ("quotes a caption", any(len(c) > 5 and f" {' '.join(c)} " in f" {' '.join(asked)} " for c in map(words, captions))),
+        (
+            "quotes a caption",
+            any(len(c) > 5 and f" {' '.join(c)} " in f" {' '.join(asked)} " for c in map(words, captions)),
+        ),
         ("given away by the question", given[answer] and not all(given)),
         ("answer stands out", len(choices[answer]) > max(2 * longest_other, longest_other + 20)),
     ]
@@ -1335,9 +1942,16 @@ def judge(reply: str, captions: list[str]) -> tuple[dict, str]:
 
 # ---- the server
 
-REMEDIES = {401: "check OPENAI_API_KEY", 403: "the key may not do this; check OPENAI_API_KEY and --model",
-            404: "check --model and --base_url (it usually ends in /v1)"}  # these would fail for every clip: stop at once
-OPTIONAL = ("response_format", "max_tokens", "seed")  # what a server may refuse; max_tokens then gets its newer name
+REMEDIES = {
+    401: "check OPENAI_API_KEY",
+    403: "the key may not do this; check OPENAI_API_KEY and --model",
+    404: "check --model and --base_url (it usually ends in /v1)",
+}  # these would fail for every clip: stop at once
+OPTIONAL = (
+    "response_format",
+    "max_tokens",
+    "seed",
+)  # what a server may refuse; max_tokens then gets its newer name
 
 
 class RequestFailed(Exception):
@@ -1352,8 +1966,15 @@ def prompt_tokens(messages: list[dict], schema: dict) -> int:
     return sum(rough_tokens(text) for text in (json.dumps(schema), *(m["content"] for m in messages)))
 
 
-def connect(model: str, base_url: str | None, temperature: float, max_tokens: int, retries: int, timeout_s: float,
-            schema: dict | None = SCHEMA):
+def connect(
+    model: str,
+    base_url: str | None,
+    temperature: float,
+    max_tokens: int,
+    retries: int,
+    timeout_s: float,
+    schema: dict | None = SCHEMA,
+):
     """-> send(messages, seed) -> (reply, finish reason, [prompt tokens, completion tokens], were they only estimated?)
 
     `send` raises RequestFailed, ConnectionError (no connection at all) or UserError (no request can ever succeed). Waiting
@@ -1362,22 +1983,43 @@ def connect(model: str, base_url: str | None, temperature: float, max_tokens: in
     """
     import openai
 
-    key, base_url = os.environ.get("OPENAI_API_KEY", "").strip(), base_url or os.environ.get("OPENAI_BASE_URL")
+    key, base_url = (
+        os.environ.get("OPENAI_API_KEY", "").strip(),
+        base_url or os.environ.get("OPENAI_BASE_URL"),
+    )
     if not key and not base_url:
-        raise UserError("no OPENAI_API_KEY in the environment; set it, or give --base_url for a server of your own")
+        raise UserError(
+            "no OPENAI_API_KEY in the environment; set it, or give --base_url for a server of your own"
+        )
     if not re.fullmatch(r"[!-~]*", key):  # the client would fail with a text that holds it
         raise UserError("OPENAI_API_KEY holds a character that no key has; set it anew")
     try:
-        if base_url and not (re.match(r"https?://[^/]", base_url) and urllib.parse.urlsplit(base_url).port != 0):
+        if base_url and not (
+            re.match(r"https?://[^/]", base_url) and urllib.parse.urlsplit(base_url).port != 0
+        ):
             raise ValueError("no web address")
-        client = openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=retries, timeout=timeout_s)
+        client = openai.OpenAI(
+            api_key=key or "none", base_url=base_url, max_retries=retries, timeout=timeout_s
+        )
     except Exception as e:  # of whatever library takes the address apart
-        raise UserError(f"--base_url: expected http://HOST:PORT/v1 or https://HOST/v1, found {base_url!r:.200} ({e})") from None
+        raise UserError(
+            f"--base_url: expected http://HOST:PORT/v1 or https://HOST/v1, found {base_url!r:.200} ({e})"
+        ) from None
     refused, answered = set(), False
-    form = {} if schema is None else {"response_format": {
-        "type": "json_schema", "json_schema": {"name": "question", "strict": True, "schema": schema}}}
+    form = (
+        {}
+        if schema is None
+        else {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "question", "strict": True, "schema": schema},
+            }
+        }
+    )
 
-    def clean(text) -> str:  # servers echo keys; a word such as "none" is no secret, and may be one of the reply's
+    def clean(
+        text,
+    ) -> str:  # servers echo keys; a word such as "none" is no secret, and may be one of the reply's
         return str(text).replace(key, "***") if len(key) >= 8 else str(text)
 
     def create(options: dict):
@@ -1400,8 +2042,12 @@ def connect(model: str, base_url: str | None, temperature: float, max_tokens: in
     def send(messages: list[dict], seed: int):
         nonlocal answered
         try:
-            reply = create(form | dict(model=model, messages=messages, temperature=temperature, max_tokens=max_tokens,
-                                       seed=seed))
+            reply = create(
+                form
+                | dict(
+                    model=model, messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed
+                )
+            )
             choice, usage = reply.choices[0], reply.usage
             text = clean(choice.message.content or getattr(choice.message, "refusal", None) or "")
         except openai.APIError as e:
@@ -1409,8 +2055,15 @@ def connect(model: str, base_url: str | None, temperature: float, max_tokens: in
             if status in REMEDIES:
                 raise UserError(f"the server refuses: {said}; {REMEDIES[status]}") from None
             raise (ConnectionError if type(e) is openai.APIConnectionError else RequestFailed)(said) from None
-        except (AttributeError, IndexError, TypeError, ValueError):  # the client checks little of what it is sent
-            raise RequestFailed("the answer is no chat completion; is --base_url right (it usually ends in /v1)?") from None
+        except (
+            AttributeError,
+            IndexError,
+            TypeError,
+            ValueError,
+        ):  # the client checks little of what it is sent
+            raise RequestFailed(
+                "the answer is no chat completion; is --base_url right (it usually ends in /v1)?"
+            ) from None
         answered = True
         tokens = [getattr(usage, k, None) for k in ("prompt_tokens", "completion_tokens")]
         estimated = not all(type(t) is int for t in tokens)
@@ -1431,14 +2084,26 @@ def ask(send, clip: Example, messages: list[dict], attempts: int, seed: int, acc
         except (RequestFailed, ConnectionError, UserError) as e:
             return result | {"error": e}
         row, reason = ({}, "cut off") if finish == "length" else accept(text)
-        result |= dict(row=row, reason=reason, reply=text, estimated=result["estimated"] + estimated,
-                       tokens=[a + b for a, b in zip(result["tokens"], tokens)])
+        result |= dict(
+            row=row,
+            reason=reason,
+            reply=text,
+            estimated=result["estimated"] + estimated,
+            tokens=[a + b for a, b in zip(result["tokens"], tokens)],
+        )
     return result
 
 
 # ---- the files
 
-LINE = ["id", "audio", "question", "choices", "answer", "meta"]  # keys of the file of questions, and of the other
+LINE = [
+    "id",
+    "audio",
+    "question",
+    "choices",
+    "answer",
+    "meta",
+]  # keys of the file of questions, and of the other
 REJECT = ["id", "reason", "reply", "captions", "meta"]
 
 
@@ -1452,7 +2117,9 @@ class Tally:
     positions: list[int] = field(default_factory=lambda: [0] * 4)
     longest: float = 0.0  # answers that are the longest choice; one of k equally long ones counts 1 / k
     tokens: list[int] = field(default_factory=lambda: [0, 0])  # prompts, completions
-    chains: collections.Counter = field(default_factory=collections.Counter)  # of `relisten`: why a question has none, or ""
+    chains: collections.Counter = field(
+        default_factory=collections.Counter
+    )  # of `relisten`: why a question has none, or ""
 
     def enter(self, line: dict) -> None:
         self.done.add(number(line["id"]))
@@ -1460,7 +2127,9 @@ class Tally:
         if "reason" in line:
             self.rejected[line["reason"]] += 1
             return
-        self.chains.update([line["meta"].get("no_chain", "")] if "target" in line or "no_chain" in line["meta"] else [])
+        self.chains.update(
+            [line["meta"].get("no_chain", "")] if "target" in line or "no_chain" in line["meta"] else []
+        )
         sizes, answer = [len(c) for c in line["choices"]], line["answer"]
         self.seen.add(fingerprint(line))
         self.positions[answer] += 1
@@ -1474,21 +2143,23 @@ def reopen(path: str, keys: list[str], made: dict, tally: Tally, stack: contextl
     """
     import fcntl
 
-    if os.path.exists(path) and (problem := no_file(path)):
+    if os.path.exists(path) and (problem := file_problem(path)):
         raise UserError(problem)
     try:
         file = stack.enter_context(open(path, "ab", buffering=0))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{path}: another process is writing it; wait for its end, or give another file") from None
+        raise UserError(
+            f"{path}: another process is writing it; wait for its end, or give another file"
+        ) from None
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
     size = 0
     with open(path, "rb") as lines:
         for n, raw in enumerate(lines, 1):
-            if not raw.endswith(b"\n") and raw[:7] == b'{"id": '[:len(raw)]:
+            if not raw.endswith(b"\n") and raw[:7] == b'{"id": '[: len(raw)]:
                 break
-            line = parse(raw, f"{path}:{n}")
+            line = parse_json(raw, f"{path}:{n}")
             try:
                 if list(line) != keys:
                     raise KeyError
@@ -1497,8 +2168,10 @@ def reopen(path: str, keys: list[str], made: dict, tally: Tally, stack: contextl
             except (KeyError, TypeError, ValueError, IndexError):
                 raise UserError(f"{path}:{n}: not written by this command; give another file") from None
             if other != made:
-                raise UserError(f"{path}:{n}: made with {other}, and this run has {made}; go on with the same, or give "
-                                "other files")
+                raise UserError(
+                    f"{path}:{n}: made with {other}, and this run has {made}; go on with the same, or give "
+                    "other files"
+                )
             size += len(raw)
     os.ftruncate(file.fileno(), size)
     return file
@@ -1514,8 +2187,12 @@ def make_line(result: dict, made: dict, seen: set[int], folder: str) -> dict:
     made = made | {k: result[k] for k in ("attempts", "tokens")}
     reason = result["reason"] or ("near duplicate" if fingerprint(row) in seen else "")
     if reason:
-        return dict(id=clip.id, reason=reason, reply=result["reply"][:2000], captions=clip.meta["captions"], meta=made)
-    example = Example(clip.id, path_from(folder, clip.audio), **row, meta=clip.meta | {"source": "generated"} | made)
+        return dict(
+            id=clip.id, reason=reason, reply=result["reply"][:2000], captions=clip.meta["captions"], meta=made
+        )
+    example = Example(
+        clip.id, path_from(folder, clip.audio), **row, meta=clip.meta | {"source": "generated"} | made
+    )
     example = shuffle_choices(example, random.Random(number(made["seed"], clip.id)))
     return {k: getattr(example, k) for k in LINE}
 
@@ -1530,7 +2207,9 @@ def answers(jobs, work, concurrency: int, room, stopping: list):
     pool = ThreadPoolExecutor(concurrency)
     try:
         while True:
-            if stopping:  # threads begin jobs in order, so those that cannot be cancelled have no gap between them
+            if (
+                stopping
+            ):  # threads begin jobs in order, so those that cannot be cancelled have no gap between them
                 job, queue = None, collections.deque(item for item in queue if not item[1].cancel())
             while job and len(queue) < 4 * concurrency and room([j for j, _ in queue] + [job]):
                 queue.append((job, pool.submit(work, job)))
@@ -1567,13 +2246,24 @@ class Requests:
     def __post_init__(self):
         if self.max_cost and not (self.price_in and self.price_out):
             raise UserError("--max_cost needs --price_in and --price_out, USD per million tokens")
-        for name, low in dict(concurrency=1, attempts=1, max_tokens=1, temperature=0, retries=0, price_in=0, price_out=0,
-                              max_cost=0, max_tokens_total=0).items():
+        for name, low in dict(
+            concurrency=1,
+            attempts=1,
+            max_tokens=1,
+            temperature=0,
+            retries=0,
+            price_in=0,
+            price_out=0,
+            max_cost=0,
+            max_tokens_total=0,
+        ).items():
             if not low <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name}: must be at least {low}, found {getattr(self, name)}")
 
     def connect(self, model: str, schema: dict):
-        return connect(model, self.base_url, self.temperature, self.max_tokens, self.retries, self.timeout_s, schema)
+        return connect(
+            model, self.base_url, self.temperature, self.max_tokens, self.retries, self.timeout_s, schema
+        )
 
 
 def generate(clips, out: str, rejects: str, model: str, **options) -> dict:
@@ -1584,21 +2274,42 @@ def generate(clips, out: str, rejects: str, model: str, **options) -> dict:
     files.
     """
     asked, folder = Requests(model, **options), os.path.dirname(os.path.abspath(out))
-    made, send = dict(model=model, prompt_version=PROMPT_VERSION, seed=asked.seed), asked.connect(model, SCHEMA)
+    made, send = (
+        dict(model=model, prompt_version=PROMPT_VERSION, seed=asked.seed),
+        asked.connect(model, SCHEMA),
+    )
 
     def prepare(clip):
         messages = writing_prompt(clip)
         return messages, [prompt_tokens(messages, SCHEMA), asked.max_tokens]
 
     def work(clip, messages):
-        return ask(send, clip, messages, asked.attempts, asked.seed, lambda text: judge(text, clip.meta["captions"]))
+        return ask(
+            send, clip, messages, asked.attempts, asked.seed, lambda text: judge(text, clip.meta["captions"])
+        )
 
-    return run(clips, dict(out=(out, LINE), rejects=(rejects, REJECT)), made, asked, prepare, work,
-               lambda result, seen: make_line(result, made, seen, folder))
+    return run(
+        clips,
+        dict(out=(out, LINE), rejects=(rejects, REJECT)),
+        made,
+        asked,
+        prepare,
+        work,
+        lambda result, seen: make_line(result, made, seen, folder),
+    )
 
 
-def run(clips, files: dict[str, tuple[str, list[str]]], made: dict, asked: Requests, prepare: Callable, work: Callable,
-        make: Callable, unit: str = "clip", found: dict | None = None) -> dict:
+def run(
+    clips,
+    files: dict[str, tuple[str, list[str]]],
+    made: dict,
+    asked: Requests,
+    prepare: Callable,
+    work: Callable,
+    make: Callable,
+    unit: str = "clip",
+    found: dict | None = None,
+) -> dict:
     """Ask about every clip whose line is in none of the files yet.      -> the summary of all files, also printed
 
     files: option -> its path and the keys of its lines; a line goes where its keys say. made: what every line was made with.
@@ -1611,16 +2322,31 @@ def run(clips, files: dict[str, tuple[str, list[str]]], made: dict, asked: Reque
     for name, (path, _) in files.items():
         if (other := paths.setdefault(os.path.realpath(path), name)) != name:
             raise UserError(f"--{other} and --{name} name the same file; give two")
-    limits = [(most, a, b) for most, a, b in ((asked.max_tokens_total, 1, 1),
-                                              (asked.max_cost * 1e6, asked.price_in, asked.price_out)) if most]
-    tally, stopping, broken, counts, in_a_row, start = Tally(), [], [], collections.Counter(), 0, time.monotonic()
+    limits = [
+        (most, a, b)
+        for most, a, b in (
+            (asked.max_tokens_total, 1, 1),
+            (asked.max_cost * 1e6, asked.price_in, asked.price_out),
+        )
+        if most
+    ]
+    tally, stopping, broken, counts, in_a_row, start = (
+        Tally(),
+        [],
+        [],
+        collections.Counter(),
+        0,
+        time.monotonic(),
+    )
     last_failure = ""
 
     def interrupted(*_):
         if stopping:
             raise KeyboardInterrupt
         stopping.append(KeyboardInterrupt())
-        os.write(2, b"\nstopping when the running requests are answered; Ctrl-C again to leave at once\n")  # print may not
+        os.write(
+            2, b"\nstopping when the running requests are answered; Ctrl-C again to leave at once\n"
+        )  # print may not
 
     def to_do():  # a job: the clip, its messages, the most tokens it can take
         times = collections.Counter()
@@ -1648,8 +2374,11 @@ def run(clips, files: dict[str, tuple[str, list[str]]], made: dict, asked: Reque
         with contextlib.suppress(ValueError):  # only the main thread can listen to Ctrl-C
             stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, interrupted))
         bar = stack.enter_context(tqdm(total=len(clips), unit=unit, dynamic_ncols=True, disable=None))
-        for result in stack.enter_context(contextlib.closing(answers(
-                to_do(), lambda job: work(*job[:2]), asked.concurrency, room, stopping))):
+        for result in stack.enter_context(
+            contextlib.closing(
+                answers(to_do(), lambda job: work(*job[:2]), asked.concurrency, room, stopping)
+            )
+        ):
             counts["without usage"] += result["estimated"]
             if (error := result["error"]) is None:
                 line = make(result, tally.seen)
@@ -1662,20 +2391,35 @@ def run(clips, files: dict[str, tuple[str, list[str]]], made: dict, asked: Reque
             counts["failed"], in_a_row, last_failure = counts["failed"] + 1, in_a_row + 1, str(error)
             tally.tokens = [a + b for a, b in zip(tally.tokens, result["tokens"])]
             if isinstance(error, ConnectionError) and not counts["answered"]:
-                error = UserError(f"cannot reach the server: {error}; is it running, and is --base_url right?")
+                error = UserError(
+                    f"cannot reach the server: {error}; is it running, and is --base_url right?"
+                )
             elif in_a_row == 20:
-                error = UserError(f"20 {unit}s in a row failed, the last with: {error}; once that is mended, the same command "
-                                  "goes on from here")
+                error = UserError(
+                    f"20 {unit}s in a row failed, the last with: {error}; once that is mended, the same command "
+                    "goes on from here"
+                )
             if isinstance(error, UserError):
                 stopping.append(error)
     accepted, seconds = sum(tally.positions), time.monotonic() - start
-    at_limit = not stopping + broken and len(clips) > counts["done before"] + counts["answered"] + counts["failed"]
+    at_limit = (
+        not stopping + broken and len(clips) > counts["done before"] + counts["answered"] + counts["failed"]
+    )
     summary = dict(
-        clips=len(clips), accepted=accepted, chains=dict(tally.chains.most_common()),
-        rejected=dict(tally.rejected.most_common()), failed=counts["failed"], last_failure=last_failure, tokens=tally.tokens,
-        without_usage=counts["without usage"], clips_per_s=counts["answered"] / seconds,
+        clips=len(clips),
+        accepted=accepted,
+        chains=dict(tally.chains.most_common()),
+        rejected=dict(tally.rejected.most_common()),
+        failed=counts["failed"],
+        last_failure=last_failure,
+        tokens=tally.tokens,
+        without_usage=counts["without usage"],
+        clips_per_s=counts["answered"] / seconds,
         cost=sum(n * price for n, price in zip(tally.tokens, (asked.price_in, asked.price_out))) / 1e6,
-        positions=tally.positions, longest=tally.longest / max(accepted, 1), at_limit=at_limit)
+        positions=tally.positions,
+        longest=tally.longest / max(accepted, 1),
+        at_limit=at_limit,
+    )
     print_summary(summary, found or {f"{unit}s": len(clips)}, unit)
     for reason in stopping + broken:
         raise reason
@@ -1688,26 +2432,39 @@ def append_line(file, line: dict) -> None:
         if file.write(raw) != len(raw):
             raise OSError(0, "only part of a line could be written; is the disk full?")
     except OSError as e:
-        raise UserError(f"{file.name}: {e.strerror}; once that is mended, the same command goes on from here") from None
+        raise UserError(
+            f"{file.name}: {e.strerror}; once that is mended, the same command goes on from here"
+        ) from None
 
 
 def print_summary(summary: dict, found: dict, unit: str) -> None:
     tokens, share = summary["tokens"], summary["longest"]
     table = [*found.items(), ("accepted", summary["accepted"])]
-    table += [(f"  without a chain: {reason}" if reason else "  with a chain", n) for reason, n in summary["chains"].items()]
+    table += [
+        (f"  without a chain: {reason}" if reason else "  with a chain", n)
+        for reason, n in summary["chains"].items()
+    ]
     table += [("rejected", sum(summary["rejected"].values()))]
     table += [(f"  {reason}", n) for reason, n in summary["rejected"].items()]
     table += [("failed, to be asked again", summary["failed"])]
     table += [("  the last with", summary["last_failure"])] if summary["failed"] else []
     table += [("tokens in and out", f"{tokens[0]:,} + {tokens[1]:,}")]
-    table += [("  replies whose tokens are estimates", summary["without_usage"])] if summary["without_usage"] else []
+    table += (
+        [("  replies whose tokens are estimates", summary["without_usage"])]
+        if summary["without_usage"]
+        else []
+    )
     table += [("cost", f"{summary['cost']:.2f} USD")] if summary["cost"] else []
-    table += [(f"{unit}s a second, this run", f"{summary['clips_per_s']:.1f}"),
-              ("answer positions", " ".join(map(str, summary["positions"]))),
-              ("answer is the longest choice", f"{share:.0%} (25% by chance)")]
+    table += [
+        (f"{unit}s a second, this run", f"{summary['clips_per_s']:.1f}"),
+        ("answer positions", " ".join(map(str, summary["positions"]))),
+        ("answer is the longest choice", f"{share:.0%} (25% by chance)"),
+    ]
     print("\n".join(f"{name:<40}{value}" for name, value in table))
     if summary["at_limit"]:
-        print("stopped at the limit: the next clip might exceed it; the same command with a higher limit goes on")
+        print(
+            "stopped at the limit: the next clip might exceed it; the same command with a higher limit goes on"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1721,14 +2478,22 @@ def print_summary(summary: dict, found: dict, unit: str) -> None:
 # second, or call a sound by another of its names, nothing is asked.
 
 EPS = 1e-6  # 2.3 - 2 is a little less than 0.3
-APART_S, TOUCH_S = 0.3 - EPS, 0.1 - EPS  # less apart has no clear order; two of a kind with less between them are one
-LONGER, SHARED_S = 1.5 - EPS, 0.5 - EPS  # times as long; what sounds at the same time does so for this long at least
+APART_S, TOUCH_S = (
+    0.3 - EPS,
+    0.1 - EPS,
+)  # less apart has no clear order; two of a kind with less between them are one
+LONGER, SHARED_S = (
+    1.5 - EPS,
+    0.5 - EPS,
+)  # times as long; what sounds at the same time does so for this long at least
 ASKED = dict(
     after='Which of these sounds is the next to begin after "{}" begins?',
-    before='Which of these sounds is the last to begin before "{}" begins?', count='How many times is "{}" heard?',
+    before='Which of these sounds is the last to begin before "{}" begins?',
+    count='How many times is "{}" heard?',
     longest="Which of these sounds is heard for the longest time in all?",
     shortest="Which of these sounds is heard for the shortest time in all?",
-    overlap='Which of these sounds is heard at the same time as "{}"?')
+    overlap='Which of these sounds is heard at the same time as "{}"?',
+)
 
 # ---- questions: a kind yields all that could be asked, as (question, right choice, wrong choices, spans that decide)
 
@@ -1762,17 +2527,29 @@ def order(sounds: dict, clear: list[str]):
         for way, side in (("after", later), ("before", earlier)):
             start, end, right = side[0] if side else (0, 0, "")
             if right in clear and all(abs(s - start) >= APART_S for s, _, label in side if label != right):
-                yield ASKED[way].format(asked), right, [x for x in clear if x not in (asked, right)], [span, [start, end]]
+                yield (
+                    ASKED[way].format(asked),
+                    right,
+                    [x for x in clear if x not in (asked, right)],
+                    [span, [start, end]],
+                )
 
 
 def count(sounds: dict, clear: list[str]):
     last = max(segments[-1][1] for segments in sounds.values())
     for label in clear:
         segments, n = sounds[label], len(sounds[label])
-        lone = n == 1 and segments[0][1] - segments[0][0] > last / 2  # what goes on all the time is not counted
+        lone = (
+            n == 1 and segments[0][1] - segments[0][0] > last / 2
+        )  # what goes on all the time is not counted
         if n <= 8 and not lone and all(b[0] - a[1] >= APART_S for a, b in zip(segments, segments[1:])):
             for low in range(max(1, n - 3), n + 1):
-                yield ASKED["count"].format(label), str(n), [str(k) for k in range(low, low + 4) if k != n], segments
+                yield (
+                    ASKED["count"].format(label),
+                    str(n),
+                    [str(k) for k in range(low, low + 4) if k != n],
+                    segments,
+                )
 
 
 def duration(sounds: dict, clear: list[str]):
@@ -1780,13 +2557,19 @@ def duration(sounds: dict, clear: list[str]):
     for right in clear:
         yield ASKED["longest"], right, [x for x in clear if total[x] * LONGER <= total[right]], sounds[right]
         longer = [x for x in clear if total[right] * LONGER <= total[x]]
-        if len(longer) >= 3:  # of the labels that are not in the clip each would be heard for an even shorter time
+        if (
+            len(longer) >= 3
+        ):  # of the labels that are not in the clip each would be heard for an even shorter time
             yield ASKED["shortest"], right, longer, sounds[right]
 
 
 def overlap(sounds: dict, clear: list[str]):
     for asked in clear:
-        both = {x: [[max(a[0], b[0]), min(a[1], b[1])] for a in sounds[asked] for b in sounds[x]] for x in clear if x != asked}
+        both = {
+            x: [[max(a[0], b[0]), min(a[1], b[1])] for a in sounds[asked] for b in sounds[x]]
+            for x in clear
+            if x != asked
+        }
         apart = [x for x, spans in both.items() if all(start - end >= APART_S for start, end in spans)]
         for right, spans in both.items():
             if shared := sorted(span for span in spans if span[1] - span[0] >= SHARED_S):
@@ -1812,7 +2595,11 @@ def questions_on(clip: Example, pool: list[str], seed: int, per_clip: int) -> li
             if len(choices) == 4 and len(made) < per_clip:
                 rng.shuffle(choices)
                 meta = dict(kind=kind, spans=[[round(t, 3) for t in span] for span in spans]) | clip.meta
-                made.append(Example(f"{clip.id} {kind}", clip.audio, question, choices, choices.index(right), meta=meta))
+                made.append(
+                    Example(
+                        f"{clip.id} {kind}", clip.audio, question, choices, choices.index(right), meta=meta
+                    )
+                )
                 break
     return made
 
@@ -1820,9 +2607,11 @@ def questions_on(clip: Example, pool: list[str], seed: int, per_clip: int) -> li
 # ---- tables of events
 
 EVENT = dict(  # what -> the columns that hold it
-    clip=f"segment_id|{CLIP}", label="event_label|label|event|class|class_name|category|sound",
+    clip=f"segment_id|{CLIP}",
+    label="event_label|label|event|class|class_name|category|sound",
     start="onset|start|start_time|start_time_seconds|start_s|start_seconds|event_onset",
-    end="offset|end|end_time|end_time_seconds|end_s|end_seconds|event_offset")
+    end="offset|end|end_time|end_time_seconds|end_s|end_seconds|event_offset",
+)
 CODE = re.compile(r"/[a-z]/\w+")  # what AudioSet calls a label
 
 
@@ -1845,9 +2634,13 @@ def read_events(rows, names: dict[str, str]) -> dict[str, Example]:
 @functools.cache
 def event_columns(keys: tuple[str, ...]) -> list[str]:
     folded = {key.casefold(): key for key in keys}
-    found = [next((folded[name] for name in known.split("|") if name in folded), None) for known in EVENT.values()]
+    found = [
+        next((folded[name] for name in known.split("|") if name in folded), None) for known in EVENT.values()
+    ]
     if None in found:
-        raise DataError(f'field "{[*EVENT.values()][found.index(None)]}": missing; found only {sorted(keys)!r:.300}')
+        raise DataError(
+            f'field "{[*EVENT.values()][found.index(None)]}": missing; found only {sorted(keys)!r:.300}'
+        )
     return found
 
 
@@ -1861,10 +2654,14 @@ def event(row: dict, names: dict[str, str]) -> Example:
     if not heard or HALF.search(heard + clip.id):
         raise DataError(f'field "{label}": expected the name of a sound, found {said!r:.60}')
     if CODE.fullmatch(said) and said not in names:
-        raise DataError(f'field "{label}": {said} is a code; give its name by --labels mid_to_display_name.tsv')
+        raise DataError(
+            f'field "{label}": {said} is a code; give its name by --labels mid_to_display_name.tsv'
+        )
     times = seconds(row, start), seconds(row, end)
     if times[0] >= times[1]:
-        raise DataError(f'field "{end}": {row[end]} is not after the start, {row[start]}; mend or drop the line')
+        raise DataError(
+            f'field "{end}": {row[end]} is not after the start, {row[start]}; mend or drop the line'
+        )
     clip.meta["events"].append((*times, heard))
     return clip
 
@@ -1880,13 +2677,21 @@ def chords(row: dict) -> Example:
     """MusicBench: when each chord begins; "N" is none, and the last goes on to the clip's end. It has captions, too."""
     clip, heard, times = text(row, "location", pop=False), row["chords"], row["chords_time"]
     if not isinstance(heard, list) or not isinstance(times, list) or len(heard) != len(times):
-        raise DataError(f'field "chords_time": expected as many times as chords, found {times!r:.60} and {heard!r:.60}')
+        raise DataError(
+            f'field "chords_time": expected as many times as chords, found {times!r:.60} and {heard!r:.60}'
+        )
     times = [seconds({"chords_time": t}, "chords_time") for t in times]
     if times != sorted(set(times)):
         raise DataError(f'field "chords_time": expected times in their order, found {times!r:.100}')
-    events = [(start, end, f"{chord} chord") for chord, start, end in zip(heard, times, [*times[1:], math.inf]) if chord != "N"]
+    events = [
+        (start, end, f"{chord} chord")
+        for chord, start, end in zip(heard, times, [*times[1:], math.inf])
+        if chord != "N"
+    ]
     told = [row[k] for k in ("main_caption", "alt_caption") if isinstance(row.get(k), str) and row[k].strip()]
-    return Example(clip, "", "", meta=dict(events=events, segment=False) | ({"captions": told} if told else {}))
+    return Example(
+        clip, "", "", meta=dict(events=events, segment=False) | ({"captions": told} if told else {})
+    )
 
 
 def segment_stems(segment: str) -> list[str]:
@@ -1901,13 +2706,19 @@ def segment_stems(segment: str) -> list[str]:
 
 def display_names(path: str) -> dict[str, str]:
     """AudioSet's mid_to_display_name.tsv or class_labels_indices.csv, where a label's name follows its code."""
-    if problem := no_file(path):
+    if problem := file_problem(path):
         raise DataError(f"{problem}; expected AudioSet's mid_to_display_name.tsv")
     with open(path, encoding="utf-8", errors="replace") as f:
-        rows = [line.rstrip("\n").split("\t") if "\t" in line else
-                next(csv.reader([line.replace("\0", "")]), []) for line in f]
-    if not (names := {code: name for row in rows for code, name in zip(row, row[1:]) if CODE.fullmatch(code)}):
-        raise DataError(f"{path}: holds no label such as /m/09x0r; expected AudioSet's mid_to_display_name.tsv")
+        rows = [
+            line.rstrip("\n").split("\t") if "\t" in line else next(csv.reader([line.replace("\0", "")]), [])
+            for line in f
+        ]
+    if not (
+        names := {code: name for row in rows for code, name in zip(row, row[1:]) if CODE.fullmatch(code)}
+    ):
+        raise DataError(
+            f"{path}: holds no label such as /m/09x0r; expected AudioSet's mid_to_display_name.tsv"
+        )
     return names
 
 
@@ -1916,7 +2727,7 @@ def hear(clip: Example, stems: list[str], folder: str) -> str:
     import soundfile
 
     clip.audio = locate(clip.id, folder)
-    if no_file(clip.audio):
+    if file_problem(clip.audio):
         files = {file for stem in stems if stems[1:] for file in sounds_in(folder, deep=True).get(stem, ())}
         if len(files) != 1:
             return "several sound files" if files else "no sound file"
@@ -1942,7 +2753,15 @@ class TimedQuestions:
     file that Examples reads with captions; they are joined by the clip's name.
     """
 
-    def __init__(self, path: str, audio_dir: str = "", labels: str = "", captions: str = "", per_clip: int = 2, seed: int = 0):
+    def __init__(
+        self,
+        path: str,
+        audio_dir: str = "",
+        labels: str = "",
+        captions: str = "",
+        per_clip: int = 2,
+        seed: int = 0,
+    ):
         self.per_clip, self.seed, folder = per_clip, seed, os.path.abspath(audio_dir or os.path.dirname(path))
         clips = read_events(open_rows(path), display_names(labels) if labels else {}).values()
         if not clips:
@@ -1953,7 +2772,9 @@ class TimedQuestions:
             for sound in example.clips[:1]:
                 name = getattr(sound, "path", sound)
                 said = example.meta.get("captions")
-                told[stem_of(name)][name] = [c for c in (said if isinstance(said, list) else [said]) if isinstance(c, str)]
+                told[stem_of(name)][name] = [
+                    c for c in (said if isinstance(said, list) else [said]) if isinstance(c, str)
+                ]
         if captions and not any(said for sounds in told.values() for said in sounds.values()):
             raise DataError(f"{captions}: holds no captions")
         self.clips, found, without = [], collections.Counter(), collections.Counter()
@@ -1968,9 +2789,14 @@ class TimedQuestions:
             without.update([] if asked else [f"  {why or 'nothing clear to ask'}"])
             self.clips += [clip] if asked else []
         if without["  no sound file"] == len(clips):
-            raise DataError(f"{path}: none of the sounds of its {len(clips)} clips is in {folder} or its folders; the last was "
-                            f"looked for as {', '.join(stems)} (.wav, .flac, ...); give --audio_dir")
-        self.n, self.found = found.total(), {"clips": len(clips)} | without | {"questions": found.total()} | found
+            raise DataError(
+                f"{path}: none of the sounds of its {len(clips)} clips is in {folder} or its folders; the last was "
+                f"looked for as {', '.join(stems)} (.wav, .flac, ...); give --audio_dir"
+            )
+        self.n, self.found = (
+            found.total(),
+            {"clips": len(clips)} | without | {"questions": found.total()} | found,
+        )
         if not self.n:
             raise DataError(f"{path}: there is nothing to ask: {dict(without)}")
 
@@ -1978,7 +2804,11 @@ class TimedQuestions:
         return self.n
 
     def __iter__(self):
-        return (question for clip in self.clips for question in questions_on(clip, self.pool, self.seed, self.per_clip))
+        return (
+            question
+            for clip in self.clips
+            for question in questions_on(clip, self.pool, self.seed, self.per_clip)
+        )
 
 
 # ---- the chain of thought and its judge
@@ -2007,16 +2837,24 @@ those that decide, the answer follows from them, and they read like listening. W
 Reply with one JSON object and nothing else:
 {"reason": "one short sentence", "question": "good" or "bad", "chain": "good" or "bad"}"""
 WORD = {"type": "string", "enum": ["good", "bad"]}
-CHAIN, VERDICT = ({"type": "object", "additionalProperties": False, "required": [*keys], "properties": keys} for keys in (
-    {"chain": {"type": "string"}}, {"reason": {"type": "string"}, "question": WORD, "chain": WORD}))
-RELISTEN_VERSION = hashlib.sha256(json.dumps([ASKED, APART_S, TOUCH_S, LONGER, SHARED_S, CHAINER, CHECKER, CHAIN, VERDICT]
-                                             ).encode()).hexdigest()[:8]
+CHAIN, VERDICT = (
+    {"type": "object", "additionalProperties": False, "required": [*keys], "properties": keys}
+    for keys in (
+        {"chain": {"type": "string"}},
+        {"reason": {"type": "string"}, "question": WORD, "chain": WORD},
+    )
+)
+RELISTEN_VERSION = hashlib.sha256(
+    json.dumps([ASKED, APART_S, TOUCH_S, LONGER, SHARED_S, CHAINER, CHECKER, CHAIN, VERDICT]).encode()
+).hexdigest()[:8]
 SEGMENT = re.compile(r"<seg>([0-9]{1,5}(?:\.[0-9]{1,6})?), ?([0-9]{1,5}(?:\.[0-9]{1,6})?)</seg>")
 MOST_SEGMENTS, LEAST_S = 8, 0.2 - EPS  # Echo listens again eight times at most, and to nothing shorter
 BETRAYS = re.compile(
     r"\b(?:annotat\w+|time[- ]?stamp\w*|label\w*|meta-?data|caption\w*|transcripts?|descriptions?|ground[ -]truth|data ?sets?|"
     r"according to|as (?:noted|listed|given|described)|the (?:notes|list|table) (?:says?|shows?|gives?|tells?|mentions?)|"
-    r"(?:given|provided|listed) (?:events?|segments?|times?|answers?|choices?|information))\b", re.IGNORECASE)
+    r"(?:given|provided|listed) (?:events?|segments?|times?|answers?|choices?|information))\b",
+    re.IGNORECASE,
+)
 NUMERALS = "zero one two three four five six seven eight nine ten eleven".split()
 NUMERALS = {name: str(n) for n, name in enumerate(NUMERALS)} | {"once": "1", "twice": "2"}
 
@@ -2026,13 +2864,20 @@ def material(question: Example, end: str) -> str:
     meta, choices = question.meta, question.choices
     known = ["Heard, in seconds:", *(f"{a:g} to {b:g}: {label}" for a, b, label in sorted(meta["events"]))]
     known += ["On the whole clip:", *meta["captions"]] if "captions" in meta else []
-    known += [f"Question: {question.question}", f"Choices: {'; '.join(choices)}", f"Right choice: {choices[question.answer]}",
-              f"Decided in: {', '.join(f'{a:g} to {b:g}' for a, b in meta['spans'])}", "", end]
+    known += [
+        f"Question: {question.question}",
+        f"Choices: {'; '.join(choices)}",
+        f"Right choice: {choices[question.answer]}",
+        f"Decided in: {', '.join(f'{a:g} to {b:g}' for a, b in meta['spans'])}",
+        "",
+        end,
+    ]
     return "\n".join(known).encode("utf-8", "replace").decode()
 
 
 def last_named(text: str, choices: list[str]) -> int | None:
     """The choice that is the last to be named; a number may be spelt out."""
+
     def spelt(text):
         return " ".join(["", *(NUMERALS.get(w, w) for w in reads(re.sub("[-–—*“”]", " ", text)).split()), ""])
 
@@ -2056,7 +2901,10 @@ def chain_fault(chain: str, question: Example) -> str:
         ("too many segments", len(segments) > MOST_SEGMENTS),
         ("segment outside the clip", any(end > last + 0.01 for _, end in segments)),  # rounded ends
         ("segment too short", any(end - start < LEAST_S for start, end in segments)),
-        ("no segment that decides", not any(a < end and start < b for a, b in segments for start, end in meta["spans"])),
+        (
+            "no segment that decides",
+            not any(a < end and start < b for a, b in segments for start, end in meta["spans"]),
+        ),
         ("new sentence after a segment", any(c == "<" or c.isupper() for c in follows)),
         ("mentions the notes", BETRAYS.search(rest)),
         ("ends at another choice", last_named(rest, question.choices) != question.answer),
@@ -2083,38 +2931,58 @@ def read_verdict(reply: str) -> tuple[dict, str]:
 COLD_START, DROPPED = [*LINE[:-1], "target", "meta"], ["id", "reason", "reply", *LINE[1:]]
 
 
-def relisten(questions: TimedQuestions, out: str, rl: str, rejects: str, model: str, judge_model: str = "", **options) -> dict:
+def relisten(
+    questions: TimedQuestions, out: str, rl: str, rejects: str, model: str, judge_model: str = "", **options
+) -> dict:
     """Have a chain of thought written to every question, and both judged.      -> the summary of the files, also printed
 
     Good questions go to `out` if their chain is good, as the target of a cold start, and else to `rl`; bad ones to `rejects`.
     options: those of Requests. Stops, goes on and raises as `generate` does.
     """
     asked, folder = Requests(model, seed=questions.seed, **options), os.path.dirname(os.path.abspath(out))
-    made = dict(model=model, judge_model=judge_model or model, prompt_version=RELISTEN_VERSION, seed=asked.seed,
-                per_clip=questions.per_clip)
+    made = dict(
+        model=model,
+        judge_model=judge_model or model,
+        prompt_version=RELISTEN_VERSION,
+        seed=asked.seed,
+        per_clip=questions.per_clip,
+    )
     writer, checker = asked.connect(model, CHAIN), asked.connect(made["judge_model"], VERDICT)
 
     def messages(system: str, question: Example, end: str) -> list[dict]:
         return [{"role": "system", "content": system}, {"role": "user", "content": material(question, end)}]
 
     def prepare(question):
-        first, second = messages(CHAINER, question, "Write the thoughts."), messages(CHECKER, question, "Thoughts: ")
-        most = prompt_tokens(first, CHAIN) + prompt_tokens(second, VERDICT) + asked.max_tokens  # the judge reads the chain
+        first, second = (
+            messages(CHAINER, question, "Write the thoughts."),
+            messages(CHECKER, question, "Thoughts: "),
+        )
+        most = (
+            prompt_tokens(first, CHAIN) + prompt_tokens(second, VERDICT) + asked.max_tokens
+        )  # the judge reads the chain
         return first, [most, 2 * asked.max_tokens]
 
     def work(question, first):
-        chain = ask(writer, question, first, asked.attempts, asked.seed, lambda text: read_chain(text, question))
+        chain = ask(
+            writer, question, first, asked.attempts, asked.seed, lambda text: read_chain(text, question)
+        )
         if chain["error"] is not None:
             return chain
         second = messages(CHECKER, question, f"Thoughts: {chain['row'].get('chain', '(none)')}")
         verdict = ask(checker, question, second, asked.attempts, asked.seed, read_verdict)
         sums = {k: chain[k] + verdict[k] for k in ("attempts", "estimated")}
-        return verdict | sums | dict(chain=chain, tokens=[a + b for a, b in zip(chain["tokens"], verdict["tokens"])])
+        return (
+            verdict
+            | sums
+            | dict(chain=chain, tokens=[a + b for a, b in zip(chain["tokens"], verdict["tokens"])])
+        )
 
     def make(result, _):
         question, chain, verdict = result["clip"], result["chain"], result["row"]
         meta = {k: v for k, v in question.meta.items() if k != "events"} | {"source": "relisten"} | made
-        meta |= {k: result[k] for k in ("attempts", "tokens")} | {"verdict": HALF.sub("?", verdict.get("reason", ""))[:300]}
+        meta |= {k: result[k] for k in ("attempts", "tokens")} | {
+            "verdict": HALF.sub("?", verdict.get("reason", ""))[:300]
+        }
         line = vars(question) | dict(audio=path_from(folder, question.audio), meta=meta)
         if not verdict or verdict["question"] == "bad":
             line |= dict(reason="bad question" if verdict else "no verdict", reply=result["reply"][:2000])
@@ -2173,7 +3041,9 @@ SOUNDS = {
 }
 
 
-def write_sounds(folder: str, n: int, n_choices: int, seed: int, name: str, silent: float = 0.0, faint: bool = False) -> str:
+def write_sounds(
+    folder: str, n: int, n_choices: int, seed: int, name: str, silent: float = 0.0, faint: bool = False
+) -> str:
     """Make n labelled clips and a JSONL of multiple-choice questions about them.      -> path of the JSONL
 
     A share of `silent` clips holds nothing, as in real collections: there only the options are left to go by. `faint`: they
@@ -2189,14 +3059,25 @@ def write_sounds(folder: str, n: int, n_choices: int, seed: int, name: str, sile
     with open(path, "w", encoding="utf-8") as f:
         for i in range(n):
             label = labels[i % len(labels)]
-            choices = [label, *rng.choice([x for x in labels if x != label], n_choices - 1, replace=False).tolist()]
+            choices = [
+                label,
+                *rng.choice([x for x in labels if x != label], n_choices - 1, replace=False).tolist(),
+            ]
             rng.shuffle(choices)
             audio = f"sounds/{name}_{i:04d}.wav"
             wave = synthesise(label, rng) * (rng.random() >= silent)
             wave *= 10 ** (rng.uniform(FAINT_DB[label], 0) / 20) if faint else 1
-            soundfile.write(os.path.join(folder, audio), wave, RATE_HZ, subtype="PCM_24" if faint else "PCM_16")
-            example = Example(f"{name}_{i:04d}", audio, asks[rng.integers(len(asks))], choices, choices.index(label),
-                              meta={"label": label})
+            soundfile.write(
+                os.path.join(folder, audio), wave, RATE_HZ, subtype="PCM_24" if faint else "PCM_16"
+            )
+            example = Example(
+                f"{name}_{i:04d}",
+                audio,
+                asks[rng.integers(len(asks))],
+                choices,
+                choices.index(label),
+                meta={"label": label},
+            )
             f.write(json.dumps(asdict(example)) + "\n")
     return path
 
@@ -2204,8 +3085,20 @@ def write_sounds(folder: str, n: int, n_choices: int, seed: int, name: str, sile
 # The front end's range is 80 dB below the loudest frequency of a clip. LOUD sounds have all their power in a few, and beside
 # one of them at full level a sound at its level here is silence; alone, all are as audible as each other.
 LOUD = ("beep", "buzz", "hum", "siren")
-FAINT_DB = {"beep": -86, "buzz": -89, "hiss": -66, "rumble": -81, "whistle": -84, "chirp": -82, "siren": -87, "clicks": -62,
-            "bell": -77, "knock": -84, "hum": -87, "roar": -72}
+FAINT_DB = {
+    "beep": -86,
+    "buzz": -89,
+    "hiss": -66,
+    "rumble": -81,
+    "whistle": -84,
+    "chirp": -82,
+    "siren": -87,
+    "clicks": -62,
+    "bell": -77,
+    "knock": -84,
+    "hum": -87,
+    "roar": -72,
+}
 
 
 def scene(rng: np.random.Generator) -> tuple[np.ndarray, str, str, float, float]:
@@ -2215,7 +3108,9 @@ def scene(rng: np.random.Generator) -> tuple[np.ndarray, str, str, float, float]
     second = rng.choice([label for label in SOUNDS if label != first])
     a, b = synthesise(first, rng), synthesise(second, rng)
     a, b = 0.9 * a / np.abs(a).max(), 10 ** (FAINT_DB[second] / 20) * b / np.abs(b).max()
-    before, between, after = (np.zeros(int(rng.uniform(*s) * RATE_HZ)) for s in ((0, 0.3), (0.15, 0.3), (0, 0.2)))
+    before, between, after = (
+        np.zeros(int(rng.uniform(*s) * RATE_HZ)) for s in ((0, 0.3), (0.15, 0.3), (0, 0.2))
+    )
     start = (len(before) + len(a) + len(between)) / RATE_HZ
     wave = np.concatenate([before, a, between, b, after]).astype(np.float32)
     return wave, str(first), str(second), start, start + len(b) / RATE_HZ
@@ -2236,14 +3131,25 @@ def write_scenes(folder: str, n: int, seed: int, name: str, taught: bool = False
     with open(path, "w", encoding="utf-8") as f:
         for i in range(n):
             wave, first, second, start, end = scene(rng)
-            choices = [first, second, *rng.choice([x for x in SOUNDS if x not in (first, second)], 2, replace=False).tolist()]
+            choices = [
+                first,
+                second,
+                *rng.choice([x for x in SOUNDS if x not in (first, second)], 2, replace=False).tolist(),
+            ]
             rng.shuffle(choices)
             audio = f"sounds/{name}_{i:04d}.wav"
             soundfile.write(os.path.join(folder, audio), wave, RATE_HZ, subtype="PCM_24")
             thought = f"Listen again: <seg>{start - 0.1:.1f}, {len(wave) / RATE_HZ:.1f}</seg> it is {second}."
             chains = [f"<think>{thought}</think><answer>{choice}</answer>" for choice in choices]
-            example = Example(f"{name}_{i:04d}", audio, "Which sound comes second?", choices, choices.index(second),
-                              chains if taught else None, {"first": first, "label": second, "spans": [[start, end]]})
+            example = Example(
+                f"{name}_{i:04d}",
+                audio,
+                "Which sound comes second?",
+                choices,
+                choices.index(second),
+                chains if taught else None,
+                {"first": first, "label": second, "spans": [[start, end]]},
+            )
             f.write(json.dumps(asdict(example)) + "\n")
     return path
 
@@ -2267,8 +3173,12 @@ def write_lessons(path: str, n: int = 8000) -> str:
                 lesson = dict(audio=clip["audio"], question="Name the sound.", target=clip["meta"]["label"])
             else:
                 choices = rng.permutation(list(SOUNDS))[:4].tolist()
-                lesson = dict(audio="sounds/silence.wav" if kind < 0.4 else clip["audio"], question=clip["question"],
-                              choices=choices, target=choices)
+                lesson = dict(
+                    audio="sounds/silence.wav" if kind < 0.4 else clip["audio"],
+                    question=clip["question"],
+                    choices=choices,
+                    target=choices,
+                )
             f.write(json.dumps(lesson) + "\n")
     return path
 
@@ -2277,16 +3187,15 @@ def write_lessons(path: str, n: int = 8000) -> str:
 # Command line
 
 
-def progress(items, total: int, what: str):
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, desc=what, unit="", leave=False, disable=None)  # None: silent where nobody looks
-
-
 def listen_to(clip, max_s: float) -> dict:
     wave, rate_hz, channels, seconds = read_audio(clip, max_s, whole=True)
-    return dict(seconds=seconds, rate_hz=rate_hz, channels=channels, silent=not wave.any(),
-                hash=(zlib.crc32(wave), zlib.adler32(wave)))  # 32 bits are too few for pairs of 10,000 clips
+    return dict(
+        seconds=seconds,
+        rate_hz=rate_hz,
+        channels=channels,
+        silent=not wave.any(),
+        hash=(zlib.crc32(wave), zlib.adler32(wave)),
+    )  # 32 bits are too few for pairs of 10,000 clips
 
 
 def reads(choice: str) -> str:
@@ -2300,8 +3209,14 @@ def survey(examples: Examples, max_s: float) -> dict:
 
     -> problems and notes (texts), heard {clip: what listen_to says}, questions and lines by clip, and counts
     """
-    found = dict(problems=[], notes=[], choices=collections.Counter(), answers=collections.Counter(),
-                 asked=collections.defaultdict(list), lines={})
+    found = dict(
+        problems=[],
+        notes=[],
+        choices=collections.Counter(),
+        answers=collections.Counter(),
+        asked=collections.defaultdict(list),
+        lines={},
+    )
     problems, ids, pairs, blank, same = found["problems"], {}, {}, [], {}
     for i in progress(range(len(examples)), len(examples), "lines"):
         where = examples.where(i)
@@ -2316,12 +3231,16 @@ def survey(examples: Examples, max_s: float) -> dict:
         if example.answer is None:
             blank.append(where)
         elif options.count(options[example.answer]) > 1:
-            problems.append(f'{where}: field "choices": the answer {example.choices[example.answer]!r:.80} stands among them '
-                            "twice, so a right answer can be counted as wrong; drop one or the line")
+            problems.append(
+                f'{where}: field "choices": the answer {example.choices[example.answer]!r:.80} stands among them '
+                "twice, so a right answer can be counted as wrong; drop one or the line"
+            )
         elif len(set(options)) < len(options):
             found["notes"].append(f'{where}: field "choices": two are the same, {example.choices!r:.200}')
         if (first := ids.setdefault(example.id, where)) != where:
-            problems.append(f'{where}: field "id": {example.id!r:.80} is also the id of {first}; give each its own')
+            problems.append(
+                f'{where}: field "id": {example.id!r:.80} is also the id of {first}; give each its own'
+            )
         names = tuple(str(c) for c in example.clips)
         pair = hash((names, words(example.question), *sorted(options)))
         if (first := pairs.setdefault(pair, where)) != where:
@@ -2330,17 +3249,26 @@ def survey(examples: Examples, max_s: float) -> dict:
         for name, clip in zip(names, example.clips):
             found["lines"].setdefault(name, (clip, []))[1].append(where)
     if len(blank) < sum(found["choices"].values()):
-        problems += [f'{w}: field "answer": missing, while other lines have one; give it or drop the line' for w in blank]
+        problems += [
+            f'{w}: field "answer": missing, while other lines have one; give it or drop the line'
+            for w in blank
+        ]
     found["heard"], clips = {}, found["lines"].items()
     results = ahead(clips, lambda item: listen_to(item[1][0], max_s), os.cpu_count() or 1, 64)
     for (name, (_, (where, *more))), result in progress(results, len(clips), "clips"):
         if isinstance(result, DataError):
-            remedy = "mend the path, or give --audio_dir" if "no such file" in str(result) else "replace it or drop the line"
+            remedy = (
+                "mend the path, or give --audio_dir"
+                if "no such file" in str(result)
+                else "replace it or drop the line"
+            )
             problems += [f'{w}: field "audio": {result}; {remedy}' for w in (where, *more)]
             continue
         found["heard"][name] = result
         if result["seconds"] > max_s:
-            found["notes"].append(f'{where}: field "audio": lasts {result["seconds"]:.1f} s, cut at {max_s:g} s; --max_audio_s')
+            found["notes"].append(
+                f'{where}: field "audio": lasts {result["seconds"]:.1f} s, cut at {max_s:g} s; --max_audio_s'
+            )
         if result["silent"]:
             found["notes"].append(f'{where}: field "audio": is silent')
         elif (first := same.setdefault(result["hash"], where)) != where:
@@ -2358,36 +3286,76 @@ def check(path: str, max_s: float = 30.0, audio_dir: str = "", against: str = ""
     found = survey(examples, max_s)
     heard, problems = found["heard"], found["problems"]
     seconds = sorted(h["seconds"] for h in heard.values())
-    count = {key: dict(collections.Counter(h[key] for h in heard.values()).most_common()) for key in ("rate_hz", "channels")}
+    count = {
+        key: dict(collections.Counter(h[key] for h in heard.values()).most_common())
+        for key in ("rate_hz", "channels")
+    }
     same = collections.Counter(h["hash"] for h in heard.values() if not h["silent"])
-    facts = dict(file=path, format=examples.format, version=examples.version, examples=len(examples),
-                 skipped=dict(examples.skipped), clips=len(heard), hours=round(sum(seconds) / 3600, 4),
-                 seconds=[round(f(seconds), 3) for f in (min, lambda s: s[len(s) // 2], max)] if seconds else [],
-                 cut=sum(s > max_s for s in seconds), **count, choices=dict(sorted(found["choices"].items())),
-                 answers={str(k): v for k, v in sorted(found["answers"].items(), key=str)},
-                 same_sound=sum(n - 1 for n in same.values()))
+    facts = dict(
+        file=path,
+        format=examples.format,
+        version=examples.version,
+        examples=len(examples),
+        skipped=dict(examples.skipped),
+        clips=len(heard),
+        hours=round(sum(seconds) / 3600, 4),
+        seconds=[round(f(seconds), 3) for f in (min, lambda s: s[len(s) // 2], max)] if seconds else [],
+        cut=sum(s > max_s for s in seconds),
+        **count,
+        choices=dict(sorted(found["choices"].items())),
+        answers={str(k): v for k, v in sorted(found["answers"].items(), key=str)},
+        same_sound=sum(n - 1 for n in same.values()),
+    )
     if against:
         other = survey(others, max_s)
         sounds = {h["hash"] for h in other["heard"].values() if not h["silent"]}
-        absent = [stem_of(getattr(c, "path", c)) for name, (c, _) in other["lines"].items() if name not in other["heard"]]
+        absent = [
+            stem_of(getattr(c, "path", c))
+            for name, (c, _) in other["lines"].items()
+            if name not in other["heard"]
+        ]
         named, bad = set(filter(is_id, absent)), len(others) - sum(other["choices"].values())
-        shared = [where for name, (clip, lines) in found["lines"].items() for where in lines
-                  if stem_of(getattr(clip, "path", clip)) in named or name in heard and heard[name]["hash"] in sounds]
+        shared = [
+            where
+            for name, (clip, lines) in found["lines"].items()
+            for where in lines
+            if stem_of(getattr(clip, "path", clip)) in named
+            or name in heard
+            and heard[name]["hash"] in sounds
+        ]
         asked = [where for key, lines in found["asked"].items() if key in other["asked"] for where in lines]
-        problems += [f"{w}: its clip is also in {against}; drop the line, or the score will mean little" for w in shared]
+        problems += [
+            f"{w}: its clip is also in {against}; drop the line, or the score will mean little"
+            for w in shared
+        ]
         found["notes"] += [f"{w}: the same question and choices as in {against}" for w in asked]
         facts |= dict(against=against, shared_clips=len(shared), shared_questions=len(asked))
-        facts |= {"not_compared": f"{len(absent)} of {len(other['lines'])} clips of {against} could not be heard: compared by "
-                  f"name or not at all; {bad} of {len(others)} lines of {against} could not be read"} if bad or absent else {}
+        facts |= (
+            {
+                "not_compared": f"{len(absent)} of {len(other['lines'])} clips of {against} could not be heard: compared by "
+                f"name or not at all; {bad} of {len(others)} lines of {against} could not be read"
+            }
+            if bad or absent
+            else {}
+        )
     facts |= dict(problems=problems, notes=found["notes"])
     print(f"{examples}, {len(heard)} clips heard, {facts['hours']:.2f} h")
     if seconds:
         shortest, median, longest = facts["seconds"]
-        print(f"  {'seconds':16} {shortest:g} shortest, {median:g} median, {longest:g} longest; "
-              f"{facts['cut']} cut at {max_s:g}")
-    titles = dict(rate_hz="rate in Hz", channels="channels", choices="choices", answers="gold at",
-                  same_sound="copies of a clip", shared_clips="clips shared", shared_questions="asked there too",
-                  not_compared="but")
+        print(
+            f"  {'seconds':16} {shortest:g} shortest, {median:g} median, {longest:g} longest; "
+            f"{facts['cut']} cut at {max_s:g}"
+        )
+    titles = dict(
+        rate_hz="rate in Hz",
+        channels="channels",
+        choices="choices",
+        answers="gold at",
+        same_sound="copies of a clip",
+        shared_clips="clips shared",
+        shared_questions="asked there too",
+        not_compared="but",
+    )
     for key, name in titles.items():
         if key in facts:
             value = facts[key]
@@ -2407,7 +3375,10 @@ def new_file(*outs: str) -> None:
     """Refuses what exists, before any work is done."""
     for out in outs:
         if not out or os.path.lexists(out):
-            raise UserError(f"--out {out}: " + ("exists; remove it or give another name" if out else "is empty; name a file"))
+            raise UserError(
+                f"--out {out}: "
+                + ("exists; remove it or give another name" if out else "is empty; name a file")
+            )
         os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
 
 
@@ -2417,7 +3388,9 @@ def write_examples(out: str, examples, total: int) -> int:
     folder, stem = os.path.dirname(os.path.abspath(out)), os.path.splitext(os.path.basename(out))[0]
     n, part = 0, f"{out}.part"
     try:
-        with open(part, "w", encoding="utf-8", errors="backslashreplace") as f:  # half a character: as JSON spells it
+        with open(
+            part, "w", encoding="utf-8", errors="backslashreplace"
+        ) as f:  # half a character: as JSON spells it
             for example in progress(examples, total, "lines"):
                 row = asdict(dataclasses.replace(example, audio=None, meta={}))
                 paths, inner = [], []  # inner: what embedded clips were called
@@ -2426,12 +3399,18 @@ def write_examples(out: str, examples, total: int) -> int:
                     if isinstance(content, bytes):
                         inner += [clip.path] if isinstance(clip, Embedded) and clip.path else []
                         name = re.sub(r"[^\w.-]", "_", example.id)[:80] + (f"_{k}" if k else "")
-                        content = write_clip(os.path.join(folder, f"{stem}_audio", f"{n:07d}_{name}"), content)
+                        content = write_clip(
+                            os.path.join(folder, f"{stem}_audio", f"{n:07d}_{name}"), content
+                        )
                     path = os.path.abspath(content)
-                    paths.append(os.path.relpath(path, folder) if path.startswith(os.path.join(folder, "")) else path)
+                    paths.append(
+                        os.path.relpath(path, folder) if path.startswith(os.path.join(folder, "")) else path
+                    )
                 row["audio"] = paths if isinstance(example.audio, list) else paths[0] if paths else None
                 meta = {k: None if isinstance(v, Embedded) else v for k, v in example.meta.items()}
-                row["meta"] = flat({"audio_path": inner if inner[1:] else inner[0], "meta": meta}) if inner else meta
+                row["meta"] = (
+                    flat({"audio_path": inner if inner[1:] else inner[0], "meta": meta}) if inner else meta
+                )
                 f.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
                 n += 1
         os.replace(part, out)
@@ -2443,7 +3422,14 @@ def write_examples(out: str, examples, total: int) -> int:
 
 def write_clip(path: str, content: bytes) -> str:
     """Its ending tells what it is and not what it was called."""
-    kinds = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff": ".mp3", b"FORM": ".aiff"}
+    kinds = {
+        b"RIFF": ".wav",
+        b"fLaC": ".flac",
+        b"OggS": ".ogg",
+        b"ID3": ".mp3",
+        b"\xff": ".mp3",
+        b"FORM": ".aiff",
+    }
     path += next((end for magic, end in kinds.items() if content.startswith(magic)), ".wav")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb") as f:
@@ -2459,7 +3445,7 @@ def convert(path: str, out: str, audio_dir: str = "", drop_bad: bool = False) ->
         for i in range(len(examples)):
             try:
                 example = examples[i]
-                lost = [no_file(c) for c in example.clips if isinstance(c, str) and no_file(c)]
+                lost = [file_problem(c) for c in example.clips if isinstance(c, str) and file_problem(c)]
                 if lost and drop_bad:
                     raise DataError(f'{examples.where(i)}: field "audio": {lost[0]}')
                 yield example
@@ -2488,7 +3474,7 @@ def folder(path: str, out: str, eval_size: int = -1, n_choices: int = 4) -> None
     examples.n_choices = n_choices
     keys = array("L")
     for example in progress(examples, len(examples), "clips"):
-        if problem := no_file(example.audio):
+        if problem := file_problem(example.audio):
             raise DataError(f"{problem}; take it out of the folder")
         with open(example.audio, "rb") as f:
             keys.append(zlib.crc32(f.read()))
@@ -2500,8 +3486,15 @@ def folder(path: str, out: str, eval_size: int = -1, n_choices: int = 4) -> None
     print(f"{len(examples.pools[''])} labels, {len(examples.pools) - 1} families")
 
 
-def keep(path: str, out: str, pass_rate: tuple = (), drop_answerable_without_audio: float | None = None,
-         where: list[str] = (), most: int = 0, seed: int = 0) -> None:
+def keep(
+    path: str,
+    out: str,
+    pass_rate: tuple = (),
+    drop_answerable_without_audio: float | None = None,
+    where: list[str] = (),
+    most: int = 0,
+    seed: int = 0,
+) -> None:
     """Filter by what `eval.py --samples` measured: columns pass_rate, pass_rate_silence and pass_rate_none of `meta`.
 
     Keeps questions that are sometimes right (Step-Audio-R1: 3 to 6 of 8 samples), and drops those that are as right
@@ -2515,19 +3508,29 @@ def keep(path: str, out: str, pass_rate: tuple = (), drop_answerable_without_aud
     def rate(example, i, key):
         value = example.meta.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise DataError(f'{examples.where(i)}: field "meta": expected a number "{key}" from 0 to 1, found {value!r:.40}; '
-                            "python eval.py --samples 8 writes it")
+            raise DataError(
+                f'{examples.where(i)}: field "meta": expected a number "{key}" from 0 to 1, found {value!r:.40}; '
+                "python eval.py --samples 8 writes it"
+            )
         return value
 
     def reason(example, i) -> str:
         if pass_rate and not low <= rate(example, i, "pass_rate") <= high:
             return "pass_rate below" if rate(example, i, "pass_rate") < low else "pass_rate above"
         if drop_answerable_without_audio is not None:
-            keys = [k for k in ("pass_rate_silence", "pass_rate_none") if k in example.meta] or ["pass_rate_silence"]
+            keys = [k for k in ("pass_rate_silence", "pass_rate_none") if k in example.meta] or [
+                "pass_rate_silence"
+            ]
             if max(rate(example, i, key) for key in keys) >= drop_answerable_without_audio:
                 return "answerable without audio"
-        return next((f"not {key}={value}" for key, value in wanted
-                     if value not in (str(example.meta.get(key)), json.dumps(example.meta.get(key), default=str))), "")
+        return next(
+            (
+                f"not {key}={value}"
+                for key, value in wanted
+                if value not in (str(example.meta.get(key)), json.dumps(example.meta.get(key), default=str))
+            ),
+            "",
+        )
 
     kept = []
     for i in range(len(examples)):
@@ -2538,10 +3541,15 @@ def keep(path: str, out: str, pass_rate: tuple = (), drop_answerable_without_aud
         dropped["over --max"] = len(kept) - most
         kept = sorted(random.Random(seed).sample(kept, most))
     if not kept:
-        raise UserError(f"{path}: none of {len(examples)} examples is left" +
-                        "".join(f"; {c} dropped: {why}" for why, c in dropped.most_common()))
+        raise UserError(
+            f"{path}: none of {len(examples)} examples is left"
+            + "".join(f"; {c} dropped: {why}" for why, c in dropped.most_common())
+        )
     n = write_examples(out, (examples[i] for i in kept), len(kept))
-    print(f"{out}: {n} of {len(examples)} examples" + "".join(f"; {c} dropped: {why}" for why, c in dropped.most_common()))
+    print(
+        f"{out}: {n} of {len(examples)} examples"
+        + "".join(f"; {c} dropped: {why}" for why, c in dropped.most_common())
+    )
 
 
 class Captioned(collections.abc.Sequence):
@@ -2557,20 +3565,41 @@ class Captioned(collections.abc.Sequence):
         example = self.examples[i]
         labels = next((example.meta[k] for k in LABEL.split("|") if k in example.meta), None)
         if labels is None and "captions" not in example.meta:
-            raise DataError(f"{self.examples.where(i)}: neither captions nor a label; eval.py --prompt caption writes some")
-        return dataclasses.replace(example, meta={"captions": labels if isinstance(labels, list) else [labels]} | example.meta)
+            raise DataError(
+                f"{self.examples.where(i)}: neither captions nor a label; eval.py --prompt caption writes some"
+            )
+        return dataclasses.replace(
+            example, meta={"captions": labels if isinstance(labels, list) else [labels]} | example.meta
+        )
 
 
 def write_questions(path: str, out: str, rejects: str, audio_dir: str, **options) -> None:
     stem, end = os.path.splitext(out)
-    if failed := generate(Captioned(Examples(path, audio_dir)), out, rejects or f"{stem}_rejects{end}", **options)["failed"]:
+    if failed := generate(
+        Captioned(Examples(path, audio_dir)), out, rejects or f"{stem}_rejects{end}", **options
+    )["failed"]:
         raise UserError(f"{failed} clips failed; the same command asks them again")
 
 
-def write_chains(path: str, out: str, rl: str, rejects: str, audio_dir: str, labels: str, captions: str, per_clip: int,
-                 seed: int, **options) -> None:
-    questions, (stem, end) = TimedQuestions(path, audio_dir, labels, captions, per_clip, seed), os.path.splitext(out)
-    if failed := relisten(questions, out, rl or f"{stem}_rl{end}", rejects or f"{stem}_rejects{end}", **options)["failed"]:
+def write_chains(
+    path: str,
+    out: str,
+    rl: str,
+    rejects: str,
+    audio_dir: str,
+    labels: str,
+    captions: str,
+    per_clip: int,
+    seed: int,
+    **options,
+) -> None:
+    questions, (stem, end) = (
+        TimedQuestions(path, audio_dir, labels, captions, per_clip, seed),
+        os.path.splitext(out),
+    )
+    if failed := relisten(
+        questions, out, rl or f"{stem}_rl{end}", rejects or f"{stem}_rejects{end}", **options
+    )["failed"]:
         raise UserError(f"{failed} questions failed; the same command asks them again")
 
 
@@ -2607,87 +3636,197 @@ def at_least(low: int) -> Callable:
         if int(text) < low:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {low}")
         return int(text)
+
     return whole
 
 
 def parse_args(argv=None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, run, about, example):
-        sub = commands.add_parser(name, help=about, allow_abbrev=False,
-                                  description=f"{about}.\n\n    python data.py {name} {example}",
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = commands.add_parser(
+            name,
+            help=about,
+            allow_abbrev=False,
+            description=f"{about}.\n\n    python data.py {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         sub.set_defaults(run=run)
         return sub.add_argument
 
     def server(add, max_tokens):
         add("--model", required=True, help="as the server calls it; the key is read from OPENAI_API_KEY")
-        add("--base_url", default=None, help="an OpenAI-compatible server, http://HOST:PORT/v1; default: OpenAI's")
+        add(
+            "--base_url",
+            default=None,
+            help="an OpenAI-compatible server, http://HOST:PORT/v1; default: OpenAI's",
+        )
         add("--concurrency", type=int, default=16, help="requests at once")
         add("--attempts", type=int, default=3, help="times that the same thing is asked until a reply passes")
         add("--temperature", type=float, default=1.0, help="of the language model")
-        add("--max_tokens", type=int, default=max_tokens, help="of one reply; a model that thinks aloud needs thousands")
+        add(
+            "--max_tokens",
+            type=int,
+            default=max_tokens,
+            help="of one reply; a model that thinks aloud needs thousands",
+        )
         add("--seed", type=int, default=0, help="of the requests, and of what is drawn at random")
-        add("--max_tokens_total", type=int, default=0, help="stop before all runs together use more; 0: no limit")
-        add("--max_cost", type=float, default=0.0, help="the same in USD, with --price_in and --price_out; 0: no limit")
+        add(
+            "--max_tokens_total",
+            type=int,
+            default=0,
+            help="stop before all runs together use more; 0: no limit",
+        )
+        add(
+            "--max_cost",
+            type=float,
+            default=0.0,
+            help="the same in USD, with --price_in and --price_out; 0: no limit",
+        )
         add("--price_in", type=float, default=0.0, help="USD per million prompt tokens")
         add("--price_out", type=float, default=0.0, help="USD per million completion tokens")
-        add("--retries", type=int, default=5, help="after 429, 5xx, time-outs; Retry-After is honoured up to 120 s")
+        add(
+            "--retries",
+            type=int,
+            default=5,
+            help="after 429, 5xx, time-outs; Retry-After is honoured up to 120 s",
+        )
         add("--timeout_s", type=span, default=120.0, help="of one request")
 
-    add = command("check", check, "read every line and every sound, list what is wrong",
-                  "train.jsonl --against mmau-test-mini.json")
+    add = command(
+        "check",
+        check,
+        "read every line and every sound, list what is wrong",
+        "train.jsonl --against mmau-test-mini.json",
+    )
     add("path", metavar="FILE", help="file, folder or Hub id")
     add("--max_audio_s", dest="max_s", type=span, default=30.0, help="seconds of a clip that training reads")
     add("--audio_dir", default="", help="where relative audio paths start; default: the folder of the file")
-    add("--against", default="", metavar="FILE", help="another data set: which clips and questions do they share?")
+    add(
+        "--against",
+        default="",
+        metavar="FILE",
+        help="another data set: which clips and questions do they share?",
+    )
     add("--report", default="", metavar="FILE.json", help="write everything found to this file")
 
-    add = command("convert", convert, "any known format to our JSONL, losing no field",
-                  "train_qa.json --audio_dir clips --out avqa.jsonl")
+    add = command(
+        "convert",
+        convert,
+        "any known format to our JSONL, losing no field",
+        "train_qa.json --audio_dir clips --out avqa.jsonl",
+    )
     add("path", metavar="FILE", help="file, folder or Hub id (org/name[/config][:split])")
     add("--out", required=True, help="JSONL to write")
     add("--audio_dir", default="", help="where relative audio paths start; default: the folder of the file")
-    add("--drop_bad", action="store_true", help="leave out lines that cannot be read and those whose clip is missing")
+    add(
+        "--drop_bad",
+        action="store_true",
+        help="leave out lines that cannot be read and those whose clip is missing",
+    )
 
-    add = command("folder", folder, "sounds in folders, or named after what they are, to questions",
-                  "recordings --out my.jsonl")
+    add = command(
+        "folder",
+        folder,
+        "sounds in folders, or named after what they are, to questions",
+        "recordings --out my.jsonl",
+    )
     add("path", metavar="DIR", help="folder: dog/1.wav, animals/dog/1.wav or dog_bark_01.wav")
     add("--out", required=True, help="JSONL to write; a held-out part goes to OUT_eval.jsonl")
-    add("--eval_size", type=at_least(-1), default=-1, help="questions to hold out; -1: a tenth; at most a fifth")
-    add("--n_choices", type=at_least(2), default=4, help="choices a question; distractors come from the same family first")
+    add(
+        "--eval_size",
+        type=at_least(-1),
+        default=-1,
+        help="questions to hold out; -1: a tenth; at most a fifth",
+    )
+    add(
+        "--n_choices",
+        type=at_least(2),
+        default=4,
+        help="choices a question; distractors come from the same family first",
+    )
 
-    add = command("generate", write_questions, "captions to questions, written by a language model and checked",
-                  "captions.jsonl --model gpt-4o-mini --max_cost 5 --price_in 0.15 --price_out 0.6 --out vggs_gpt.jsonl")
-    add("path", metavar="CAPTIONS", help="JSONL or CSV of clips with captions or a label; eval.py --prompt caption writes one")
+    add = command(
+        "generate",
+        write_questions,
+        "captions to questions, written by a language model and checked",
+        "captions.jsonl --model gpt-4o-mini --max_cost 5 --price_in 0.15 --price_out 0.6 --out vggs_gpt.jsonl",
+    )
+    add(
+        "path",
+        metavar="CAPTIONS",
+        help="JSONL or CSV of clips with captions or a label; eval.py --prompt caption writes one",
+    )
     add("--out", required=True, help="JSONL of questions; the same command goes on where it stopped")
     add("--rejects", default="", help="JSONL of what was refused, and why; default: OUT_rejects.jsonl")
     add("--audio_dir", default="", help="where relative audio paths start; default: the folder of the file")
     server(add, 400)
 
-    add = command("relisten", write_chains, "time-stamped events to questions and chains of thought that name segments",
-                  "audioset_train_strong.tsv --labels mid_to_display_name.tsv --audio_dir clips --model MODEL --out echo.jsonl")
-    add("path", metavar="EVENTS", help="AudioSet-Strong's TSV, MusicBench's JSONL, or a table of clip, onset, offset and label")
-    add("--out", required=True, help="JSONL of questions with a chain of thought; the same command goes on where it stopped")
+    add = command(
+        "relisten",
+        write_chains,
+        "time-stamped events to questions and chains of thought that name segments",
+        "audioset_train_strong.tsv --labels mid_to_display_name.tsv --audio_dir clips --model MODEL --out echo.jsonl",
+    )
+    add(
+        "path",
+        metavar="EVENTS",
+        help="AudioSet-Strong's TSV, MusicBench's JSONL, or a table of clip, onset, offset and label",
+    )
+    add(
+        "--out",
+        required=True,
+        help="JSONL of questions with a chain of thought; the same command goes on where it stopped",
+    )
     add("--rl", default="", help="JSONL of good questions without a good chain; default: OUT_rl.jsonl")
     add("--rejects", default="", help="JSONL of bad questions, and why; default: OUT_rejects.jsonl")
     add("--audio_dir", default="", help="where the sounds are; default: the folder of the file")
     add("--labels", default="", metavar="FILE", help="mid_to_display_name.tsv: what AudioSet's labels mean")
-    add("--captions", default="", metavar="FILE", help="clips with captions, which the language model gets to read")
+    add(
+        "--captions",
+        default="",
+        metavar="FILE",
+        help="clips with captions, which the language model gets to read",
+    )
     add("--per_clip", type=at_least(1), default=2, help="questions a clip at most, each of another kind")
     add("--judge_model", default="", help="judges question and chain; default: --model")
     server(add, 800)
 
-    add = command("filter", keep, "keep what a policy can learn from, by what eval.py --samples measured",
-                  "avqa.jsonl --pass_rate 0.1..0.9 --drop_answerable_without_audio --out hard.jsonl")
+    add = command(
+        "filter",
+        keep,
+        "keep what a policy can learn from, by what eval.py --samples measured",
+        "avqa.jsonl --pass_rate 0.1..0.9 --drop_answerable_without_audio --out hard.jsonl",
+    )
     add("path", metavar="FILE", help="questions with pass_rate in their meta")
     add("--out", required=True, help="JSONL to write")
-    add("--pass_rate", type=bounds, default=(), metavar="LOW..HIGH", help="keep this share of right samples, ends included")
-    add("--drop_answerable_without_audio", type=share, nargs="?", const=0.5, default=None, metavar="RATE",
-        help="drop what is right this often under silence or without audio (0.5)")
-    add("--where", type=condition, action="append", default=[], metavar="KEY=VALUE",
-        help="keep lines whose meta says so; may be repeated")
+    add(
+        "--pass_rate",
+        type=bounds,
+        default=(),
+        metavar="LOW..HIGH",
+        help="keep this share of right samples, ends included",
+    )
+    add(
+        "--drop_answerable_without_audio",
+        type=share,
+        nargs="?",
+        const=0.5,
+        default=None,
+        metavar="RATE",
+        help="drop what is right this often under silence or without audio (0.5)",
+    )
+    add(
+        "--where",
+        type=condition,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keep lines whose meta says so; may be repeated",
+    )
     add("--max", dest="most", type=at_least(0), default=0, help="keep a random sample of this size; 0: all")
     add("--seed", type=int, default=0, help="of that sample")
 

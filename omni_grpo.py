@@ -92,68 +92,132 @@ class Config:
     temperature: float = arg(1.0, "of sampling and of scoring")
     max_new_tokens: int = arg(0, "longest completion; 0: the prompt template's (32 direct, 256 thinking)")
     # re-listening (Echo, arXiv 2602.11909): a completion that writes <seg>start, end</seg> hears that part of its clip again
-    max_relistens: int = arg(-1, "parts that a completion may hear again; 0: none, -1: the prompt template's (8 relisten)")
+    max_relistens: int = arg(
+        -1, "parts that a completion may hear again; 0: none, -1: the prompt template's (8 relisten)"
+    )
     min_relisten_s: float = arg(0.2, "seconds; of a shorter part nothing is heard")
     max_relisten_s: float = arg(10.0, "seconds; of a longer part nothing is heard")
-    relisten_tokens: int = arg(512, "most tokens that the parts heard again add to a completion (25 a second)")
-    relisten_from: str = arg("audio", "audio: the part itself goes through the audio tower | embeddings: those of the prompt",
-                             ("audio", "embeddings"))
+    relisten_tokens: int = arg(
+        512, "most tokens that the parts heard again add to a completion (25 a second)"
+    )
+    relisten_from: str = arg(
+        "audio",
+        "audio: the part itself goes through the audio tower | embeddings: those of the prompt",
+        ("audio", "embeddings"),
+    )
     # ablations: one flag, one line of code, one row of the README's table
-    scale: str = arg("std", "advantage scale: std (GRPO) | none (Dr. GRPO, arXiv 2503.20783)", ("std", "none"))
-    reduce: str = arg("sequence", "loss mean: sequence (GRPO) | token (DAPO, arXiv 2503.14476) | constant (Dr. GRPO)",
-                      ("sequence", "token", "constant"))
+    scale: str = arg(
+        "std", "advantage scale: std (GRPO) | none (Dr. GRPO, arXiv 2503.20783)", ("std", "none")
+    )
+    reduce: str = arg(
+        "sequence",
+        "loss mean: sequence (GRPO) | token (DAPO, arXiv 2503.14476) | constant (Dr. GRPO)",
+        ("sequence", "token", "constant"),
+    )
     clip_low: float = arg(0.2, "ratio floor is 1 - clip_low (PPO, arXiv 1707.06347)")
     clip_high: float = arg(0.2, "ratio ceiling is 1 + clip_high (DAPO's clip-higher uses 0.28)")
-    importance: str = arg("token", "importance ratio: token (GRPO) | sequence (GSPO, arXiv 2507.18071)",
-                          ("token", "sequence"))
+    importance: str = arg(
+        "token", "importance ratio: token (GRPO) | sequence (GSPO, arXiv 2507.18071)", ("token", "sequence")
+    )
     beta: float = arg(0.04, "weight of the k3 KL to the reference; 0: no reference at all")
     updates_per_rollout: int = arg(1, "optimizer steps on each rollout")
-    audio: str = arg("real", "what is played: real | silence (same length) | none (text only)",
-                     ("real", "silence", "none"))
+    audio: str = arg(
+        "real", "what is played: real | silence (same length) | none (text only)", ("real", "silence", "none")
+    )
     shuffle_choices: bool = arg(True, "another order of the options every time a question is drawn")
-    order: str = arg("shuffled", "shuffled | easy_to_hard (by `pass_rate` in meta, SARI, arXiv 2504.15900)",
-                     ("shuffled", "easy_to_hard"))
-    resample_uniform: bool = arg(False, "draw new prompts for groups without reward spread (DAPO dynamic sampling)")
+    order: str = arg(
+        "shuffled",
+        "shuffled | easy_to_hard (by `pass_rate` in meta, SARI, arXiv 2504.15900)",
+        ("shuffled", "easy_to_hard"),
+    )
+    resample_uniform: bool = arg(
+        False, "draw new prompts for groups without reward spread (DAPO dynamic sampling)"
+    )
     # optimisation
     lr: float = arg(1e-5, "AdamW learning rate; 1e-6 is a full fine-tuning rate and does not move LoRA")
-    cold_start_lr: float = arg(0.0, "AdamW learning rate of the cold start, which bears a higher one (0: --lr)")
+    cold_start_lr: float = arg(
+        0.0, "AdamW learning rate of the cold start, which bears a higher one (0: --lr)"
+    )
     warmup_steps: int = arg(10, "steps of linear warm-up, of the cold start and of RL")
-    lr_schedule: str = arg("constant", "after the warm-up: constant | linear (down to 0 at the end of the stage)",
-                           ("constant", "linear"))
+    lr_schedule: str = arg(
+        "constant",
+        "after the warm-up: constant | linear (down to 0 at the end of the stage)",
+        ("constant", "linear"),
+    )
     max_grad_norm: float = arg(1.0, "gradient norm ceiling")
     optimizer: str = arg("adamw8bit", "adamw8bit (bitsandbytes) | adamw (torch)", ("adamw8bit", "adamw"))
-    lora_rank: int = arg(32, "LoRA rank on all linear layers of the language model; 0: full fine-tuning (small models)")
+    lora_rank: int = arg(
+        32, "LoRA rank on all linear layers of the language model; 0: full fine-tuning (small models)"
+    )
     lora_alpha: int = arg(64, "LoRA scale is lora_alpha / lora_rank")
     # memory and speed
     load_in_4bit: bool = arg(False, "nf4 base weights, for cards under 24 GB")
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
     pack_tokens: int = arg(8192, "tokens scored in one forward pass (at least one group)")
     rollout_rows: int = arg(128, "completions decoded together")
-    reuse_prefix: bool = arg(True, "learn through the rollout's own pass over the prompts; off: read them again, less memory")
+    reuse_prefix: bool = arg(
+        True, "learn through the rollout's own pass over the prompts; off: read them again, less memory"
+    )
     workers: int = arg(4, "threads that read audio ahead of the step")
     max_audio_s: float = arg(30.0, "seconds of a clip that are heard, at most 300")
     max_bad_audio: int = arg(10, "unreadable clips that are skipped before the run stops")
 
     def __post_init__(self):
-        rules = [("num_generations", self.num_generations >= 2, "a group needs at least 2 to compare"),
-                 ("temperature", 0 < self.temperature < math.inf, "sampling needs a temperature above 0"),
-                 ("max_audio_s", 0 < self.max_audio_s <= 300, "the audio front end hears at most 300 s"),
-                 ("clip_low", 0 <= self.clip_low <= 1, "the ratio floor 1 - clip_low must lie in [0, 1]"),
-                 ("model", bool(self.model), "name a directory or a Hub id"),
-                 ("seed", 0 <= self.seed < 2**63, "must lie in [0, 2**63)"),
-                 ("max_relistens", -1 <= self.max_relistens < 2**31, "must be -1 or more"),
-                 ("min_relisten_s", 0.025 <= self.min_relisten_s < math.inf, "less than 0.025 s gives no audio token"),
-                 ("adapter", not self.adapter or self.lora_rank > 0, "--lora_rank 0 has no use for an adapter"),
-                 ("prompt", self.prompt in PROMPTS, f"unknown{nearest(self.prompt, PROMPTS)}")]
-        rules += [(k, 1 <= getattr(self, k) < 2**31, "must be at least 1") for k in
-                  ("prompts_per_step", "updates_per_rollout", "save_every", "eval_every", "eval_samples", "log_rollouts",
-                   "pack_tokens", "rollout_rows", "workers", "lora_alpha")]
-        rules += [(k, 0 <= getattr(self, k) < math.inf, "must be 0 or more") for k in
-                  ("steps", "cold_start_steps", "eval_size", "max_new_tokens", "clip_high", "beta", "lr", "cold_start_lr",
-                   "warmup_steps", "lora_rank", "max_bad_audio", "max_grad_norm", "max_relisten_s", "relisten_tokens")]
+        rules = [
+            ("num_generations", self.num_generations >= 2, "a group needs at least 2 to compare"),
+            ("temperature", 0 < self.temperature < math.inf, "sampling needs a temperature above 0"),
+            ("max_audio_s", 0 < self.max_audio_s <= 300, "the audio front end hears at most 300 s"),
+            ("clip_low", 0 <= self.clip_low <= 1, "the ratio floor 1 - clip_low must lie in [0, 1]"),
+            ("model", bool(self.model), "name a directory or a Hub id"),
+            ("seed", 0 <= self.seed < 2**63, "must lie in [0, 2**63)"),
+            ("max_relistens", -1 <= self.max_relistens < 2**31, "must be -1 or more"),
+            (
+                "min_relisten_s",
+                0.025 <= self.min_relisten_s < math.inf,
+                "less than 0.025 s gives no audio token",
+            ),
+            ("adapter", not self.adapter or self.lora_rank > 0, "--lora_rank 0 has no use for an adapter"),
+            ("prompt", self.prompt in PROMPTS, f"unknown{nearest(self.prompt, PROMPTS)}"),
+        ]
+        rules += [
+            (k, 1 <= getattr(self, k) < 2**31, "must be at least 1")
+            for k in (
+                "prompts_per_step",
+                "updates_per_rollout",
+                "save_every",
+                "eval_every",
+                "eval_samples",
+                "log_rollouts",
+                "pack_tokens",
+                "rollout_rows",
+                "workers",
+                "lora_alpha",
+            )
+        ]
+        rules += [
+            (k, 0 <= getattr(self, k) < math.inf, "must be 0 or more")
+            for k in (
+                "steps",
+                "cold_start_steps",
+                "eval_size",
+                "max_new_tokens",
+                "clip_high",
+                "beta",
+                "lr",
+                "cold_start_lr",
+                "warmup_steps",
+                "lora_rank",
+                "max_bad_audio",
+                "max_grad_norm",
+                "max_relisten_s",
+                "relisten_tokens",
+            )
+        ]
         for f in dataclasses.fields(self):
             allowed = f.metadata["choices"]
-            rules.append((f.name, not allowed or getattr(self, f.name) in allowed, f"must be one of {allowed}"))
+            rules.append(
+                (f.name, not allowed or getattr(self, f.name) in allowed, f"must be one of {allowed}")
+            )
         for name, ok, why in rules:
             if not ok:
                 raise UserError(f"--{name} {getattr(self, name)}: {why}")
@@ -201,9 +265,11 @@ def loss_weights(lengths: Tensor, reduce: str, max_tokens: int) -> Tensor:
     """
     rows = len(lengths)
     lengths = lengths.double()
-    weight = {"sequence": 1 / (rows * lengths.clamp(min=1)),
-              "token": torch.ones_like(lengths) / lengths.sum().clamp(min=1),
-              "constant": torch.ones_like(lengths) / (rows * max_tokens)}[reduce]
+    weight = {
+        "sequence": 1 / (rows * lengths.clamp(min=1)),
+        "token": torch.ones_like(lengths) / lengths.sum().clamp(min=1),
+        "constant": torch.ones_like(lengths) / (rows * max_tokens),
+    }[reduce]
     return (weight * (lengths > 0)).float()
 
 
@@ -264,7 +330,9 @@ class Completion(Tokens):
     sampled: list[bool] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)  # as the sampler saw them, 0 where not sampled
     finished: bool = False  # ended by itself; otherwise it was cut at max_new_tokens
-    heard: list[tuple[float, float]] = field(default_factory=list)  # parts of the clip that were heard again, seconds
+    heard: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # parts of the clip that were heard again, seconds
     refused: collections.Counter = field(default_factory=collections.Counter)  # and why others were not
 
     def append(self, token: int) -> None:
@@ -282,7 +350,9 @@ class Prefix:
     """Prompts that a policy has read: all that their completions need of them, computed once."""
 
     prompts: list[Tokens]
-    kv: list[tuple[Tensor, Tensor]]  # a layer: keys and values (1, KV heads, N, d), the prompts one after the other
+    kv: list[
+        tuple[Tensor, Tensor]
+    ]  # a layer: keys and values (1, KV heads, N, d), the prompts one after the other
     ends: Tensor  # (P, H) hidden states at the prompts' last tokens, which predict the completions' first
 
     def bounds(self) -> list[tuple[int, int]]:
@@ -292,8 +362,10 @@ class Prefix:
 
     def cut(self) -> "Prefix":
         """A copy that collects gradients, from as many backward passes as there are, and keeps them for `backward`."""
+
         def leaf(x):
             return x.detach().requires_grad_(x.requires_grad)
+
         return Prefix(self.prompts, [(leaf(k), leaf(v)) for k, v in self.kv], leaf(self.ends))
 
     def backward(self, leaves: "Prefix") -> None:
@@ -323,7 +395,9 @@ class Pack:
     places: Sequence[int]
     parts: list[Tokens]
     positions: Tensor  # (n,)
-    spans: list[tuple[int, int, Tensor]]  # a group: where its completions start and end, and their mask (1, 1, n, S + n)
+    spans: list[
+        tuple[int, int, Tensor]
+    ]  # a group: where its completions start and end, and their mask (1, 1, n, S + n)
     predict: Tensor  # (M,) what predicts the token: the prompts' ends come first, then the n tokens
     target: Tensor  # (M,) the token
     row: Tensor  # (M,) which completion of the step it belongs to
@@ -342,17 +416,23 @@ def make_pack(groups: list[Group], rows: list[int], device="cpu", prefixes=(None
             target.append(torch.tensor(completion.ids, dtype=torch.long)[trained])
             row.append(torch.full((len(trained),), first_row + i))
             fed = len(completion.ids) - 1  # the last token predicts nothing
-            parts.append(Tokens(completion.ids[:fed], [(s, a[:fed - s]) for s, a in completion.audio if s < fed]))
+            parts.append(
+                Tokens(completion.ids[:fed], [(s, a[: fed - s]) for s, a in completion.audio if s < fed])
+            )
             positions.append(torch.arange(size, size + fed))
             owner.append(torch.full((fed,), i))
             at += fed
         owner = torch.cat(owner)
         order = torch.arange(len(owner))
-        own = (owner[:, None] == owner[None, :]) & (order[:, None] >= order[None, :])  # same completion, not later
+        own = (owner[:, None] == owner[None, :]) & (
+            order[:, None] >= order[None, :]
+        )  # same completion, not later
         mask = torch.cat([torch.ones(len(owner), size, dtype=torch.bool), own], dim=1)
         spans.append((start, at, mask.to(device)[None, None]))
     positions, predict, target, row = (torch.cat(x).to(device) for x in (positions, predict, target, row))
-    return Pack([g.prompt for g in groups], prefixes[0], places, parts, positions, spans, predict, target, row)
+    return Pack(
+        [g.prompt for g in groups], prefixes[0], places, parts, positions, spans, predict, target, row
+    )
 
 
 def packed_attention(module, query, key, value, attention_mask, pattern=None, **kwargs):
@@ -362,6 +442,7 @@ def packed_attention(module, query, key, value, attention_mask, pattern=None, **
     """
     if pattern is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("sliding_window") is not None or kwargs.get("softcap") is not None:
         raise UserError("this model's attention has a sliding window or a soft cap, which packs do not have")
@@ -391,8 +472,13 @@ class Reading:
 
     def attend(self, layer: int, query, key, value, scaling):
         self.kv.setdefault(layer, (key, value))  # a checkpointed layer comes by again in the backward pass
-        return torch.cat([attend(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, causal=True)
-                          for a, b in self.bounds], dim=2)
+        return torch.cat(
+            [
+                attend(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, causal=True)
+                for a, b in self.bounds
+            ],
+            dim=2,
+        )
 
 
 class Scoring:
@@ -404,9 +490,19 @@ class Scoring:
 
     def attend(self, layer: int, query, key, value, scaling):
         keys, values = self.kv[layer]
-        return torch.cat([attend(query[:, :, a:b], torch.cat([keys[:, :, p:q], key[:, :, a:b]], dim=2),
-                                 torch.cat([values[:, :, p:q], value[:, :, a:b]], dim=2), scaling, mask)
-                          for p, q, a, b, mask in self.spans], dim=2)
+        return torch.cat(
+            [
+                attend(
+                    query[:, :, a:b],
+                    torch.cat([keys[:, :, p:q], key[:, :, a:b]], dim=2),
+                    torch.cat([values[:, :, p:q], value[:, :, a:b]], dim=2),
+                    scaling,
+                    mask,
+                )
+                for p, q, a, b, mask in self.spans
+            ],
+            dim=2,
+        )
 
 
 class ReadingAndScoring(Scoring):
@@ -414,7 +510,9 @@ class ReadingAndScoring(Scoring):
 
     def attend(self, layer: int, query, key, value, scaling):
         n = self.bounds[-1][1]
-        prompts, completions = ([x[:, :, part] for x in (query, key, value)] for part in (slice(n), slice(n, None)))
+        prompts, completions = (
+            [x[:, :, part] for x in (query, key, value)] for part in (slice(n), slice(n, None))
+        )
         self.kv = {layer: prompts[1:]}
         out = Reading(self.bounds).attend(layer, *prompts, scaling)
         return torch.cat([out, super().attend(layer, *completions, scaling)], dim=2) if self.spans else out
@@ -431,7 +529,10 @@ class Decoding:
     def __init__(self, prefixes: list[Prefix], g: int, room: int):
         spots = [(prefix, a, b) for prefix in prefixes for a, b in prefix.bounds()]
         self.g, longest, device = g, max(b - a for _, a, b in spots), prefixes[0].ends.device
-        self.ends, self.blocks = [longest] * len(spots), []  # how far each line is filled; the last step's blocks
+        self.ends, self.blocks = (
+            [longest] * len(spots),
+            [],
+        )  # how far each line is filled; the last step's blocks
         self.place = torch.arange(len(spots) * g, device=device)
         sizes = torch.tensor([b - a for _, a, b in spots], device=device)
         slot = torch.arange(longest + room, device=device)
@@ -441,7 +542,7 @@ class Decoding:
             lines = tuple(x.new_zeros(len(spots), x.shape[1], len(slot), x.shape[3]) for x in kv)
             for line, (prefix, a, b) in enumerate(spots):
                 for to, x in zip(lines, prefix.kv[layer]):
-                    to[line, :, :b - a] = x[0, :, a:b]
+                    to[line, :, : b - a] = x[0, :, a:b]
             self.kv.append(lines)
 
     def feed(self, blocks: Sequence[tuple[int, int]] = ()) -> None:
@@ -458,13 +559,16 @@ class Decoding:
             self.mask = F.pad(self.mask, (0, more))
             for layer, kv in enumerate(self.kv):
                 self.kv[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in kv)
-        line, every = torch.arange(len(self.mask), device=self.place.device), torch.arange(self.g, device=self.place.device)
+        line, every = (
+            torch.arange(len(self.mask), device=self.place.device),
+            torch.arange(self.g, device=self.place.device),
+        )
         self.mask[line[:, None], every, self.starts[:, None] + every] = True
 
     def settle(self) -> None:
         """Blocks are seen from the next step on: the token before one, read in the same pass, must not look ahead."""
         for line, row, start, n in self.blocks:
-            self.mask[line, row, start:start + n] = True
+            self.mask[line, row, start : start + n] = True
         self.blocks = []
 
     def attend(self, layer: int, query, key, value, scaling):
@@ -483,10 +587,12 @@ class Decoding:
         outs = [out[self.place].transpose(0, 1)[None]]
         for line, row, start, n in self.blocks:
             for to, x in zip(self.kv[layer], (key, value)):
-                to[line, :, start:start + n] = x[0, :, r:r + n]
-            keys, values = (x[line:line + 1, :, :start + n] for x in self.kv[layer])
-            mask = torch.cat([self.mask[line, row, :start].repeat(n, 1), self.mask.new_ones(n, n).tril()], dim=1)
-            outs.append(attend(query[:, :, r:r + n], keys, values, scaling, mask))
+                to[line, :, start : start + n] = x[0, :, r : r + n]
+            keys, values = (x[line : line + 1, :, : start + n] for x in self.kv[layer])
+            mask = torch.cat(
+                [self.mask[line, row, :start].repeat(n, 1), self.mask.new_ones(n, n).tril()], dim=1
+            )
+            outs.append(attend(query[:, :, r : r + n], keys, values, scaling, mask))
             r += n
         return torch.cat(outs, dim=2)
 
@@ -512,7 +618,9 @@ class Family:
     model_class: str
     lm: tuple[str, ...]  # path of the language model, embeddings in, hidden states out; the first that exists
     drop: tuple[str, ...] = ()  # paths of parts that audio and text never use, where they exist
-    config: Callable = lambda config: config  # the part of the checkpoint's configuration that the class takes
+    config: Callable = lambda config: (
+        config
+    )  # the part of the checkpoint's configuration that the class takes
     encode_audio: Callable | None = None  # (model, mels [(bins, frames)]) -> [(n, H)]
     audio_id: Callable = lambda config: None  # id of the audio placeholder
     frames_after: int = 0  # how many frames past its end belong to a clip's features
@@ -538,17 +646,32 @@ def qwen2_audio(model, mels: list[Tensor]) -> list[Tensor]:
     window = 2 * parts.audio_tower.config.max_source_positions
     padded = torch.stack([F.pad(m[:, :window], (0, max(0, window - m.shape[1]))) for m in mels])
     inner = (frames - 1) // 2 + 1
-    mask = torch.zeros(len(mels), 1, 1, window // 2).masked_fill(torch.arange(window // 2) >= inner[:, None, None, None], -1e30)
+    mask = torch.zeros(len(mels), 1, 1, window // 2).masked_fill(
+        torch.arange(window // 2) >= inner[:, None, None, None], -1e30
+    )
     dtype = parts.multi_modal_projector.linear.weight.dtype
-    out = parts.audio_tower(padded.to(model.device, dtype), attention_mask=mask.to(model.device, dtype)).last_hidden_state
+    out = parts.audio_tower(
+        padded.to(model.device, dtype), attention_mask=mask.to(model.device, dtype)
+    ).last_hidden_state
     return [x[:n] for x, n in zip(parts.multi_modal_projector(out), ((inner - 2) // 2 + 1).tolist())]
 
 
 # transformers moved the language model and the towers in 5.2x: both layouts are found
-OMNI = Family("Qwen2_5OmniThinkerForConditionalGeneration", ("model.language_model", "model"), ("model.visual", "visual"),
-              lambda config: getattr(config, "thinker_config", config), omni_audio, lambda config: config.audio_token_id)
-QWEN2_AUDIO = Family("Qwen2AudioForConditionalGeneration", ("model.language_model", "language_model.model"),
-                     encode_audio=qwen2_audio, audio_id=lambda config: config.audio_token_id, frames_after=2)
+OMNI = Family(
+    "Qwen2_5OmniThinkerForConditionalGeneration",
+    ("model.language_model", "model"),
+    ("model.visual", "visual"),
+    lambda config: getattr(config, "thinker_config", config),
+    omni_audio,
+    lambda config: config.audio_token_id,
+)
+QWEN2_AUDIO = Family(
+    "Qwen2AudioForConditionalGeneration",
+    ("model.language_model", "language_model.model"),
+    encode_audio=qwen2_audio,
+    audio_id=lambda config: config.audio_token_id,
+    frames_after=2,
+)
 FAMILIES = {"qwen2_5_omni": OMNI, "qwen2_5_omni_thinker": OMNI, "qwen2_audio": QWEN2_AUDIO}
 TEXT_ONLY = Family("AutoModelForCausalLM", ("model",))  # any causal language model of the usual make
 PLAIN_TEMPLATE = """{% for m in messages %}{% if m.role == 'user' %}User: {% endif %}{{ m.content }}
@@ -569,7 +692,9 @@ class Policy:
     audio_id: int | None
     stop_ids: list[int]
     frames_after: int = 0  # Family's
-    reference: Any = None  # None: the adapter switched off; "reference": a frozen adapter; a Policy: a frozen copy
+    reference: Any = (
+        None  # None: the adapter switched off; "reference": a frozen adapter; a Policy: a frozen copy
+    )
 
     @property
     def device(self):
@@ -586,11 +711,16 @@ def find_model(name: str) -> str:
             raise UserError(f"--model {name}: no config.json in that directory")
         return name
     import huggingface_hub
+
     try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        return huggingface_hub.snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        )
     except Exception as e:  # offline, misspelt, gated: the library has an exception class for each
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"--model {name}: not a local directory, and not to be had from the Hub ({reason})") from None
+        raise UserError(
+            f"--model {name}: not a local directory, and not to be had from the Hub ({reason})"
+        ) from None
 
 
 def quiet_libraries() -> None:
@@ -607,12 +737,21 @@ def quiet_libraries() -> None:
 def blame(what: str):
     """What goes wrong in here is a fault of the user's files: say so in one line."""
     import safetensors
+
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, safetensors.SafetensorError,
-            pickle.UnpicklingError) as e:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        RuntimeError,
+        safetensors.SafetensorError,
+        pickle.UnpicklingError,
+    ) as e:
         raise UserError(f"{what}: {' '.join(str(e).split())[:300] or type(e).__name__}") from None
 
 
@@ -637,24 +776,34 @@ def load_policy(cfg: Config, train: bool = True) -> Policy:
     cuda = torch.cuda.is_available()
     if cfg.load_in_4bit and not cuda:
         raise UserError("--load_in_4bit: needs a CUDA card")
-    options = dict(dtype=torch.bfloat16 if cuda and (cfg.lora_rank or not train) else torch.float32, use_safetensors=True)
+    options = dict(
+        dtype=torch.bfloat16 if cuda and (cfg.lora_rank or not train) else torch.float32, use_safetensors=True
+    )
     if cuda:
         options["device_map"] = {"": torch.cuda.current_device()}
     if cfg.load_in_4bit:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["lm_head", "audio_tower", "multi_modal_projector", "visual"])
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["lm_head", "audio_tower", "multi_modal_projector", "visual"],
+        )
     with blame(f"--model {cfg.model}"):
         config, family = family_of(folder)
         index = os.path.join(folder, "model.safetensors.index.json")
         if os.path.exists(index):  # use_safetensors does not look at what the index names
             with open(index, encoding="utf-8") as f:
-                if pickles := {x for x in json.load(f)["weight_map"].values() if not x.endswith(".safetensors")}:
+                if pickles := {
+                    x for x in json.load(f)["weight_map"].values() if not x.endswith(".safetensors")
+                }:
                     raise ValueError(f"its index names {sorted(pickles)[0]}, and only safetensors are loaded")
         model, info = getattr(transformers, family.model_class).from_pretrained(
-            folder, config=config, output_loading_info=True, **options)
+            folder, config=config, output_loading_info=True, **options
+        )
         if missing := [n for n in sorted(info["missing_keys"]) if not n.startswith(family.drop)]:
-            raise ValueError(f"its files lack {len(missing)} of the model's weights, the first is {missing[0]}")
+            raise ValueError(
+                f"its files lack {len(missing)} of the model's weights, the first is {missing[0]}"
+            )
     return make_policy(cfg, model, family, folder, train)
 
 
@@ -680,9 +829,13 @@ def make_policy(cfg: Config, model, family: Family, folder: str, train: bool = T
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer names no end-of-turn token")
         if audio_id is not None and audio_id >= len(tokenizer):
-            raise ValueError(f"its tokenizer does not hold the audio placeholder, id {audio_id}; are its files there?")
+            raise ValueError(
+                f"its tokenizer does not hold the audio placeholder, id {audio_id}; are its files there?"
+            )
     policy = take_apart(cfg, model, family, train)
-    return dataclasses.replace(policy, tokenizer=tokenizer, extractor=extractor, audio_id=audio_id, stop_ids=sorted(stops))
+    return dataclasses.replace(
+        policy, tokenizer=tokenizer, extractor=extractor, audio_id=audio_id, stop_ids=sorted(stops)
+    )
 
 
 def take_apart(cfg: Config, model, family: Family, train: bool = True) -> Policy:
@@ -691,30 +844,46 @@ def take_apart(cfg: Config, model, family: Family, train: bool = True) -> Policy
 
     AttentionInterface.register("packed", packed_attention)
     modules = dict(model.named_modules())
-    for parent, _, name in (path.rpartition(".") for path in family.drop if path in modules and (cfg.lora_rank or not train)):
+    for parent, _, name in (
+        path.rpartition(".") for path in family.drop if path in modules and (cfg.lora_rank or not train)
+    ):
         setattr(modules[parent], name, None)
-    encode_audio = family.encode_audio and torch.no_grad()(lambda mels, model=model: family.encode_audio(model, mels))
+    encode_audio = family.encode_audio and torch.no_grad()(
+        lambda mels, model=model: family.encode_audio(model, mels)
+    )
     if not (lm_path := next((path for path in family.lm if path in modules), "")):
-        raise UserError(f"--model {cfg.model}: {type(model).__name__} keeps its language model under none of the names "
-                        f"{', '.join(family.lm)}; write a Family for it")
+        raise UserError(
+            f"--model {cfg.model}: {type(model).__name__} keeps its language model under none of the names "
+            f"{', '.join(family.lm)}; write a Family for it"
+        )
     lm, head, embed_tokens = modules[lm_path], model.get_output_embeddings(), model.get_input_embeddings()
     lm.set_attn_implementation("packed")
     model.requires_grad_(False)
     if cfg.adapter and (cfg.lora_rank or not train):
         import peft
+
         with blame(f"--adapter {cfg.adapter}"):
             model = peft.PeftModel.from_pretrained(model, cfg.adapter, is_trainable=train)
     elif cfg.lora_rank and train:
         import peft
-        linear = sorted({name.rpartition(".")[2] for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear)})
+
+        linear = sorted(
+            {name.rpartition(".")[2] for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear)}
+        )
         pattern = rf"{re.escape(lm_path)}\..*\b({'|'.join(linear)})"  # cannot match the audio tower
-        model = peft.get_peft_model(model, peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
-                                                           target_modules=pattern, task_type="CAUSAL_LM"))
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=pattern, task_type="CAUSAL_LM"
+            ),
+        )
     elif train:
         lm.requires_grad_(True)
         head.requires_grad_(True)
     if cfg.gradient_checkpointing and train:
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # renamed in 5.2x
+        enable = (
+            getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        )  # renamed in 5.2x
         enable({"use_reentrant": False})
     model.eval()
     return Policy(model, lm, head, embed_tokens, None, None, encode_audio, None, [], family.frames_after)
@@ -733,8 +902,12 @@ def freeze_reference(policy: Policy) -> None:
         policy.reference = "reference"
     else:
         lm, head = copy.deepcopy((policy.lm, policy.head))
-        policy.reference = dataclasses.replace(policy, lm=lm.requires_grad_(False), head=head.requires_grad_(False),
-                                               embed_tokens=lm.get_input_embeddings())
+        policy.reference = dataclasses.replace(
+            policy,
+            lm=lm.requires_grad_(False),
+            head=head.requires_grad_(False),
+            embed_tokens=lm.get_input_embeddings(),
+        )
 
 
 @contextlib.contextmanager
@@ -767,9 +940,17 @@ def features(extractor, wave, frames_after: int) -> Tensor:
     The library pads every clip to the extractor's whole length (300 s for Qwen2.5-Omni, 30 s for Qwen2-Audio, and no more
     of a clip is heard); padding by one window gives the same features in a fraction of the time.
     """
-    padded = min(-(-len(wave) // extractor.hop_length) * extractor.hop_length + extractor.n_fft, extractor.n_samples)
-    out = extractor(wave, sampling_rate=extractor.sampling_rate, return_tensors="pt", padding="max_length",
-                    max_length=padded, return_attention_mask=True)
+    padded = min(
+        -(-len(wave) // extractor.hop_length) * extractor.hop_length + extractor.n_fft, extractor.n_samples
+    )
+    out = extractor(
+        wave,
+        sampling_rate=extractor.sampling_rate,
+        return_tensors="pt",
+        padding="max_length",
+        max_length=padded,
+        return_attention_mask=True,
+    )
     frames = int(out["attention_mask"].sum()) + frames_after
     mel = out["input_features"][0, :, :frames]
     return F.pad(mel, (0, frames - mel.shape[1]))  # where the extractor's length ends with the clip
@@ -782,7 +963,9 @@ def hear(policy: Policy, example: Example, cfg: Config) -> tuple[list[Clip], boo
         raise UserError(f"--model {cfg.model}: this model has no audio tower; use --audio none")
     clips, any_cut, extractor = [], False, policy.extractor
     for source in sources:
-        wave, cut = data.load_audio(source, min(cfg.max_audio_s, extractor.n_samples / extractor.sampling_rate))
+        wave, cut = data.load_audio(
+            source, min(cfg.max_audio_s, extractor.n_samples / extractor.sampling_rate)
+        )
         if cfg.audio == "silence":
             wave[:] = 0
         clips.append(Clip(features(extractor, wave, policy.frames_after), wave if cfg.relistens else None))
@@ -803,15 +986,18 @@ def encode(policy: Policy, examples: list[Example], heard: list[list[Clip]], cfg
 
 def prompt_tokens(policy: Policy, example: Example, clips: list[Tensor], cfg: Config) -> Tokens:
     """clips: the embeddings (n, H) of each clip, which take the places of the placeholders in the chat template's text"""
-    plain = dataclasses.replace(example, question=example.question.replace("<|", "< |"),
-                                choices=[c.replace("<|", "< |") for c in example.choices])  # text is not markup
+    plain = dataclasses.replace(
+        example,
+        question=example.question.replace("<|", "< |"),
+        choices=[c.replace("<|", "< |") for c in example.choices],
+    )  # text is not markup
     messages = data.chat(plain, PROMPTS[cfg.prompt], with_audio=bool(clips))
     text = policy.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
     audio, at = [], 0
     for clip in clips:
         at = ids.index(policy.audio_id, at)
-        ids[at:at + 1] = [policy.audio_id] * len(clip)
+        ids[at : at + 1] = [policy.audio_id] * len(clip)
         audio.append((at, clip))
         at += len(clip)
     return Tokens(ids, audio)
@@ -820,19 +1006,26 @@ def prompt_tokens(policy: Policy, example: Example, clips: list[Tensor], cfg: Co
 def embed(policy: Policy, parts: list[Tokens]) -> Tensor:
     """-> (N, H), every audio embedding at its position"""
     ids = torch.tensor([i for part in parts for i in part.ids], device=policy.device)
-    x, at = F.embedding(ids, policy.embed_tokens.weight), 0  # not the module: peft hooks it to require a gradient
+    x, at = (
+        F.embedding(ids, policy.embed_tokens.weight),
+        0,
+    )  # not the module: peft hooks it to require a gradient
     for part in parts:
         for start, audio in part.audio:
-            x[at + start:at + start + len(audio)] = audio.to(x.dtype)
+            x[at + start : at + start + len(audio)] = audio.to(x.dtype)
         at += len(part.ids)
     return x
 
 
 def forward(policy: Policy, x: Tensor, positions: Tensor, pattern) -> Tensor:
     """The language model on one row.       x (N, H), positions (N,) -> hidden states (N, H)"""
-    if policy.lm.training != torch.is_grad_enabled():  # gradient checkpointing works in training mode only; there is no
+    if (
+        policy.lm.training != torch.is_grad_enabled()
+    ):  # gradient checkpointing works in training mode only; there is no
         policy.lm.train(torch.is_grad_enabled())  # dropout anywhere
-    return policy.lm(inputs_embeds=x[None], position_ids=positions[None], pattern=pattern, use_cache=False).last_hidden_state[0]
+    return policy.lm(
+        inputs_embeds=x[None], position_ids=positions[None], pattern=pattern, use_cache=False
+    ).last_hidden_state[0]
 
 
 def positions_of(policy: Policy, prompts: list[Tokens]) -> Tensor:
@@ -847,13 +1040,15 @@ def read(policy: Policy, prompts: list[Tokens]) -> Prefix:
     return Prefix(prompts, list(pattern.kv.values()), hidden[[b - 1 for _, b in pattern.bounds]])
 
 
-def token_logps(policy: Policy, pack: Pack, temperature: float, prefix: Prefix | None = None,
-                chunk: int = 512) -> tuple[Tensor, Tensor]:
+def token_logps(
+    policy: Policy, pack: Pack, temperature: float, prefix: Prefix | None = None, chunk: int = 512
+) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every trained token under softmax(logits / temperature).       -> (M,), (M,)
 
     `prefix`: where the prompts were read, at pack.places; none: they are read here. The head runs on the M predicting
     positions only, `chunk` at a time under checkpointing, in float32 from the softmax on: (M, V) is never held.
     """
+
     def chunk_logps(hidden, target):
         logps = F.log_softmax(policy.head(hidden).float() / temperature, dim=-1)
         with torch.no_grad():
@@ -863,17 +1058,21 @@ def token_logps(policy: Policy, pack: Pack, temperature: float, prefix: Prefix |
     if prefix:
         hidden = prefix.ends[list(pack.places)]
         if len(pack.positions):  # completions of one token need no more
-            own = forward(policy, embed(policy, pack.parts), pack.positions, Scoring(prefix, pack.places, pack.spans))
+            own = forward(
+                policy, embed(policy, pack.parts), pack.positions, Scoring(prefix, pack.places, pack.spans)
+            )
             hidden = torch.cat([hidden, own])
     else:
         pattern = ReadingAndScoring(Prefix(pack.prompts, [], None), range(len(pack.prompts)), pack.spans)
         positions = torch.cat([positions_of(policy, pack.prompts), pack.positions])
         every = forward(policy, embed(policy, [*pack.prompts, *pack.parts]), positions, pattern)
         ends = [b - 1 for _, b in pattern.bounds]
-        hidden = torch.cat([every[ends], every[ends[-1] + 1:]])
+        hidden = torch.cat([every[ends], every[ends[-1] + 1 :]])
     hidden = hidden[pack.predict]  # (M, H)
-    pieces = [torch.utils.checkpoint.checkpoint(chunk_logps, h, t, use_reentrant=False)
-              for h, t in zip(hidden.split(chunk), pack.target.split(chunk))]
+    pieces = [
+        torch.utils.checkpoint.checkpoint(chunk_logps, h, t, use_reentrant=False)
+        for h, t in zip(hidden.split(chunk), pack.target.split(chunk))
+    ]
     return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
 
@@ -897,7 +1096,10 @@ def sample(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tenso
 
 def read_in_parts(policy: Policy, prompts: list[Tokens], part_tokens: int = 8192) -> list[Prefix]:
     """At most part_tokens in one pass: activations of a pass, and not of all prompts, are held."""
-    return [read(policy, [prompts[i] for i in part]) for part in in_parts([len(p.ids) for p in prompts], part_tokens)]
+    return [
+        read(policy, [prompts[i] for i in part])
+        for part in in_parts([len(p.ids) for p in prompts], part_tokens)
+    ]
 
 
 def in_parts(sizes: list[int], limit: int) -> list[list[int]]:
@@ -913,8 +1115,16 @@ def in_parts(sizes: list[int], limit: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def rollout(policy: Policy, prompts: list[Tokens], num_generations: int, temperature: float, max_new_tokens: int,
-            seeds: list[int], insert: Callable | None = None, prefixes: list[Prefix] | None = None) -> list[list[Completion]]:
+def rollout(
+    policy: Policy,
+    prompts: list[Tokens],
+    num_generations: int,
+    temperature: float,
+    max_new_tokens: int,
+    seeds: list[int],
+    insert: Callable | None = None,
+    prefixes: list[Prefix] | None = None,
+) -> list[list[Completion]]:
     """Sample num_generations completions a prompt.       -> P lists of G Completion
 
     The uniform numbers behind a prompt's samples come from its own seed alone, so they depend neither on the other
@@ -924,11 +1134,15 @@ def rollout(policy: Policy, prompts: list[Tokens], num_generations: int, tempera
     """
     g, device = num_generations, policy.device
     rows = [Completion([]) for _ in prompts for _ in range(g)]
-    u = torch.cat([torch.rand(g, max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+    u = torch.cat(
+        [torch.rand(g, max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    ).to(device)
 
     prefixes = prefixes or read_in_parts(policy, prompts)
     cache = Decoding(prefixes, g, g * max_new_tokens)
-    position = torch.tensor([len(p.ids) for p in prompts], device=device).repeat_interleave(g)  # (R,) of the next token
+    position = torch.tensor([len(p.ids) for p in prompts], device=device).repeat_interleave(
+        g
+    )  # (R,) of the next token
     logits = policy.head(torch.cat([p.ends for p in prefixes])).repeat_interleave(g, dim=0)  # (R, V)
 
     at, history = list(range(len(rows))), []  # at: which row decodes in which place
@@ -958,11 +1172,20 @@ def rollout(policy: Policy, prompts: list[Tokens], num_generations: int, tempera
         if blocks:
             places, sizes = [place for place, _ in blocks], [len(tokens.ids) for _, tokens in blocks]
             x = torch.cat([x, embed(policy, [tokens for _, tokens in blocks])])
-            positions = torch.cat([position, *[position[place] + 1 + torch.arange(n, device=device)
-                                               for place, n in zip(places, sizes)]])
+            positions = torch.cat(
+                [
+                    position,
+                    *[
+                        position[place] + 1 + torch.arange(n, device=device)
+                        for place, n in zip(places, sizes)
+                    ],
+                ]
+            )
             last = torch.arange(len(at), device=device)  # what predicts the row's next token
             last[places] = torch.tensor(list(accumulate(sizes, initial=len(at) - 1))[1:], device=device)
-            position = position.index_add(0, torch.tensor(places, device=device), torch.tensor(sizes, device=device))
+            position = position.index_add(
+                0, torch.tensor(places, device=device), torch.tensor(sizes, device=device)
+            )
             for r, tokens in inserted.items():
                 rows[r].insert(tokens)
         cache.feed([(place, len(tokens.ids)) for place, tokens in blocks])
@@ -974,7 +1197,7 @@ def rollout(policy: Policy, prompts: list[Tokens], num_generations: int, tempera
         values = logp.tolist()
         for row, place, n in taken:
             row.logps[n] = values[place]
-    return [rows[i:i + g] for i in range(0, len(rows), g)]
+    return [rows[i : i + g] for i in range(0, len(rows), g)]
 
 
 def text_of(policy: Policy, completion: Completion) -> str:
@@ -994,9 +1217,11 @@ def around_clips(tokenizer, audio_id: int) -> tuple[set[int], list[int], list[in
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     closers = {i for i, token in enumerate(tokens) if token and ">" in token}
     chat = [{"role": "user", "content": [{"type": "audio", "audio": "clip"}, {"type": "text", "text": "?"}]}]
-    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)[
+        "input_ids"
+    ]
     at, added = ids.index(audio_id), tokenizer.added_tokens_decoder
-    before, after = ([i for i in part if i in added] for part in (ids[at - 1:at], ids[at + 1:at + 2]))
+    before, after = ([i for i in part if i in added] for part in (ids[at - 1 : at], ids[at + 1 : at + 2]))
     return closers, before, after
 
 
@@ -1034,7 +1259,7 @@ class Relisten:
     def closed(self, row: Completion, window: int = 64) -> tuple[str, bool] | None:
         """If the last token closes a tag: what was said up to it, from the tag before it on; was the thinking over by then?"""
         (read, rest), start = self.read.get(id(row), (0, "")), len(row.ids) - window
-        text = self.policy.tokenizer.decode(row.ids[max(read, start):], skip_special_tokens=True)
+        text = self.policy.tokenizer.decode(row.ids[max(read, start) :], skip_special_tokens=True)
         text = rest + text if read >= start else text
         head, tag, rest = text.rpartition("</seg>")
         over = id(row) in self.answering or ANSWERING.search(head) is not None
@@ -1044,7 +1269,9 @@ class Relisten:
             self.read[id(row)] = len(row.ids), rest
         return (head + tag, over) if tag else None
 
-    def span(self, tag: str, over: bool, row: Completion, clips: list[Clip]) -> tuple[str, tuple[float, float]]:
+    def span(
+        self, tag: str, over: bool, row: Completion, clips: list[Clip]
+    ) -> tuple[str, tuple[float, float]]:
         """-> ("" or why it is not heard, (start, end))"""
         found, cfg = SEGMENT.search(tag), self.cfg
         if not found or tag.count("<seg>") > 1:
@@ -1053,10 +1280,15 @@ class Relisten:
         seconds = sum(len(clip.wave) for clip in clips) / data.RATE_HZ
         stop = min(end, seconds)
         used = len(row.ids) - sum(row.sampled)
-        problems = {"not thinking": over, "reversed": start >= end, "outside": start >= seconds or end > seconds + SLACK_S,
-                    "short": stop - start < cfg.min_relisten_s - 1e-6, "long": stop - start > cfg.max_relisten_s + 1e-6,
-                    "too many": len(row.heard) >= cfg.relistens,
-                    "no room": used + 25 * (stop - start) + 2 > cfg.relisten_tokens + 1e-6}
+        problems = {
+            "not thinking": over,
+            "reversed": start >= end,
+            "outside": start >= seconds or end > seconds + SLACK_S,
+            "short": stop - start < cfg.min_relisten_s - 1e-6,
+            "long": stop - start > cfg.max_relisten_s + 1e-6,
+            "too many": len(row.heard) >= cfg.relistens,
+            "no room": used + 25 * (stop - start) + 2 > cfg.relisten_tokens + 1e-6,
+        }
         return next((problem for problem, there in problems.items() if there), ""), (start, stop)
 
     def parts(self, spans: list[tuple[int, float, float]]) -> list[Tensor]:
@@ -1064,8 +1296,13 @@ class Relisten:
         if self.cfg.relisten_from == "embeddings":
             return [self.held(*span) for span in spans]
         import numpy as np
-        waves = [np.concatenate([clip.wave for clip in self.heard[i]])[round(start * data.RATE_HZ):round(end * data.RATE_HZ)]
-                 for i, start, end in spans]
+
+        waves = [
+            np.concatenate([clip.wave for clip in self.heard[i]])[
+                round(start * data.RATE_HZ) : round(end * data.RATE_HZ)
+            ]
+            for i, start, end in spans
+        ]
         mels = [features(self.policy.extractor, wave, self.policy.frames_after) for wave in waves]
         return self.policy.encode_audio(mels) if mels else []
 
@@ -1074,10 +1311,12 @@ class Relisten:
         whole = torch.cat([audio for _, audio in self.prompts[i].audio])
         rate = len(whole) * data.RATE_HZ / sum(len(clip.wave) for clip in self.heard[i])
         first, n = min(round(start * rate), len(whole) - 1), max(1, round(25 * (end - start)))
-        return whole[first:first + n]
+        return whole[first : first + n]
 
 
-def relistening(policy: Policy, cfg: Config, prompts: list[Tokens], heard: list[list[Clip]]) -> Relisten | None:
+def relistening(
+    policy: Policy, cfg: Config, prompts: list[Tokens], heard: list[list[Clip]]
+) -> Relisten | None:
     """What `rollout` asks for parts to be heard again, where there are clips and --max_relistens allows it."""
     return Relisten(policy, cfg, prompts, heard) if cfg.relistens and any(heard) else None
 
@@ -1170,18 +1409,26 @@ def listen(policy: Policy, cfg: Config, stream, bad: list):
 
     A clip that cannot be heard is skipped and put on the list `bad`; raises UserError past --max_bad_audio of them.
     """
-    for (cursor, example), heard in data.ahead(stream, lambda item: hear(policy, item[1], cfg), cfg.workers,
-                                               2 * cfg.prompts_per_step):
+    for (cursor, example), heard in data.ahead(
+        stream, lambda item: hear(policy, item[1], cfg), cfg.workers, 2 * cfg.prompts_per_step
+    ):
         if not isinstance(heard, DataError):
             yield cursor, example, *heard
             continue
         bad.append(heard)
         if len(bad) > cfg.max_bad_audio:
-            raise UserError(f"more than --max_bad_audio {cfg.max_bad_audio} clips could not be heard, the last: {heard}")
+            raise UserError(
+                f"more than --max_bad_audio {cfg.max_bad_audio} clips could not be heard, the last: {heard}"
+            )
 
 
-def roll_groups(policy: Policy, cfg: Config, prompts: list[Tokens], seeds: list[int],
-                heard: list[list[Clip]] | None = None) -> list[Group]:
+def roll_groups(
+    policy: Policy,
+    cfg: Config,
+    prompts: list[Tokens],
+    seeds: list[int],
+    heard: list[list[Clip]] | None = None,
+) -> list[Group]:
     """A group for each prompt, --rollout_rows rows at a time; with --reuse_prefix the pass over the prompts is kept."""
     groups, at_once = [], max(1, cfg.rollout_rows // cfg.num_generations)
     for at in range(0, len(prompts), at_once):
@@ -1189,30 +1436,56 @@ def roll_groups(policy: Policy, cfg: Config, prompts: list[Tokens], seeds: list[
         with torch.set_grad_enabled(cfg.reuse_prefix):
             prefixes = read_in_parts(policy, prompts[part], cfg.pack_tokens)
         insert = relistening(policy, cfg, prompts[part], heard[part]) if heard else None
-        sampled = rollout(policy, prompts[part], cfg.num_generations, cfg.temperature, cfg.new_tokens, seeds[part],
-                          insert, prefixes)
-        places = [(prefix, i) if cfg.reuse_prefix else None for prefix in prefixes for i in range(len(prefix.prompts))]
+        sampled = rollout(
+            policy,
+            prompts[part],
+            cfg.num_generations,
+            cfg.temperature,
+            cfg.new_tokens,
+            seeds[part],
+            insert,
+            prefixes,
+        )
+        places = [
+            (prefix, i) if cfg.reuse_prefix else None
+            for prefix in prefixes
+            for i in range(len(prefix.prompts))
+        ]
         groups += [Group(None, *of_prompt) for of_prompt in zip(prompts[part], sampled, places)]
     return groups
 
 
 def said_by(policy: Policy, cfg: Config, completion: Completion) -> Text:
     """What the rewards judge."""
-    return Text.of(text_of(policy, completion), used=sum(completion.sampled) / cfg.new_tokens, heard=completion.heard,
-                   confidence=confidence(policy, completion) if "confident_accuracy" in cfg.reward else None)
+    return Text.of(
+        text_of(policy, completion),
+        used=sum(completion.sampled) / cfg.new_tokens,
+        heard=completion.heard,
+        confidence=confidence(policy, completion) if "confident_accuracy" in cfg.reward else None,
+    )
 
 
 def confidence(policy: Policy, completion: Completion) -> float | None:
     """Probability of the least certain token in the last <answer>...</answer>, as sampled: the one that tells the choice from
     the others. None without an answer."""
-    said = [(i, logp) for i, logp, sampled in zip(completion.ids, completion.logps, completion.sampled) if sampled]
+    said = [
+        (i, logp) for i, logp, sampled in zip(completion.ids, completion.logps, completion.sampled) if sampled
+    ]
     pieces = [policy.tokenizer.decode([i], skip_special_tokens=True) for i, _ in said]
     ends = list(accumulate(map(len, pieces)))
     if not (answers := list(re.finditer(r"<answer>(.*?)</answer>", "".join(pieces), re.DOTALL))):
         return None
     start, end = answers[-1].span(1)
-    return math.exp(min((logp for (_, logp), piece, stop in zip(said, pieces, ends)
-                         if stop > start and stop - len(piece) < end and piece), default=0.0))
+    return math.exp(
+        min(
+            (
+                logp
+                for (_, logp), piece, stop in zip(said, pieces, ends)
+                if stop > start and stop - len(piece) < end and piece
+            ),
+            default=0.0,
+        )
+    )
 
 
 def sampled_groups(policy: Policy, cfg: Config, batch: list, weights: dict) -> list[Group]:
@@ -1235,7 +1508,9 @@ def teacher_groups(policy: Policy, cfg: Config, batch: list) -> list[Group]:
         targets = [example.target] if isinstance(example.target, str) else example.target
         completions = [Completion([], finished=True) for _ in targets]
         for completion, target in zip(completions, targets):
-            for token in policy.tokenizer(target, add_special_tokens=False)["input_ids"] + [policy.tokenizer.eos_token_id]:
+            for token in policy.tokenizer(target, add_special_tokens=False)["input_ids"] + [
+                policy.tokenizer.eos_token_id
+            ]:
                 completion.append(token)
                 if insert and (tokens := insert([i], [completion])[0]):
                     completion.insert(tokens)
@@ -1248,16 +1523,24 @@ def evaluate(policy: Policy, cfg: Config, examples: list[Example], samples: int 
     """-> {"accuracy": greedy, "accuracy_sampled": of `samples` at the training temperature}; a bad clip is a wrong answer."""
     right = {"accuracy": 0.0} | ({"accuracy_sampled": 0.0} if samples else {})
     rank, n_ranks = ranks()
-    each = data.ahead(islice(enumerate(examples), rank, None, n_ranks), lambda item: hear(policy, item[1], cfg)[0],
-                      cfg.workers, 2 * cfg.workers)
+    each = data.ahead(
+        islice(enumerate(examples), rank, None, n_ranks),
+        lambda item: hear(policy, item[1], cfg)[0],
+        cfg.workers,
+        2 * cfg.workers,
+    )
     each = ((i, e, clips) for (i, e), clips in each if not isinstance(clips, DataError))
     while batch := list(islice(each, max(1, cfg.rollout_rows // max(1, samples)))):
         places, questions, heard = zip(*batch)
         prompts = encode(policy, questions, heard, cfg)
         seeds = [seed_of(cfg.seed, "eval", i) for i in places]
-        for name, n, temperature in [("accuracy", 1, 0.0), ("accuracy_sampled", samples, cfg.temperature)][:len(right)]:
+        for name, n, temperature in [("accuracy", 1, 0.0), ("accuracy_sampled", samples, cfg.temperature)][
+            : len(right)
+        ]:
             insert = relistening(policy, cfg, prompts, heard)
-            for group, e in zip(rollout(policy, prompts, n, temperature, cfg.new_tokens, seeds, insert), questions):
+            for group, e in zip(
+                rollout(policy, prompts, n, temperature, cfg.new_tokens, seeds, insert), questions
+            ):
                 right[name] += sum(accuracy(text_of(policy, c), e) for c in group) / n
     return {name: n / len(examples) for name, n in total(right).items()}
 
@@ -1278,10 +1561,16 @@ def pack_groups(groups: list[Group], keep: list[int], pack_tokens: int, device) 
     for i in keep:
         members[id(groups[i].read[0]) if groups[i].read else None].append(i)
     for key, some in list(members.items()):
-        if key and 3 * sum(len(groups[i].prompt.ids) for i in some) < 2 * groups[some[0]].read[0].bounds()[-1][1]:
+        if (
+            key
+            and 3 * sum(len(groups[i].prompt.ids) for i in some) < 2 * groups[some[0]].read[0].bounds()[-1][1]
+        ):
             members[None] += members.pop(key)
     for key, some in members.items():
-        sizes = [(0 if key else len(groups[i].prompt.ids)) + sum(len(c.ids) for c in groups[i].completions) for i in some]
+        sizes = [
+            (0 if key else len(groups[i].prompt.ids)) + sum(len(c.ids) for c in groups[i].completions)
+            for i in some
+        ]
         for part in in_parts(sizes, pack_tokens):
             part = [some[k] for k in part]
             read = zip(*[groups[i].read for i in part]) if key else ()
@@ -1289,7 +1578,9 @@ def pack_groups(groups: list[Group], keep: list[int], pack_tokens: int, device) 
     return packs
 
 
-def merge_repeats(groups: list[Group], adv: Tensor, weight: Tensor) -> tuple[list[Group], Tensor, Tensor, Tensor]:
+def merge_repeats(
+    groups: list[Group], adv: Tensor, weight: Tensor
+) -> tuple[list[Group], Tensor, Tensor, Tensor]:
     """Completions of a group that are the same, token by token, are scored once, with the sum of their weights.
 
     The loss and its gradient stay the same; short answers repeat often. adv, weight (R,)
@@ -1319,21 +1610,28 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
     """
     completions = [c for g in groups for c in g.completions]  # R rows
     beta, temperature = (0.0, 1.0) if cold else (cfg.beta, cfg.temperature)
-    adv = torch.ones(len(completions)) if cold else \
-        group_advantages(torch.tensor([g.rewards for g in groups]), cfg.scale).flatten()  # (P, G) -> (R,)
+    adv = (
+        torch.ones(len(completions))
+        if cold
+        else group_advantages(torch.tensor([g.rewards for g in groups]), cfg.scale).flatten()
+    )  # (P, G) -> (R,)
     lengths = gather([sum(c.sampled) for c in completions])  # of every rank: the mean is over the whole step
     weight = loss_weights(torch.tensor(sum(lengths, [])), cfg.reduce, cfg.new_tokens)
     weight = weight.split([len(x) for x in lengths])[ranks()[0]]  # (R,)
     # without a KL a group without reward spread has no gradient: it is not scored at all
     keep = [i for i, g in enumerate(groups) if beta or cold or max(g.rewards) > min(g.rewards)]
-    merged, adv, weight, times = (x if isinstance(x, list) else x.to(policy.device) for x in merge_repeats(groups, adv, weight))
+    merged, adv, weight, times = (
+        x if isinstance(x, list) else x.to(policy.device) for x in merge_repeats(groups, adv, weight)
+    )
     packs = pack_groups(merged, keep, cfg.pack_tokens, policy.device)
     old_logps, sums, norms, skipped = [None] * len(packs), collections.Counter(), [], 0
     anything = any(gather(len(packs)))
 
     for nth in range(cfg.updates_per_rollout):
         optimizer.zero_grad(set_to_none=True)
-        prefixes = {id(p.prefix): p.prefix for p in packs if p.prefix and nth == 0}  # later updates have other weights
+        prefixes = {
+            id(p.prefix): p.prefix for p in packs if p.prefix and nth == 0
+        }  # later updates have other weights
         leaves = {key: prefix.cut() for key, prefix in prefixes.items()}
         for j, pack in enumerate(packs):
             ref_logp = None
@@ -1342,7 +1640,9 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
                     ref_logp, _ = token_logps(frozen, pack, temperature)
             logp, entropy = token_logps(policy, pack, temperature, leaves.get(id(pack.prefix)))
             if old_logps[j] is None:
-                old_logps[j] = logp.detach()  # the first update is on-policy: no pass of its own for the old policy
+                old_logps[j] = (
+                    logp.detach()
+                )  # the first update is on-policy: no pass of its own for the old policy
             a, w = adv[pack.row], weight[pack.row]
             ratio = importance_ratio(logp, old_logps[j], pack.row, cfg.importance)
             loss = policy_loss(ratio, a, w, cfg.clip_low, cfg.clip_high)
@@ -1351,8 +1651,12 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
             loss.backward()
             with torch.no_grad():
                 clipped = ((ratio < 1 - cfg.clip_low) & (a < 0)) | ((ratio > 1 + cfg.clip_high) & (a > 0))
-                of_token = {"policy/logp": logp, "policy/entropy": entropy, "policy/clip_frac": clipped,
-                            "policy/kl_old": kl_k3(logp, old_logps[j])}
+                of_token = {
+                    "policy/logp": logp,
+                    "policy/entropy": entropy,
+                    "policy/clip_frac": clipped,
+                    "policy/kl_old": kl_k3(logp, old_logps[j]),
+                }
                 of_token |= {"policy/kl_ref": kl_k3(logp, ref_logp)} if beta else {}
                 n = times[pack.row]
                 sums.update({name: (n * x).sum() for name, x in of_token.items()})
@@ -1361,7 +1665,11 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
             prefix.backward(leaves[key])
         if anything:
             sum_gradients(policy)
-            norms.append(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm or math.inf).item())
+            norms.append(
+                torch.nn.utils.clip_grad_norm_(
+                    policy.trainable().values(), cfg.max_grad_norm or math.inf
+                ).item()
+            )
             if math.isfinite(norms[-1]):
                 optimizer.step()
             else:
@@ -1369,12 +1677,21 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group], cold: bo
     optimizer.zero_grad(set_to_none=True)
     for group in groups:
         group.read = None  # its memory is free
-    sums = {name: float(x) for name, x in sums.items()}  # here and not before: reading a value waits for the device
+    sums = {
+        name: float(x) for name, x in sums.items()
+    }  # here and not before: reading a value waits for the device
     sums = total(sums | {"scored": len(keep), "groups": len(groups)})
     scored = sums.pop("scored") / sums.pop("groups")
     tokens, loss = sums.pop("tokens", 0) or 1, sums.pop("loss", 0.0) / cfg.updates_per_rollout
-    return {"policy/loss": loss, "policy/clip_frac": 0.0, "policy/kl_old": 0.0} | {n: x / tokens for n, x in sums.items()} | {
-        "optim/grad_norm": sum(norms) / max(1, len(norms)), "optim/skipped": skipped, "group/scored": scored}
+    return (
+        {"policy/loss": loss, "policy/clip_frac": 0.0, "policy/kl_old": 0.0}
+        | {n: x / tokens for n, x in sums.items()}
+        | {
+            "optim/grad_norm": sum(norms) / max(1, len(norms)),
+            "optim/skipped": skipped,
+            "group/scored": scored,
+        }
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1403,7 +1720,9 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def rehearse(cfg: Config, config, family: Family, prompt_tokens: int, dtype=torch.bfloat16) -> dict[str, float]:
+def rehearse(
+    cfg: Config, config, family: Family, prompt_tokens: int, dtype=torch.bfloat16
+) -> dict[str, float]:
     """GiB that a step needs if all prompts have prompt_tokens tokens and no completion ends early; dtype of the base's weights.
     -> weights (of the base, LoRA and the optimizer), rollout and update (their peaks, the weights included)
 
@@ -1419,26 +1738,46 @@ def rehearse(cfg: Config, config, family: Family, prompt_tokens: int, dtype=torc
     weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in parameters}.values())
     trained = sum(p.numel() for p in policy.trainable().values())
     weights += trained * (2 if cfg.optimizer == "adamw8bit" else 8)  # the optimizer's two moments
-    if cfg.load_in_4bit:  # half a byte a weight and a float32 scale for 64 of them; one matrix at a time as it was
-        large = [m.weight.numel() for n, m in policy.lm.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
+    if (
+        cfg.load_in_4bit
+    ):  # half a byte a weight and a float32 scale for 64 of them; one matrix at a time as it was
+        large = [
+            m.weight.numel()
+            for n, m in policy.lm.named_modules()
+            if isinstance(m, torch.nn.Linear) and "lora_" not in n
+        ]
         weights += max(large) * dtype.itemsize - sum(large) * (dtype.itemsize - 0.5 - 4 / 64)
-    g, peaks, again = cfg.num_generations, {}, cfg.relisten_tokens if cfg.relistens and family.encode_audio else 0
+    g, peaks, again = (
+        cfg.num_generations,
+        {},
+        cfg.relisten_tokens if cfg.relistens and family.encode_audio else 0,
+    )
     with Live(parameters) as live:
         groups = []
         for at in range(0, cfg.prompts_per_step, max(1, cfg.rollout_rows // g)):
-            prompts = [Tokens([0] * prompt_tokens)] * len(range(cfg.prompts_per_step)[at:at + max(1, cfg.rollout_rows // g)])
+            prompts = [Tokens([0] * prompt_tokens)] * len(
+                range(cfg.prompts_per_step)[at : at + max(1, cfg.rollout_rows // g)]
+            )
             with torch.set_grad_enabled(cfg.reuse_prefix):
                 prefixes = read_in_parts(policy, prompts, cfg.pack_tokens)
             with torch.no_grad():
                 cache = Decoding(prefixes, g, g * (cfg.new_tokens + again))
                 cache.feed()
-                x = policy.embed_tokens.weight.new_zeros(len(prompts) * g, policy.embed_tokens.weight.shape[1])
+                x = policy.embed_tokens.weight.new_zeros(
+                    len(prompts) * g, policy.embed_tokens.weight.shape[1]
+                )
                 logits = policy.head(forward(policy, x, x[:, 0].long(), cache))
                 sample(logits, logits[:, 0].float(), cfg.temperature)
                 del cache, x, logits
-            said = [Completion([0] * (again + cfg.new_tokens), sampled=[False] * again + [True] * cfg.new_tokens)
-                    for _ in range(g)]
-            places = [(prefix, i) if cfg.reuse_prefix else None for prefix in prefixes for i in range(len(prefix.prompts))]
+            said = [
+                Completion([0] * (again + cfg.new_tokens), sampled=[False] * again + [True] * cfg.new_tokens)
+                for _ in range(g)
+            ]
+            places = [
+                (prefix, i) if cfg.reuse_prefix else None
+                for prefix in prefixes
+                for i in range(len(prefix.prompts))
+            ]
             groups += [Group(None, prompt, said, place) for prompt, place in zip(prompts, places)]
         peaks["rollout"], live.peak = live.peak, live.now
         packs = pack_groups(groups, list(range(len(groups))), cfg.pack_tokens, "meta")
@@ -1455,8 +1794,17 @@ def rehearse(cfg: Config, config, family: Family, prompt_tokens: int, dtype=torc
     return {"weights": weights / 2**30} | {name: (weights + peak) / 2**30 for name, peak in peaks.items()}
 
 
-SMALLER = [("pack_tokens", 4096), ("pack_tokens", 2048), ("reuse_prefix", False), ("rollout_rows", 64), ("load_in_4bit", True),
-           ("gradient_checkpointing", True), ("max_audio_s", 10.0), ("num_generations", 4), ("lora_rank", 8)]  # by harmlessness
+SMALLER = [
+    ("pack_tokens", 4096),
+    ("pack_tokens", 2048),
+    ("reuse_prefix", False),
+    ("rollout_rows", 64),
+    ("load_in_4bit", True),
+    ("gradient_checkpointing", True),
+    ("max_audio_s", 10.0),
+    ("num_generations", 4),
+    ("lora_rank", 8),
+]  # by harmlessness
 
 
 def preflight(cfg: Config, room_gib: float) -> str:
@@ -1468,17 +1816,26 @@ def preflight(cfg: Config, room_gib: float) -> str:
         return rehearse(cfg, config, family, 120 + int(25 * cfg.max_audio_s) if hears else 512)
 
     needs = peak_of(cfg)
-    said = f"memory: at most {max(needs.values()):.1f} GiB of the card's {room_gib:.1f} by the tensors' sizes (" + ", ".join(
-        f"{name} {gib:.1f}" for name, gib in needs.items()) + ")"
+    said = (
+        f"memory: at most {max(needs.values()):.1f} GiB of the card's {room_gib:.1f} by the tensors' sizes ("
+        + ", ".join(f"{name} {gib:.1f}" for name, gib in needs.items())
+        + ")"
+    )
     if max(needs.values()) <= 0.95 * room_gib:
         return said
     flags, tried = [], cfg
     for name, value in SMALLER:
-        if type(value) is bool and getattr(tried, name) == value or type(value) is not bool and getattr(tried, name) <= value:
+        if (
+            type(value) is bool
+            and getattr(tried, name) == value
+            or type(value) is not bool
+            and getattr(tried, name) <= value
+        ):
             continue
         tried = dataclasses.replace(tried, **{name: value})
-        flags = [f for f in flags if name not in f] + [f"--no-{name}" if value is False else f"--{name}" if value is True else
-                                                       f"--{name} {value}"]
+        flags = [f for f in flags if name not in f] + [
+            f"--no-{name}" if value is False else f"--{name}" if value is True else f"--{name} {value}"
+        ]
         if (peak := max(peak_of(tried).values())) <= 0.95 * room_gib:
             return f"{said}\nwarning: that will hardly fit; with {' '.join(flags)} it takes {peak:.1f} GiB"
     return f"{said}\nwarning: that will not fit, and neither will any flags of one card this size"
@@ -1510,7 +1867,9 @@ def open_run(cfg: Config) -> str:
     if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"--out {out}: is a file")
     if os.path.exists(out) and os.listdir(out):
-        raise UserError(f"--out {out}: already holds something; go on with that run by --resume {out}, or choose another name")
+        raise UserError(
+            f"--out {out}: already holds something; go on with that run by --resume {out}, or choose another name"
+        )
     with blame(f"--out {out}"):
         os.makedirs(out, exist_ok=True)
     return out
@@ -1544,6 +1903,7 @@ def save_checkpoint(policy: Policy, optimizer, out: str, state: dict) -> None:
 
 def load_checkpoint(policy: Policy, optimizer, out: str) -> dict:
     """Put a run back as its last checkpoint left it, its logs included.       -> state"""
+
     def load(name):
         return torch.load(os.path.join(out, name), map_location=policy.device, weights_only=True)
 
@@ -1560,7 +1920,9 @@ def load_checkpoint(policy: Policy, optimizer, out: str) -> dict:
     for path in (os.path.join(out, "log.jsonl"), os.path.join(out, "rollouts.jsonl")):
         if os.path.exists(path):  # what a killed run wrote after its last checkpoint is written again
             with open(path, encoding="utf-8") as f:
-                lines = [x for x in f if x.endswith("\n") and json.loads(x)["step"] <= content["state"]["step"]]
+                lines = [
+                    x for x in f if x.endswith("\n") and json.loads(x)["step"] <= content["state"]["step"]
+                ]
             write_atomically(path, lambda tmp: open(tmp, "w", encoding="utf-8").writelines(lines))  # noqa: B023
     return content["state"]
 
@@ -1576,33 +1938,59 @@ def machine() -> dict:
     import transformers
 
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10,
-                                cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            cwd=os.path.dirname(os.path.abspath(__file__)),
+        ).stdout.strip()
     except OSError:  # no git
         commit = ""
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return dict(commit=commit, python=sys.version.split()[0], torch=torch.__version__,
-                transformers=transformers.__version__, hardware=card)
+    card = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return dict(
+        commit=commit,
+        python=sys.version.split()[0],
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        hardware=card,
+    )
 
 
 def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-CURVES = [("A", "held-out accuracy", {"eval/accuracy": "greedy", "eval/accuracy_sampled": "sampled",
-                                      "eval/accuracy_silence": "greedy, silence played",
-                                      "eval/accuracy_once": "greedy, no re-listening"}),
-          ("B", "reward", {"reward/mean": None}), ("C", "entropy, nats a token", {"policy/entropy": None}),
-          ("D", "KL to the reference, nats a token", {"policy/kl_ref": None}),
-          ("E", "completion length, tokens", {"len/mean": None})]
+CURVES = [
+    (
+        "A",
+        "held-out accuracy",
+        {
+            "eval/accuracy": "greedy",
+            "eval/accuracy_sampled": "sampled",
+            "eval/accuracy_silence": "greedy, silence played",
+            "eval/accuracy_once": "greedy, no re-listening",
+        },
+    ),
+    ("B", "reward", {"reward/mean": None}),
+    ("C", "entropy, nats a token", {"policy/entropy": None}),
+    ("D", "KL to the reference, nats a token", {"policy/kl_ref": None}),
+    ("E", "completion length, tokens", {"len/mean": None}),
+]
 
 
 def draw_curves(out: str) -> None:
     """log.jsonl -> curves.png"""
     import matplotlib
+
     matplotlib.use("Agg")
     import numpy as np
     from matplotlib import pyplot as plt
@@ -1613,13 +2001,19 @@ def draw_curves(out: str) -> None:
     for place, title, keys in CURVES:
         ax = axes[place]
         for key, label in keys.items():
-            x, y = np.array([(r["step"], r[key]) for r in log if math.isfinite(r.get(key, math.nan))]).reshape(-1, 2).T
+            x, y = (
+                np.array([(r["step"], r[key]) for r in log if math.isfinite(r.get(key, math.nan))])
+                .reshape(-1, 2)
+                .T
+            )
             if label and len(x):
                 ax.plot(x, y, "o-", ms=4, label=label)
-            elif len(x):  # one value a step: a running median over it, and single outliers do not set the scale
+            elif len(
+                x
+            ):  # one value a step: a running median over it, and single outliers do not set the scale
                 n = max(1, len(y) // 20)
                 ax.plot(x, y, lw=0.7, alpha=0.4, color="tab:blue")
-                ax.plot(x, [np.median(y[max(0, i - n):i + n + 1]) for i in range(len(y))], color="tab:blue")
+                ax.plot(x, [np.median(y[max(0, i - n) : i + n + 1]) for i in range(len(y))], color="tab:blue")
                 low, high = np.percentile(y, [1, 98])
                 ax.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
         if place == "A":
@@ -1627,7 +2021,9 @@ def draw_curves(out: str) -> None:
             if ax.lines:
                 ax.legend()
         if not ax.lines:
-            ax.text(0.5, 0.5, "none in this run", ha="center", va="center", color="gray", transform=ax.transAxes)
+            ax.text(
+                0.5, 0.5, "none in this run", ha="center", va="center", color="gray", transform=ax.transAxes
+            )
         ax.set_title(title, fontsize=10)
         ax.grid(alpha=0.3)
     fig.supxlabel("step", fontsize=10)
@@ -1645,13 +2041,18 @@ def draw_rollout(out: str) -> None:
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             for r in map(json.loads, f):
-                if r.get("heard") and isinstance(r["audio"], str) and r["parts"].get("accuracy", r["reward"]) > 0:
+                if (
+                    r.get("heard")
+                    and isinstance(r["audio"], str)
+                    and r["parts"].get("accuracy", r["reward"]) > 0
+                ):
                     last = r if not last or r["reward"] >= last["reward"] else last
     if not last:
         return
     import textwrap
 
     import matplotlib
+
     matplotlib.use("Agg")
     import numpy as np
     from matplotlib import pyplot as plt
@@ -1673,7 +2074,9 @@ def draw_rollout(out: str) -> None:
     ax.set(xlim=(0, len(wave) / data.RATE_HZ), ylim=(-1.1, 1.1), yticks=[], xlabel="seconds")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     said = f"{last['question']} {', '.join(last['choices'])}\n{last['completion']}"
-    ax.set_title("\n".join(textwrap.fill(x, 120) for x in said.splitlines()), fontsize=10, loc="left", parse_math=False)
+    ax.set_title(
+        "\n".join(textwrap.fill(x, 120) for x in said.splitlines()), fontsize=10, loc="left", parse_math=False
+    )
     fig.tight_layout()
     write_atomically(os.path.join(out, "rollout.png"), lambda tmp: fig.savefig(tmp, dpi=100, format="png"))
     plt.close(fig)
@@ -1690,10 +2093,16 @@ def open_data(cfg: Config) -> dict[str, Any]:
         if path := getattr(cfg, flag):
             files[flag] = Examples(path)
             keys[flag] = data.scan(files[flag], purpose)
-            tried, problems = data.probe_audio(files[flag], cfg.max_audio_s) if cfg.audio != "none" else (0, [])
-            if len(problems) > min(cfg.max_bad_audio, tried // 100):  # one bad clip in a hundred is bad luck, more is not
-                raise DataError("\n".join(problems[:10]) + "\nmend or drop these lines; "
-                                f"`python data.py check {path}` lists every one")
+            tried, problems = (
+                data.probe_audio(files[flag], cfg.max_audio_s) if cfg.audio != "none" else (0, [])
+            )
+            if len(problems) > min(
+                cfg.max_bad_audio, tried // 100
+            ):  # one bad clip in a hundred is bad luck, more is not
+                raise DataError(
+                    "\n".join(problems[:10]) + "\nmend or drop these lines; "
+                    f"`python data.py check {path}` lists every one"
+                )
     out = {"rl": None, "cold": None, "held": []}
     if "cold_start_data" in files:
         out["cold"] = files["cold_start_data"], range(len(files["cold_start_data"]))
@@ -1703,17 +2112,21 @@ def open_data(cfg: Config) -> dict[str, Any]:
         train, split_off = range(len(files["data"])), []
         if cfg.eval_size and "eval_data" not in files:
             train, split_off = data.held_out(keys["data"], cfg.eval_size)
-            out["held"] = [files["data"][i] for i in split_off[:cfg.eval_size]]
+            out["held"] = [files["data"][i] for i in split_off[: cfg.eval_size]]
         out["rl"] = files["data"], train
     if cfg.order == "easy_to_hard" and out["rl"]:
         for i in out["rl"][1]:
             rate = files["data"][i].meta.get("pass_rate")
             if not isinstance(rate, int | float) or not math.isfinite(rate):
-                raise DataError(f'{files["data"].where(i)}: field "meta": --order easy_to_hard needs a number "pass_rate"')
+                raise DataError(
+                    f'{files["data"].where(i)}: field "meta": --order easy_to_hard needs a number "pass_rate"'
+                )
     for phase, steps in (("rl", cfg.steps), ("cold", cfg.cold_start_steps)):
         if steps and out[phase] is None:
-            raise UserError(f"--{'steps' if phase == 'rl' else 'cold_start_steps'} {steps}: needs "
-                            f"--{'data' if phase == 'rl' else 'cold_start_data'}")
+            raise UserError(
+                f"--{'steps' if phase == 'rl' else 'cold_start_steps'} {steps}: needs "
+                f"--{'data' if phase == 'rl' else 'cold_start_data'}"
+            )
     return out
 
 
@@ -1721,6 +2134,7 @@ def make_optimizer(policy: Policy, cfg: Config):
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, weight_decay=0.0)
     import bitsandbytes
+
     return bitsandbytes.optim.AdamW8bit(policy.trainable().values(), lr=cfg.lr, weight_decay=0.0)
 
 
@@ -1731,9 +2145,13 @@ def measure(policy: Policy, cfg: Config, held: list[Example], control: bool) -> 
         return {}
     result = evaluate(policy, cfg, held, cfg.eval_samples)
     if control and cfg.audio == "real" and any(e.clips for e in held):
-        result["accuracy_silence"] = evaluate(policy, dataclasses.replace(cfg, audio="silence"), held)["accuracy"]
+        result["accuracy_silence"] = evaluate(policy, dataclasses.replace(cfg, audio="silence"), held)[
+            "accuracy"
+        ]
     if control and cfg.relistens:
-        result["accuracy_once"] = evaluate(policy, dataclasses.replace(cfg, max_relistens=0), held)["accuracy"]
+        result["accuracy_once"] = evaluate(policy, dataclasses.replace(cfg, max_relistens=0), held)[
+            "accuracy"
+        ]
     return {f"eval/{name}": value for name, value in result.items()}
 
 
@@ -1743,7 +2161,9 @@ def train(cfg: Config) -> tuple[str, bool]:
     find_model(cfg.model)  # before a directory is made for a run that cannot be
     rank, n_ranks = ranks()
     if cfg.prompts_per_step % n_ranks:
-        raise UserError(f"--prompts_per_step {cfg.prompts_per_step}: cannot be shared evenly among {n_ranks} ranks")
+        raise UserError(
+            f"--prompts_per_step {cfg.prompts_per_step}: cannot be shared evenly among {n_ranks} ranks"
+        )
     out = cfg.resume or gather("" if rank else open_run(cfg))[0]
     if torch.cuda.is_available() and rank == 0:
         quiet_libraries()
@@ -1753,16 +2173,26 @@ def train(cfg: Config) -> tuple[str, bool]:
     policy, held = load_policy(cfg), questions["held"]
     optimizer = make_optimizer(policy, cfg)
     with blame(f"--resume {out}"):
-        state = load_checkpoint(policy, optimizer, out) if cfg.resume else {"step": 0} | {
-            phase: list(range(n_ranks)) for phase in ("rl", "cold")}  # the next place in the data, of each rank
+        state = (
+            load_checkpoint(policy, optimizer, out)
+            if cfg.resume
+            else {"step": 0} | {phase: list(range(n_ranks)) for phase in ("rl", "cold")}
+        )  # the next place in the data, of each rank
         if len(state["rl"]) != n_ranks:
-            raise UserError(f"--resume {out}: the run has {len(state['rl'])} ranks, each with its own place in the data, and "
-                            f"not {n_ranks}; go on with torchrun --nproc_per_node {len(state['rl'])}")
+            raise UserError(
+                f"--resume {out}: the run has {len(state['rl'])} ranks, each with its own place in the data, and "
+                f"not {n_ranks}; go on with torchrun --nproc_per_node {len(state['rl'])}"
+            )
     about = dict(config=asdict(cfg) | {"out": out, "resume": ""}, ranks=n_ranks, **machine())
-    write_atomically(os.path.join(out, "config.json"), lambda tmp: open(tmp, "w").write(json.dumps(about, indent=1)))
+    write_atomically(
+        os.path.join(out, "config.json"), lambda tmp: open(tmp, "w").write(json.dumps(about, indent=1))
+    )
     if rank == 0:
-        print(f"{out}: {cfg.model} on {about['hardware']}, {sum(p.numel() for p in policy.trainable().values()):,} trained "
-              f"parameters, {len(questions['rl'][1]) if questions['rl'] else 0} questions, {len(held)} held out", flush=True)
+        print(
+            f"{out}: {cfg.model} on {about['hardware']}, {sum(p.numel() for p in policy.trainable().values()):,} trained "
+            f"parameters, {len(questions['rl'][1]) if questions['rl'] else 0} questions, {len(held)} held out",
+            flush=True,
+        )
     log_path, stopping = os.path.join(out, "log.jsonl"), []
 
     def stop(number, frame):
@@ -1786,25 +2216,41 @@ def train(cfg: Config) -> tuple[str, bool]:
     return out, finished
 
 
-def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, state: dict, stopping: list) -> bool:
+def loop(
+    policy: Policy, optimizer, cfg: Config, questions: dict, out: str, state: dict, stopping: list
+) -> bool:
     """rollout -> reward -> advantage -> update -> log -> evaluate -> save, until the last step or a signal."""
     weights, held, last = parse_rewards(cfg.reward), questions["held"], cfg.cold_start_steps + cfg.steps
     log_path, rollouts_path = os.path.join(out, "log.jsonl"), os.path.join(out, "rollouts.jsonl")
-    phase, clips, bad, flat_steps, saved, last_eval, (rank, n_ranks) = None, None, [], 0, state["step"], [], ranks()
+    phase, clips, bad, flat_steps, saved, last_eval, (rank, n_ranks) = (
+        None,
+        None,
+        [],
+        0,
+        state["step"],
+        [],
+        ranks(),
+    )
     share = cfg.prompts_per_step // n_ranks
     if rank == 0:
         with open(log_path, encoding="utf-8") as f:
             last_eval = [r["eval/accuracy"] for r in map(json.loads, f) if "eval/accuracy" in r][-1:]
     bar = tqdm(total=last, initial=state["step"], unit="step", dynamic_ncols=True, disable=rank > 0)
-    while state["step"] < last and not any(gather(bool(stopping))):  # a signal may reach the ranks in different steps
+    while state["step"] < last and not any(
+        gather(bool(stopping))
+    ):  # a signal may reach the ranks in different steps
         start, step = time.monotonic(), state["step"] + 1
         cold = step <= cfg.cold_start_steps
         if phase != ("cold" if cold else "rl"):
             phase = "cold" if cold else "rl"
             clips = listen(policy, cfg, draw(cfg, *questions[phase], state[phase][rank], phase), bad)
-            fresh = cfg.lora_rank and not cfg.adapter and not cfg.cold_start_steps  # then the adapter is switched off
+            fresh = (
+                cfg.lora_rank and not cfg.adapter and not cfg.cold_start_steps
+            )  # then the adapter is switched off
             if not (cold or fresh or policy.reference) and cfg.beta:
-                write_atomically(os.path.join(out, "reference.pt"), lambda tmp: torch.save(policy.trainable(), tmp))
+                write_atomically(
+                    os.path.join(out, "reference.pt"), lambda tmp: torch.save(policy.trainable(), tmp)
+                )
                 freeze_reference(policy)
 
         # ---- rollout and reward; --resample_uniform draws again, three times at most, for groups without reward spread
@@ -1813,7 +2259,11 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
             for attempt in range(4):
                 batch = list(islice(clips, share - len(groups)))
                 cut += sum(was_cut for *_, was_cut in batch)
-                new = teacher_groups(policy, cfg, batch) if cold else sampled_groups(policy, cfg, batch, weights)
+                new = (
+                    teacher_groups(policy, cfg, batch)
+                    if cold
+                    else sampled_groups(policy, cfg, batch, weights)
+                )
                 drawn += new
                 keep_all = cold or not cfg.resample_uniform or attempt == 3
                 groups += [g for g in new if keep_all or max(g.rewards) > min(g.rewards)]
@@ -1825,7 +2275,9 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
         rolled = time.monotonic()
 
         # ---- advantage and update
-        nth, of = (step, cfg.cold_start_steps) if cold else (step - cfg.cold_start_steps, cfg.steps)  # each stage has its own
+        nth, of = (
+            (step, cfg.cold_start_steps) if cold else (step - cfg.cold_start_steps, cfg.steps)
+        )  # each stage has its own
         lr = (cold and cfg.cold_start_lr or cfg.lr) * min(1.0, nth / max(1, cfg.warmup_steps))
         lr *= 1 - (nth - 1) / of if cfg.lr_schedule == "linear" else 1
         for param_group in optimizer.param_groups:
@@ -1835,10 +2287,19 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
 
         # ---- log: one line a step, means over the whole step
         sums = total(tally(drawn, cfg) | {"audio/cut": cut, "audio/bad": len(bad)})
-        over = {"reward": sums["rows"], "len": sums["rows"], "group": sums["groups"], "relisten": sums["rows"], "audio": 1}
+        over = {
+            "reward": sums["rows"],
+            "len": sums["rows"],
+            "group": sums["groups"],
+            "relisten": sums["rows"],
+            "audio": 1,
+        }
         record |= {name: x / over[name.partition("/")[0]] for name, x in sums.items() if "/" in name}
-        record |= {"mem/peak_gib": peak_memory_gib(),
-                   "time/rollout_s": rolled - start, "time/update_s": time.monotonic() - rolled}
+        record |= {
+            "mem/peak_gib": peak_memory_gib(),
+            "time/rollout_s": rolled - start,
+            "time/update_s": time.monotonic() - rolled,
+        }
         flat_steps = flat_steps + 1 if record["group/frac_zero_std"] == 1 and not cold else 0
         if flat_steps == 10 and rank == 0:
             tqdm.write(NO_SPREAD)
@@ -1850,7 +2311,9 @@ def loop(policy: Policy, optimizer, cfg: Config, questions: dict, out: str, stat
         # ---- evaluate and save
         if step == last or step % cfg.eval_every == 0:
             start = time.monotonic()
-            record |= measure(policy, cfg, held, control=step == last) | {"time/eval_s": time.monotonic() - start}
+            record |= measure(policy, cfg, held, control=step == last) | {
+                "time/eval_s": time.monotonic() - start
+            }
             last_eval = [record["eval/accuracy"]] if held else []
         append(log_path, [record])
         bar.update()
@@ -1871,58 +2334,119 @@ def tally(groups: list[Group], cfg: Config) -> dict[str, float]:
     rows = [c for g in groups for c in g.completions]
     parts = [p for g in groups for p in g.parts]
     refused = sum((c.refused for c in rows), collections.Counter())
-    return {f"reward/{name}": sum(p[name] for p in parts) for name in parts[0]} | {
-        "rows": len(rows), "groups": len(groups), "reward/mean": sum(sum(g.rewards) for g in groups),
-        "group/frac_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
-        "group/distinct": sum(len({tuple(c.ids) for c in g.completions}) for g in groups),
-        "len/mean": sum(sum(c.sampled) for c in rows), "len/frac_truncated": sum(not c.finished for c in rows)} | ({
-            "relisten/heard": sum(len(c.heard) for c in rows), "relisten/refused": refused.total(),
-            "relisten/tokens": sum(len(c.ids) - sum(c.sampled) for c in rows)} if cfg.relistens else {}) | {
-            f"relisten/refused_{problem.replace(' ', '_')}": n for problem, n in refused.items()}
+    return (
+        {f"reward/{name}": sum(p[name] for p in parts) for name in parts[0]}
+        | {
+            "rows": len(rows),
+            "groups": len(groups),
+            "reward/mean": sum(sum(g.rewards) for g in groups),
+            "group/frac_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
+            "group/distinct": sum(len({tuple(c.ids) for c in g.completions}) for g in groups),
+            "len/mean": sum(sum(c.sampled) for c in rows),
+            "len/frac_truncated": sum(not c.finished for c in rows),
+        }
+        | (
+            {
+                "relisten/heard": sum(len(c.heard) for c in rows),
+                "relisten/refused": refused.total(),
+                "relisten/tokens": sum(len(c.ids) - sum(c.sampled) for c in rows),
+            }
+            if cfg.relistens
+            else {}
+        )
+        | {f"relisten/refused_{problem.replace(' ', '_')}": n for problem, n in refused.items()}
+    )
 
 
-NO_SPREAD = ("ten steps without reward spread in any group: there is nothing to learn from. If reward/mean is 0, the answers "
-             "are not recognised (read rollouts.jsonl) or the questions are too hard; if it is at its maximum, they are too "
-             "easy. Try other data, another --prompt, or more --num_generations.")
+NO_SPREAD = (
+    "ten steps without reward spread in any group: there is nothing to learn from. If reward/mean is 0, the answers "
+    "are not recognised (read rollouts.jsonl) or the questions are too hard; if it is at its maximum, they are too "
+    "easy. Try other data, another --prompt, or more --num_generations."
+)
 
 
 def rollout_records(policy: Policy, cfg: Config, step: int, groups: list[Group]) -> list[dict]:
     advantages = group_advantages(torch.tensor([g.rewards for g in groups]), cfg.scale).tolist()
+
     def again(c, example):
-        clips = [clip if isinstance(clip, str) else None for clip in example.clips]  # a clip inside a data set has no path
+        clips = [
+            clip if isinstance(clip, str) else None for clip in example.clips
+        ]  # a clip inside a data set has no path
         heard = dict(heard=c.heard, refused=dict(c.refused)) if cfg.relistens else {}
         return dict(audio=clips if len(clips) > 1 else clips[0] if clips else None) | heard
 
-    return [dict(step=step, id=g.example.id, question=g.example.question, choices=g.example.choices, answer=g.example.answer,
-                 completion=text_of(policy, c), reward=reward, parts=parts, advantage=a, tokens=sum(c.sampled),
-                 finished=c.finished, **again(c, g.example))
-            for g, adv in zip(groups, advantages) for c, reward, parts, a in zip(g.completions, g.rewards, g.parts, adv)]
+    return [
+        dict(
+            step=step,
+            id=g.example.id,
+            question=g.example.question,
+            choices=g.example.choices,
+            answer=g.example.answer,
+            completion=text_of(policy, c),
+            reward=reward,
+            parts=parts,
+            advantage=a,
+            tokens=sum(c.sampled),
+            finished=c.finished,
+            **again(c, g.example),
+        )
+        for g, adv in zip(groups, advantages)
+        for c, reward, parts, a in zip(g.completions, g.rewards, g.parts, adv)
+    ]
 
 
 def show(policy: Policy, group: Group, step: int) -> str:
     e = group.example
-    said = collections.Counter(f"{text_of(policy, c)[:60]!r} ({r:g})" for c, r in zip(group.completions, group.rewards))
+    said = collections.Counter(
+        f"{text_of(policy, c)[:60]!r} ({r:g})" for c, r in zip(group.completions, group.rewards)
+    )
     asked = f"{e.question} {e.choices} -> {e.choices[e.answer]!r}" if e.choices else e.question
-    return (f"step {step}: {asked}; sampled "
-            + ", ".join(f"{n} x {text}" for text, n in said.most_common()))
+    return f"step {step}: {asked}; sampled " + ", ".join(f"{n} x {text}" for text, n in said.most_common())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo: a tiny Qwen2.5-Omni that hears and knows the answer format, but does not yet use the one for the other
 
-DEMO = dict(eval_size=240, steps=300, prompts_per_step=8, lora_rank=16, lora_alpha=32, lr=2e-3, lr_schedule="linear",
-            eval_every=25, log_rollouts=25)
+DEMO = dict(
+    eval_size=240,
+    steps=300,
+    prompts_per_step=8,
+    lora_rank=16,
+    lora_alpha=32,
+    lr=2e-3,
+    lr_schedule="linear",
+    eval_every=25,
+    log_rollouts=25,
+)
 DEMOS = {
     # which sound is it?
-    "sounds": DEMO | dict(model="runs/tiny/base", data="runs/tiny/demo.jsonl", eval_data="runs/tiny/held_out.jsonl",
-                          max_new_tokens=12),
+    "sounds": DEMO
+    | dict(
+        model="runs/tiny/base",
+        data="runs/tiny/demo.jsonl",
+        eval_data="runs/tiny/held_out.jsonl",
+        max_new_tokens=12,
+    ),
     # which sound comes second? It is too faint to be heard beside the first: one has to listen again (data.write_scenes). All
     # weights are trained, as Echo does: LoRA alone does not teach so small a base to write the tags without slips
-    "relisten": DEMO | dict(model="runs/tiny_relisten/base", data="runs/tiny_relisten/demo.jsonl",
-                            eval_data="runs/tiny_relisten/held_out.jsonl", prompt="relisten",
-                            cold_start_data="runs/tiny_relisten/cold_start.jsonl", cold_start_steps=600, steps=400,
-                            eval_every=100, lora_rank=0, cold_start_lr=2e-3, lr=1e-3, gradient_checkpointing=False,
-                            reward="accuracy=1,think_format=0.5,segment=0.5", max_relistens=2, max_new_tokens=48),
+    "relisten": DEMO
+    | dict(
+        model="runs/tiny_relisten/base",
+        data="runs/tiny_relisten/demo.jsonl",
+        eval_data="runs/tiny_relisten/held_out.jsonl",
+        prompt="relisten",
+        cold_start_data="runs/tiny_relisten/cold_start.jsonl",
+        cold_start_steps=600,
+        steps=400,
+        eval_every=100,
+        lora_rank=0,
+        cold_start_lr=2e-3,
+        lr=1e-3,
+        gradient_checkpointing=False,
+        reward="accuracy=1,think_format=0.5,segment=0.5",
+        max_relistens=2,
+        max_new_tokens=48,
+    ),
 }
 
 CHAT_TEMPLATE = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
@@ -1952,12 +2476,27 @@ def make_demo(name: str) -> bool:
         data.write_scenes(making, 240, seed=2, name="held_out")
         for e in Examples(data.write_scenes(making, 960, seed=4, name="cold_start", taught=True)):
             texts += [data.chat(e, PROMPTS["relisten"], with_audio=False)[-1]["content"], *e.target]
-    lessons = data.write_lessons(data.write_sounds(making, 1200, 4, seed=3, name="lessons", faint=name != "sounds"))
+    lessons = data.write_lessons(
+        data.write_sounds(making, 1200, 4, seed=3, name="lessons", faint=name != "sounds")
+    )
     make_tiny_omni(os.path.join(making, "init"), lessons, texts)
-    taught, finished = train(Config(
-        model=os.path.join(making, "init"), cold_start_data=lessons, cold_start_steps=250, steps=0, lora_rank=0, lr=2e-3,
-        lr_schedule="linear", warmup_steps=20, prompts_per_step=32, reduce="token", gradient_checkpointing=False,
-        save_every=10**9, out=os.path.join(making, "teach")))
+    taught, finished = train(
+        Config(
+            model=os.path.join(making, "init"),
+            cold_start_data=lessons,
+            cold_start_steps=250,
+            steps=0,
+            lora_rank=0,
+            lr=2e-3,
+            lr_schedule="linear",
+            warmup_steps=20,
+            prompts_per_step=32,
+            reduce="token",
+            gradient_checkpointing=False,
+            save_every=10**9,
+            out=os.path.join(making, "teach"),
+        )
+    )
     if finished:
         os.rename(os.path.join(taught, "model"), os.path.join(making, "base"))
         os.rename(making, folder)
@@ -1971,33 +2510,78 @@ def make_tiny_omni(folder: str, lessons: str, more: Sequence[str] = ()) -> None:
     import transformers
 
     quiet_libraries()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|IMAGE|>",
-               "<|VIDEO|>", "<|vision_bos|>", "<|vision_eos|>"]
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|AUDIO|>",
+        "<|audio_bos|>",
+        "<|audio_eos|>",
+        "<|IMAGE|>",
+        "<|VIDEO|>",
+        "<|vision_bos|>",
+        "<|vision_eos|>",
+    ]
     bpe = tokenizers.ByteLevelBPETokenizer()  # its words are those of the lessons, so prompts are short
     chats = [data.chat(e, PROMPTS["think"], with_audio=False) for e in Examples(lessons)]
-    texts = [c[-1]["content"] for c in chats] + [*data.SOUNDS, "system\nYou are a helpful assistant.", "user\nassistant\n"]
-    bpe.train_from_iterator([*texts, *more], vocab_size=768 if more else 512, min_frequency=1, special_tokens=special,
-                            show_progress=False)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>",
-                                                     pad_token="<|endoftext|>", extra_special_tokens=special[1:])
+    texts = [c[-1]["content"] for c in chats] + [
+        *data.SOUNDS,
+        "system\nYou are a helpful assistant.",
+        "user\nassistant\n",
+    ]
+    bpe.train_from_iterator(
+        [*texts, *more],
+        vocab_size=768 if more else 512,
+        min_frequency=1,
+        special_tokens=special,
+        show_progress=False,
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=special[1:],
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
     # wider initial weights than a large model's: at this size the usual 0.02 drowns the sound in the positions
     config = transformers.Qwen2_5OmniThinkerConfig(
-        audio_config=dict(d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128, output_dim=128,
-                          initializer_range=0.15),
+        audio_config=dict(
+            d_model=64,
+            encoder_layers=2,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=128,
+            output_dim=128,
+            initializer_range=0.15,
+        ),
         vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=128),
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2, eos_token_id=ids["<|im_end|>"],
-                         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
-                         initializer_range=0.1, tie_word_embeddings=True),
-        tie_word_embeddings=True, audio_token_index=ids["<|AUDIO|>"], audio_start_token_id=ids["<|audio_bos|>"],
-        audio_end_token_id=ids["<|audio_eos|>"], image_token_index=ids["<|IMAGE|>"], video_token_index=ids["<|VIDEO|>"],
-        vision_start_token_id=ids["<|vision_bos|>"], vision_end_token_id=ids["<|vision_eos|>"])
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            eos_token_id=ids["<|im_end|>"],
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
+            initializer_range=0.1,
+            tie_word_embeddings=True,
+        ),
+        tie_word_embeddings=True,
+        audio_token_index=ids["<|AUDIO|>"],
+        audio_start_token_id=ids["<|audio_bos|>"],
+        audio_end_token_id=ids["<|audio_eos|>"],
+        image_token_index=ids["<|IMAGE|>"],
+        video_token_index=ids["<|VIDEO|>"],
+        vision_start_token_id=ids["<|vision_bos|>"],
+        vision_end_token_id=ids["<|vision_eos|>"],
+    )
     torch.manual_seed(0)
     transformers.Qwen2_5OmniThinkerForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300, return_attention_mask=True).save_pretrained(folder)
+    transformers.WhisperFeatureExtractor(
+        feature_size=128, chunk_length=300, return_attention_mask=True
+    ).save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2011,8 +2595,12 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv=None) -> tuple[Config, str]:
     """Flags -> (Config, which demo it is, if any). With --resume the run's own config.json stands behind the flags."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     for f in dataclasses.fields(Config):
         text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
         if f.type is bool:
@@ -2021,8 +2609,12 @@ def parse_config(argv=None) -> tuple[Config, str]:
             parser.add_argument("--resume", nargs="?", const="--out", metavar="RUN", help=text)
         else:
             parser.add_argument(f"--{f.name}", type=f.type, metavar=f.name.upper(), help=text)
-    parser.add_argument("--demo", choices=list(DEMOS), help="sounds: tell sounds apart, the default without --data | relisten: "
-                        "listen again to what is too faint beside a loud sound")
+    parser.add_argument(
+        "--demo",
+        choices=list(DEMOS),
+        help="sounds: tell sounds apart, the default without --data | relisten: "
+        "listen again to what is too faint beside a loud sound",
+    )
     given = vars(parser.parse_args(argv))
     demo = given.pop("demo", "")
     if given.get("resume"):
@@ -2030,12 +2622,19 @@ def parse_config(argv=None) -> tuple[Config, str]:
         if not run:
             raise UserError("--resume: name the run, --resume runs/NAME")
         if not os.path.exists(os.path.join(run, "checkpoint", "state.pt")):
-            raise UserError(f"--resume {run}: no checkpoint there; a run killed before its first one has to start again")
-        with blame(f"--resume {run}: config.json"), open(os.path.join(run, "config.json"), encoding="utf-8") as f:
+            raise UserError(
+                f"--resume {run}: no checkpoint there; a run killed before its first one has to start again"
+            )
+        with (
+            blame(f"--resume {run}: config.json"),
+            open(os.path.join(run, "config.json"), encoding="utf-8") as f,
+        ):
             saved = json.load(f)["config"]
             for name in {"lora_rank", "lora_alpha", "optimizer"} & given.keys():
                 if given[name] != saved[name]:
-                    raise UserError(f"--{name} {given[name]}: cannot be changed on --resume, the run has {saved[name]}")
+                    raise UserError(
+                        f"--{name} {given[name]}: cannot be changed on --resume, the run has {saved[name]}"
+                    )
             return Config(**saved | given | dict(out=run, resume=run)), ""
     own = given.get("data") or given.get("cold_start_data")
     if own and demo:
@@ -2058,9 +2657,12 @@ def main(argv=None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as e:
-        print(f"error: out of memory ({str(e).split('. ')[0]}). In order of harmlessness: lower --pack_tokens, lower "
-              "--rollout_rows, use --gradient_checkpointing, --load_in_4bit, then lower --max_audio_s, --max_new_tokens, "
-              "--num_generations, --lora_rank. The last checkpoint is whole: go on with --resume.", file=sys.stderr)
+        print(
+            f"error: out of memory ({str(e).split('. ')[0]}). In order of harmlessness: lower --pack_tokens, lower "
+            "--rollout_rows, use --gradient_checkpointing, --load_in_4bit, then lower --max_audio_s, --max_new_tokens, "
+            "--num_generations, --lora_rank. The last checkpoint is whole: go on with --resume.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("stopped at once; --resume goes on from the last checkpoint", file=sys.stderr)
@@ -2073,7 +2675,10 @@ def main(argv=None) -> int:
     with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
         evaluations = [r for r in map(json.loads, f) if "eval/accuracy" in r]
     for r in evaluations[:1] + evaluations[1:][-1:]:
-        print(f"step {r['step']:>4}: " + ", ".join(f"{k[5:]} {v:.3f}" for k, v in r.items() if k.startswith("eval/")))
+        print(
+            f"step {r['step']:>4}: "
+            + ", ".join(f"{k[5:]} {v:.3f}" for k, v in r.items() if k.startswith("eval/"))
+        )
     print(f"{out}: " + ", ".join(sorted(os.listdir(out))))
     return 0
 

@@ -24,53 +24,94 @@ from fractions import Fraction
 # Vowel signs, as in Hindi, are no \w and yet part of their word.
 MARKS = "".join(chr(c) for c in range(0x300, 0x3000) if unicodedata.category(chr(c))[0] == "M")
 CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-TOKEN = re.compile(rf"[{CJK}]|(?<!\w)-?\d+(?:[.,:/]\d+)*%?(?![^\W\d_])|(?:[^\W{CJK}]|[{MARKS}])+(?:'[^\W\d_]+)?#?|"
-                   r"\n\s*|[.,;:!?()\[\]/=—。、✓✔✅✗✘❌]")
+TOKEN = re.compile(
+    rf"[{CJK}]|(?<!\w)-?\d+(?:[.,:/]\d+)*%?(?![^\W\d_])|(?:[^\W{CJK}]|[{MARKS}])+(?:'[^\W\d_]+)?#?|"
+    r"\n\s*|[.,;:!?()\[\]/=—。、✓✔✅✗✘❌]"
+)
 PUNCT, ENDS = set(".,;:!?()[]/=—。、\n"), set(".!?;\n。")
 UNWRAP = re.compile(r"\\(?:text|math)\w*\s*\{([^{}]*)\}")  # \text{B}, \mathbf{B}
 NOTE_A = r"a(?=-|\s(?:sharp|flat)\s(?:major|minor|maj|min)\b)"  # "a sharp sound" is no note
 # Spellings made one before the tokens: "10-20" is "10 to 20", "C sharp" is "C#", a dash between words is a mark, and
 # "non-vocal" and "dog-like" are one word, which mentions neither vocals nor a dog.
-SPELLINGS = [(re.compile(pattern, re.IGNORECASE), plain) for pattern, plain in (
-    (r"\b(?:far from|(?:anything|everything|all) but|instead of|least likely)\b", "except"),
-    (r"\b(?:no|without|beyond)(?: any| a| all)? (?:doubt|question)\b", "surely"), (r"<[|/]{0,2}\w+[|/]?>", " "),
-    (UNWRAP.pattern, r"\1"), (r"\[ \]", "✗"), (r"\[x\]", "✓"), ("[’`´]", "'"), ("_", " "), ("♯", "#"),
-    ("♭", "b"), (r"(?<=\d)\s*[-–—~]\s*(?=\d)", " to "),
-    (r"(?<!\S)[-–—]+(?!\S)|[–—]|-{2,}|[-=]>|→", " — "), (rf"\b([b-g]|{NOTE_A})[\s-]sharp\b", r"\1#"),
-    (rf"\b([b-g]|{NOTE_A})[\s-]flat\b", r"\1b"), (r"\b(non|un|anti|counter|dis|semi|pseudo|quasi)-(?=\w)", r"\1"),
-    (r"-(?=(?:like|free|less|ish)\b)", ""))]
+SPELLINGS = [
+    (re.compile(pattern, re.IGNORECASE), plain)
+    for pattern, plain in (
+        (r"\b(?:far from|(?:anything|everything|all) but|instead of|least likely)\b", "except"),
+        (r"\b(?:no|without|beyond)(?: any| a| all)? (?:doubt|question)\b", "surely"),
+        (r"<[|/]{0,2}\w+[|/]?>", " "),
+        (UNWRAP.pattern, r"\1"),
+        (r"\[ \]", "✗"),
+        (r"\[x\]", "✓"),
+        ("[’`´]", "'"),
+        ("_", " "),
+        ("♯", "#"),
+        ("♭", "b"),
+        (r"(?<=\d)\s*[-–—~]\s*(?=\d)", " to "),
+        (r"(?<!\S)[-–—]+(?!\S)|[–—]|-{2,}|[-=]>|→", " — "),
+        (rf"\b([b-g]|{NOTE_A})[\s-]sharp\b", r"\1#"),
+        (rf"\b([b-g]|{NOTE_A})[\s-]flat\b", r"\1b"),
+        (r"\b(non|un|anti|counter|dis|semi|pseudo|quasi)-(?=\w)", r"\1"),
+        (r"-(?=(?:like|free|less|ish)\b)", ""),
+    )
+]
 
 ARTICLES = {"a", "an", "the"}
-ANSWERS = set("answer ans antwort ответ respuesta réponse risposta resposta cevap jawaban उत्तर 答 选 選 답".split())
+ANSWERS = set(
+    "answer ans antwort ответ respuesta réponse risposta resposta cevap jawaban उत्तर 答 选 選 답".split()
+)
 OPTIONS = set("option choice letter opción opcion opção opzione вариант 项 項 肢".split())
 BEST = set("best top correct right final my likely appropriate suitable accurate matching chosen".split())
-CONCLUDE = set("so therefore thus hence must choose chose choosing chosen select selected pick picked go going conclude "
-               "conclusion guess think believe".split())
+CONCLUDE = set(
+    "so therefore thus hence must choose chose choosing chosen select selected pick picked go going conclude "
+    "conclusion guess think believe".split()
+)
 VERBS = CONCLUDE | set("is it's that's are was say sounds seems".split())
 HEDGES = set("be could might may would maybe perhaps possibly potentially presumably".split())
-LISTING = PUNCT | ARTICLES | set("and or nor to vs option options choice choices 或 和 oder und o y ou et".split())
+LISTING = (
+    PUNCT | ARTICLES | set("and or nor to vs option options choice choices 或 和 oder und o y ou et".split())
+)
 # Words that may stand around an answer and add nothing to it.
-FILLER = LISTING | HEDGES | ANSWERS | OPTIONS | BEST | VERBS | set(
-    "answers should could will it its i i'd i'll i'm we this that most more probably definitely clearly surely "
-    "certainly simply just in with for on sound heard hear clip audio like as appears here there's okay ok well "
-    "sure yes no wait actually hmm but not sorry rather instead finally overall summary edit second now 案 应 該 该 "
-    "是 为 択 择 え は 我 正 确 解 で す 은 는 정 ist lautet die der das richtige korrekte la el es correcta una "
-    "est bonne correcte правильный это é è correta".split())
-REASONS = set("because since as given due while whereas although though 因 weil porque".split())  # no answer follows these
-TURNS = set("wait actually hmm however but no sorry correction scratch reconsider alternatively although though maybe perhaps "
-            "possibly potentially oops hold initially edit second now".split())  # an answer may be taken back
+FILLER = (
+    LISTING
+    | HEDGES
+    | ANSWERS
+    | OPTIONS
+    | BEST
+    | VERBS
+    | set(
+        "answers should could will it its i i'd i'll i'm we this that most more probably definitely clearly surely "
+        "certainly simply just in with for on sound heard hear clip audio like as appears here there's okay ok well "
+        "sure yes no wait actually hmm but not sorry rather instead finally overall summary edit second now 案 应 該 该 "
+        "是 为 択 择 え は 我 正 确 解 で す 은 는 정 ist lautet die der das richtige korrekte la el es correcta una "
+        "est bonne correcte правильный это é è correta".split()
+    )
+)
+REASONS = set(
+    "because since as given due while whereas although though 因 weil porque".split()
+)  # no answer follows these
+TURNS = set(
+    "wait actually hmm however but no sorry correction scratch reconsider alternatively although though maybe perhaps "
+    "possibly potentially oops hold initially edit second now".split()
+)  # an answer may be taken back
 NEGATORS = set(
     "not no never neither nor none non nothing nowhere nobody without except excluding unlike than cannot isnt "
     "doesnt dont cant wont didnt wasnt arent hardly barely rarely scarcely less unlikely impossible doubt doubtful "
     "fails lacks lacking hard difficult it'd worst wrong incorrect false whether if unable unclear unsure avoid "
     "refuse disagree opposite opposed against zero rule ruled ruling rules eliminate eliminated eliminating "
     "eliminates exclude excluded reject rejected rejecting discard discarded dismiss dismissed 不 没 非 無 无 未 "
-    "nicht kein keine keinen weder pas ni ne не нет não nem नहीं ✗ ✘ ❌".split())
-RESETS = REASONS | set(", ) — 、 but so therefore thus hence however then 而 但 所 sondern sino mais pero aber mas а".split())
+    "nicht kein keine keinen weder pas ni ne не нет não nem नहीं ✗ ✘ ❌".split()
+)
+RESETS = REASONS | set(
+    ", ) — 、 but so therefore thus hence however then 而 但 所 sondern sino mais pero aber mas а".split()
+)
 LIMITS = set("over under above below least most beyond".split())  # "over 10 seconds"
 PRONOUNS = set("i it there he she they this that we the or and".split())  # "no it is not"
-BEFORE_ONE = ARTICLES | set("this that which no any first second third last only each every other another correct".split())
-CLOSERS = REASONS | set("or and nor but not for with which over rather except unlike than ✓ ✔ ✅ ✗ ✘ ❌".split())  # "B or"
+BEFORE_ONE = ARTICLES | set(
+    "this that which no any first second third last only each every other another correct".split()
+)
+CLOSERS = REASONS | set(
+    "or and nor but not for with which over rather except unlike than ✓ ✔ ✅ ✗ ✘ ❌".split()
+)  # "B or"
 # A choice is denied by what follows it: "is not", ": incorrect", "(wrong)", "can be ruled out" ...
 AFTER = re.compile(
     r"(?:(?:[:()\]—]|,(?= (?:is|are|was|were|which)\b)|which|is|are|was|were|be|been|can|could|should|would|will|the|may|might|"
@@ -83,26 +124,34 @@ AFTER = re.compile(
     r"would\b(?! be)|(?:is|was) the (?:\w+ ){0,4}not\b(?! (?:(?:a|an|the|option) )?<)|[:?(—] no(?= [^\w<]|$)|"
     r"(?:is what )?it (?:isn't|is not)(?= [^\w<]|$)|[✗✘❌]|"
     r"[.\n:?] (?:(?:this|that|it) is |that's |it's )?"
-    r"(?:incorrect|wrong|false|not (?:heard|correct|right|present|likely|it))(?: \W|$)")
+    r"(?:incorrect|wrong|false|not (?:heard|correct|right|present|likely|it))(?: \W|$)"
+)
 # ... or chosen: "is correct", "would be the best answer".
 CHOSEN = re.compile(
     r"[✓✔✅]|(?:is|was|seems|appears|would be|must be|as|to be|ist|es|est|是)(?: (?:to|be|the|my|most|more|best|correct|likely|"
     r"right|final|only|clearly|definitely|indeed|therefore|accurate|appropriate))* (?:answer|option|choice|match|"
-    r"(?:correct|right|best|正 确|对|richtig)(?= [^\w]|$| answer| option| choice))")
-NOTE = re.compile(r"(?:: )?(?:maj|min|dim|aug|sus|flat|sharp|dorian|phrygian|lydian|mixolydian|aeolian|locrian)")
+    r"(?:correct|right|best|正 确|对|richtig)(?= [^\w]|$| answer| option| choice))"
+)
+NOTE = re.compile(
+    r"(?:: )?(?:maj|min|dim|aug|sus|flat|sharp|dorian|phrygian|lydian|mixolydian|aeolian|locrian)"
+)
 REFUSAL = re.compile(
     r"\bno (?:audio|sound|clip|recording|file|attachment)\b(?! other)|\bas an ai\b|audio (?:is|was|were) (?:missing|not)|"
     r"(?:please|could you) (?:provide|upload|share)|(?:can't|cannot|can not|couldn't|unable to|not able to|impossible to)"
     r"(?: \w+)? (?:be )?(?:listen|access|process|play|analyze|determine|tell|answer|know|say|help|assist|identify|"
-    r"hear (?:the|any|this|that|your) (?:audio|sound|clip|recording|file))")
+    r"hear (?:the|any|this|that|your) (?:audio|sound|clip|recording|file))"
+)
 THINK = re.compile(r"<\s*(?:(/)\s*)?think(?:ing)?\s*>", re.IGNORECASE)
 ANSWER = re.compile(r"<\s*(?:(/)\s*)?(?:answer|response)\s*>|\\boxed\s*\{([^{}]*)\}", re.IGNORECASE)
-MENTION, CLAIM, TERSE, EXPLICIT = range(4)  # how a choice is given: in passing, "so it is X", "X.", "the answer is X"
+MENTION, CLAIM, TERSE, EXPLICIT = range(
+    4
+)  # how a choice is given: in passing, "so it is X", "X.", "the answer is X"
 
 
 @dataclasses.dataclass
 class Signal:
     """One place where a choice is named."""
+
     index: int
     level: int
     denied: bool
@@ -154,7 +203,7 @@ def answer_parts(text: str) -> list[str]:
     """The pieces of a completion that may hold its answer; none if it never stopped thinking."""
     thinks = list(THINK.finditer(text))
     if thinks:  # an unclosed <think> hides all that follows it
-        text = text[thinks[-1].end():] if thinks[-1].group(1) else text[:thinks[-1].start()]
+        text = text[thinks[-1].end() :] if thinks[-1].group(1) else text[: thinks[-1].start()]
     text = UNWRAP.sub(r"\1", text)  # \boxed{\text{B}}
     parts, start, boxed = [], None, []
     for m in ANSWER.finditer(text):
@@ -162,16 +211,22 @@ def answer_parts(text: str) -> list[str]:
             boxed.append(m.group(2))
             continue
         if start is not None:
-            parts.append(text[start:m.start()])
+            parts.append(text[start : m.start()])
         start = None if m.group(1) else m.end()
-    if start is not None and (text[start:].strip() or not parts):  # cut off before </answer>; or <answer> for </answer>
+    if start is not None and (
+        text[start:].strip() or not parts
+    ):  # cut off before </answer>; or <answer> for </answer>
         parts.append(text[start:])
     return parts or boxed or [text]
 
 
 def resolve_part(text: str, choices: list[str]) -> int | None:
     """Three passes: choices become symbols, letters become symbols, and every symbol is weighed."""
-    texts, keys, letters = {}, {}, []  # raw text -> first index; words -> it, or -1 where punctuation tells choices apart
+    texts, keys, letters = (
+        {},
+        {},
+        [],
+    )  # raw text -> first index; words -> it, or -1 where punctuation tells choices apart
     for i, choice in enumerate(choices):
         raw = choice.strip().casefold()
         letters.append(texts.setdefault(raw, i))
@@ -196,20 +251,33 @@ def resolve_part(text: str, choices: list[str]) -> int | None:
 def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]:
     """Every mention of the text of choice i becomes "<i>"; the longest wins. The rest is folded, all but letters."""
     low, out, at, by_first = [fold(t) for t in items], [], 0, {}
-    shorter = {key[1:]: i for key, i in keys.items() if key[0] in ARTICLES and len(key) > 2}  # without its article
+    shorter = {
+        key[1:]: i for key, i in keys.items() if key[0] in ARTICLES and len(key) > 2
+    }  # without its article
     names = shorter | keys
     for key in sorted(names, key=len, reverse=True):
         by_first.setdefault(key[0], []).append(key)
 
     def find(at: int) -> tuple:
-        return next(((key, end) for key in by_first.get("".join(low[at:at + 1]), ()) if (end := match(low, at, key))), ((), 0))
+        return next(
+            (
+                (key, end)
+                for key in by_first.get("".join(low[at : at + 1]), ())
+                if (end := match(low, at, key))
+            ),
+            ((), 0),
+        )
 
     cut = cut_off(low, keys)
     while at < len(low):
         key, end = find(at)
         whole = end <= cut or not set(low[cut:at] + low[end:]) - LISTING
         if key and whole and stands(items, low, at, end, letters, keys):
-            out += [t for other in joined(out, low[end:end + 5], key, keys, find, end) for t in (f"<{keys[other]}>", "or")]
+            out += [
+                t
+                for other in joined(out, low[end : end + 5], key, keys, find, end)
+                for t in (f"<{keys[other]}>", "or")
+            ]
             out.append(f"<{names[key]}>")
             at = end
         else:
@@ -240,9 +308,17 @@ def cut_off(low: list[str], keys: dict) -> int:
     """Where a choice begins that the end of the text breaks off; what is mentioned within it is not meant by itself."""
     for size in range(min(len(low), 80), 1, -1) if low and low[-1] not in PUNCT else ():
         *rest, last = [t for t in low[-size:] if t not in PUNCT] or [""]
-        if rest and low[-size] not in PUNCT and any(
-                list(key[:len(rest)]) == rest and key != (*rest, last) and "".join(key[len(rest):][:1]).startswith(last)
-                and len(key) > len(rest) for key in keys):
+        if (
+            rest
+            and low[-size] not in PUNCT
+            and any(
+                list(key[: len(rest)]) == rest
+                and key != (*rest, last)
+                and "".join(key[len(rest) :][:1]).startswith(last)
+                and len(key) > len(rest)
+                for key in keys
+            )
+        ):
             return len(low) - size
     return len(low)
 
@@ -250,7 +326,7 @@ def cut_off(low: list[str], keys: dict) -> int:
 def stands(items: list[str], low: list[str], at: int, end: int, letters: list[int], keys: dict) -> bool:
     """Is this a mention? "No" and "one" are other words, too, single letters may be labels, and "over 10" is not 10."""
     word, before, after = low[at], low[at - 1] if at else "\n", low[end] if end < len(low) else "\n"
-    if word[0].isdigit() and (before in LIMITS or low[at - 2:at] == ["up", "to"]):
+    if word[0].isdigit() and (before in LIMITS or low[at - 2 : at] == ["up", "to"]):
         return False
     if end - at > 1:
         return items[at] != "a" or low[at + 1] not in {"minor", "major", "flat", "sharp"}  # "in a minor key"
@@ -259,10 +335,17 @@ def stands(items: list[str], low: list[str], at: int, end: int, letters: list[in
     if word == "one":
         return after != "of" and before not in BEFORE_ONE
     if len(word) == 1 and word.isascii() and word.isalpha():
-        text = next((keys.get((t,)) for t in low[end:end + 4] if t not in PUNCT), None)
-        labelled = after in PUNCT and text == label_of(word, letters) is not None  # "D. A" where A is the fourth choice
-        return not labelled and before not in OPTIONS and not (before in "([" and after in ")]") and items[at].isupper() and (
-            word not in "ai" or after in PUNCT | {"or", "and"})
+        text = next((keys.get((t,)) for t in low[end : end + 4] if t not in PUNCT), None)
+        labelled = (
+            after in PUNCT and text == label_of(word, letters) is not None
+        )  # "D. A" where A is the fourth choice
+        return (
+            not labelled
+            and before not in OPTIONS
+            and not (before in "([" and after in ")]")
+            and items[at].isupper()
+            and (word not in "ai" or after in PUNCT | {"or", "and"})
+        )
     return True
 
 
@@ -270,9 +353,11 @@ def joined(out: list[str], later: list[str], key: tuple, keys: dict, find, end: 
     """Choices of which "acoustic or electric guitar" and "10 to 20 seconds" say only the word that tells them apart."""
     near = []
     for side, joints in (out[-5:][::-1], {"or", "and", "to", "nor", "/", ","}), (later, {"or", "nor", "/"}):
-        gap = next((k for k, t in enumerate(side) if t not in joints and t not in ARTICLES and t != ","), len(side))
+        gap = next(
+            (k for k, t in enumerate(side) if t not in joints and t not in ARTICLES and t != ","), len(side)
+        )
         if joints & set(side[:gap]) and not (side is later and find(end + gap)[1]):
-            near += [t.lower() for t in side[gap:gap + 1]]
+            near += [t.lower() for t in side[gap : gap + 1]]
     return [k for k in keys if any(t in k and t not in key for t in near) and set(k) & set(key) - LISTING]
 
 
@@ -283,13 +368,23 @@ def label_of(token: str, letters: list[int]) -> int | None:
 
 def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
     """Every letter that is a label, and no article, note or initial, becomes "<i>" too."""
-    low, out, clear, cued = [t.lower() for t in items] + ["\n", "\n"], [], True, False  # nothing but filler, a cue before this
+    low, out, clear, cued = (
+        [t.lower() for t in items] + ["\n", "\n"],
+        [],
+        True,
+        False,
+    )  # nothing but filler, a cue before this
     for i, t in enumerate(items):
         index = label_of(t, letters)
         if index is not None and is_label(items, low, i, clear, cued):
             out.append(f"<{meant(low, i, index, keys)}>")
-        elif t in {".", ")", "]", ":"} and out and out[-1][0] == "<" and items[i - 1][0] != "<" and (
-                content(low, i)[:1] == "<" or AFTER.match(" ".join(low[i + 1:i + 10]))):
+        elif (
+            t in {".", ")", "]", ":"}
+            and out
+            and out[-1][0] == "<"
+            and items[i - 1][0] != "<"
+            and (content(low, i)[:1] == "<" or AFTER.match(" ".join(low[i + 1 : i + 10])))
+        ):
             continue  # the mark belongs to the label: "B. cat", "B. Incorrect"
         else:
             out.append(low[i])
@@ -302,19 +397,28 @@ def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
 
 def content(low: list[str], i: int) -> str:
     """The next token that is no mark and no article."""
-    return next((t for t in low[i + 1:i + 4] if t == "\n" or t not in PUNCT and t not in ARTICLES), "")
+    return next((t for t in low[i + 1 : i + 4] if t == "\n" or t not in PUNCT and t not in ARTICLES), "")
 
 
 def meant(low: list[str], i: int, index: int, keys: dict) -> int:
     """The label's choice, unless the letter is the text of another, or all that is left of one ("A" of "A dog") at the end."""
-    if content(low, i) == f"<{index}>" or i and (low[i - 1] in OPTIONS or low[i - 1] in "([" and low[i + 1] in ")]"):
+    if (
+        content(low, i) == f"<{index}>"
+        or i
+        and (low[i - 1] in OPTIONS or low[i - 1] in "([" and low[i + 1] in ")]")
+    ):
         return index
     cut = i == len(low) - 3 and any(len(key) == 2 and key[0] == low[i] and keys[key] != index for key in keys)
     return -1 if cut else keys.get((low[i],), index)
 
 
 def is_label(items: list[str], low: list[str], i: int, clear: bool, cued: bool) -> bool:
-    before, after, capital, rest = low[i - 1] if i else "\n", low[i + 1], items[i].isupper(), " ".join(low[i + 1:i + 11])
+    before, after, capital, rest = (
+        low[i - 1] if i else "\n",
+        low[i + 1],
+        items[i].isupper(),
+        " ".join(low[i + 1 : i + 11]),
+    )
     if before in "([" and after in ")]" or before in OPTIONS:
         return True
     if before == ":" and i > 1 and low[i - 2] in OPTIONS and (capital or after in PUNCT):
@@ -327,8 +431,16 @@ def is_label(items: list[str], low: list[str], i: int, clear: bool, cued: bool) 
         return False  # "A dog", "it is a"
     if not capital and not cued:  # "b." alone, "b) cat", "a. and b."
         return clear and after in {")", "]", ".", ":"} and before in LISTING and before not in ARTICLES
-    paired = before in {"and", "or", "nor", "/"} and len(items[i - 2]) == 1 and items[i - 2].isupper()  # "A and B are ..."
-    closed = after in PUNCT or after in CLOSERS or after[0] == "<" or cued and re.match(f"[{CJK}]", after) is not None
+    paired = (
+        before in {"and", "or", "nor", "/"} and len(items[i - 2]) == 1 and items[i - 2].isupper()
+    )  # "A and B are ..."
+    closed = (
+        after in PUNCT
+        or after in CLOSERS
+        or after[0] == "<"
+        or cued
+        and re.match(f"[{CJK}]", after) is not None
+    )
     return clear and (closed or paired)
 
 
@@ -336,7 +448,14 @@ def cue(low: list[str], i: int) -> int:
     """How the answer is given after this word: EXPLICIT, CLAIM, or MENTION where it is no cue ("to answer this question")."""
     before, after = low[i - 1] if i else "\n", low[i + 1] if i + 1 < len(low) else "\n"
     noun = before not in {"to", "can", "cannot", "can't", "not", "no"} and after not in {
-        "this", "that", "the", "your", "question", "options", "choices"}
+        "this",
+        "that",
+        "the",
+        "your",
+        "question",
+        "options",
+        "choices",
+    }
     if low[i] in ANSWERS and noun or low[i] in OPTIONS and before in BEST:
         return EXPLICIT
     return CLAIM if low[i] in CONCLUDE else MENTION
@@ -346,8 +465,10 @@ def signals(items: list[str]) -> list[Signal]:
     """Every symbol weighed in its sentence."""
     found, level, turn, start, bare = [], MENTION, -1, 0, False  # bare: a cue, and nothing after it yet
     glue = {"or", "and", ")"}  # a sentence goes on: "dog. Or cat."
-    for end in [i for i, t in enumerate(items) if t in ENDS and not glue & set(items[i + 1:i + 2])] + [len(items)]:
-        part, mark, after_it = items[start:end], items[end:end + 1], items[end + 1:end + 2]
+    for end in [i for i, t in enumerate(items) if t in ENDS and not glue & set(items[i + 1 : i + 2])] + [
+        len(items)
+    ]:
+        part, mark, after_it = items[start:end], items[end : end + 1], items[end + 1 : end + 2]
         asked = mark == ["?"] and after_it not in (["yes"], ["yeah"], ["correct"])
         terse = not (VERBS | HEDGES) & set(part) and all(t[0] == "<" or t in FILLER for t in part)
         level = level if bare else MENTION
@@ -355,10 +476,12 @@ def signals(items: list[str]) -> list[Signal]:
         for i in range(start, end):
             t = items[i]
             if t[0] == "<":
-                after = " ".join(items[i + 1:i + 10])
-                if denied := bool(AFTER.match(after)):  # and with it all that it is listed with: "dog and cat are wrong"
+                after = " ".join(items[i + 1 : i + 10])
+                if denied := bool(
+                    AFTER.match(after)
+                ):  # and with it all that it is listed with: "dog and cat are wrong"
                     here, k = i, len(found) - 1
-                    while k >= 0 and not set(items[found[k].last + 1:here]) - (LISTING - ENDS):
+                    while k >= 0 and not set(items[found[k].last + 1 : here]) - (LISTING - ENDS):
                         found[k].denied, here, k = True, found[k].first, k - 1
                 rank = EXPLICIT if CHOSEN.match(after) else max(level, TERSE if terse else MENTION)
                 found.append(Signal(int(t[1:-1]), rank, negated or asked or denied, i, i, turn))
@@ -368,13 +491,20 @@ def signals(items: list[str]) -> list[Signal]:
             bare = bare and t in FILLER or cue(items, i) == EXPLICIT
             clear = t == "," or clear and t in FILLER
             turn = i if t in TURNS else turn
-            if (t in NEGATORS or t.endswith("n't")) and not {"only", "just", "merely"} & set(items[i + 1:i + 2]):
+            if (t in NEGATORS or t.endswith("n't")) and not {"only", "just", "merely"} & set(
+                items[i + 1 : i + 2]
+            ):
                 negated, conjoined = True, t == "nor"
                 level = MENTION if level == EXPLICIT else level
             elif t in LISTING and t not in PUNCT and t not in ARTICLES:
                 conjoined = True
-            elif t in RESETS and not (t == "," and negated and not conjoined and items[i - 1][0] == "<" and re.match(
-                    r"(?:(?:or|nor|and|a|an|the) )*<", " ".join(items[i + 1:i + 6]))):  # "not happy, sad, or angry"
+            elif t in RESETS and not (
+                t == ","
+                and negated
+                and not conjoined
+                and items[i - 1][0] == "<"
+                and re.match(r"(?:(?:or|nor|and|a|an|the) )*<", " ".join(items[i + 1 : i + 6]))
+            ):  # "not happy, sad, or angry"
                 negated = negated and t == "as"  # "not ... such as"
                 level = MENTION if t in REASONS else level
         start, bare = end + 1, bare and mark == ["\n"]
@@ -383,8 +513,9 @@ def signals(items: list[str]) -> list[Signal]:
 
 def unlisted(found: list[Signal], items: list[str], letters: list[int]) -> list[Signal]:
     """Without what is denied, and without the options as the question gave them: all, once, with but commas between."""
+
     def near(a: Signal, b: Signal, over: set = LISTING) -> bool:
-        return not set(items[a.last + 1:b.first]) - over
+        return not set(items[a.last + 1 : b.first]) - over
 
     merged, out, i = [], [], 0
     for s in found:  # "B. cat" is one
@@ -393,12 +524,20 @@ def unlisted(found: list[Signal], items: list[str], letters: list[int]) -> list[
             one.level, one.denied, one.last = max(one.level, s.level), one.denied or s.denied, s.last
         else:
             merged.append(s)
-    whole = sorted(letters), sorted(index for index, _ in itertools.groupby(letters))  # choices alike, side by side, may be one
+    whole = (
+        sorted(letters),
+        sorted(index for index, _ in itertools.groupby(letters)),
+    )  # choices alike, side by side, may be one
     while i < len(merged):
-        runs = [(every, merged[i:i + len(every)]) for every in whole]
-        listed = [run for every, run in runs if not any(s.denied for s in run) and sorted(s.index for s in run) == every
-                  and all(near(a, b) for a, b in zip(run, run[1:]))]
-        out += [] if listed and len(listed[0]) > 1 else merged[i:i + 1]
+        runs = [(every, merged[i : i + len(every)]) for every in whole]
+        listed = [
+            run
+            for every, run in runs
+            if not any(s.denied for s in run)
+            and sorted(s.index for s in run) == every
+            and all(near(a, b) for a, b in zip(run, run[1:]))
+        ]
+        out += [] if listed and len(listed[0]) > 1 else merged[i : i + 1]
         i += len(listed[0]) if listed else 1
     return [s for s in out if not s.denied]
 
@@ -410,8 +549,12 @@ def decide(found: list[Signal], refused: bool) -> int | None:
         return None
     given = [s for s in found if s.level == level]
     last = given[-1].first
-    chosen = {s.index for s in given} | {s.index for s in found if s.first > last and (s.level >= CLAIM or s.turn > last)}
-    alone = {s.index for s in found if s.level == TERSE}  # one stands by itself, and another is the answer; two are an analysis
+    chosen = {s.index for s in given} | {
+        s.index for s in found if s.first > last and (s.level >= CLAIM or s.turn > last)
+    }
+    alone = {
+        s.index for s in found if s.level == TERSE
+    }  # one stands by itself, and another is the answer; two are an analysis
     chosen |= alone if len(alone) == 1 else set()
     return chosen.pop() if len(chosen) == 1 else None
 
@@ -425,8 +568,14 @@ def accuracy(completion: str, example) -> float:
     if example.is_countdown:
         return float(countdown(completion, example) == 1)
     index = resolve(completion, example.choices)
-    right = index is not None and example.answer is not None and (
-        index == example.answer or words(example.choices[index]) == words(example.choices[example.answer]) != ())
+    right = (
+        index is not None
+        and example.answer is not None
+        and (
+            index == example.answer
+            or words(example.choices[index]) == words(example.choices[example.answer]) != ()
+        )
+    )
     return float(right)
 
 
@@ -447,7 +596,13 @@ def think_format(completion: str, example) -> float:
 
 
 SECTIONS = ("PLANNING", "CAPTION", "REASONING", "SUMMARY")
-SKELETON = ["THINK", *(tag for name in SECTIONS for tag in (name, "/" + name)), "/THINK", "RESPONSE", "/RESPONSE"]
+SKELETON = [
+    "THINK",
+    *(tag for name in SECTIONS for tag in (name, "/" + name)),
+    "/THINK",
+    "RESPONSE",
+    "/RESPONSE",
+]
 SECTION_TAG = re.compile(rf"<(/?(?:THINK|{'|'.join(SECTIONS)}|RESPONSE))>", re.IGNORECASE)
 
 
@@ -456,8 +611,10 @@ def structure(completion: str, example) -> float:
     (Audio-Reasoner, arXiv 2503.02318; SARI, arXiv 2504.15900, plans, describes, reasons and sums up alike)."""
     outside, *rest = SECTION_TAG.split(completion)
     tags, texts = [tag.upper() for tag in rest[::2]], rest[1::2]
-    filled = all(bool(WORD.search(text)) if tag in (*SECTIONS, "RESPONSE") else not text.strip()
-                 for tag, text in zip(tags, texts))
+    filled = all(
+        bool(WORD.search(text)) if tag in (*SECTIONS, "RESPONSE") else not text.strip()
+        for tag, text in zip(tags, texts)
+    )
     return float(tags == SKELETON and filled and not outside.strip())
 
 
@@ -466,7 +623,7 @@ def trace(completion: str) -> tuple[str, str] | None:
     tags = list(THINK.finditer(completion))
     if [bool(m[1]) for m in tags] != [False, True]:
         return None
-    return completion[tags[0].end():tags[1].start()], completion[tags[1].end():]
+    return completion[tags[0].end() : tags[1].start()], completion[tags[1].end() :]
 
 
 WORD = re.compile(r"[^\W_]")
@@ -481,8 +638,11 @@ def think_length(completion: str, example) -> float:
     return min(n / SHORT_WORDS, 1.0) if n <= LONG_WORDS else max(0.0, 2 - n / LONG_WORDS)
 
 
-NEGATION = re.compile(r"\b(?:not|no|never|cannot|nor|neither|without|unlikely|wrong|incorrect|eliminat\w+|exclud\w+|"
-                      r"rul\w+ out|discard\w*|\w+n't)\b", re.IGNORECASE)
+NEGATION = re.compile(
+    r"\b(?:not|no|never|cannot|nor|neither|without|unlikely|wrong|incorrect|eliminat\w+|exclud\w+|"
+    r"rul\w+ out|discard\w*|\w+n't)\b",
+    re.IGNORECASE,
+)
 
 
 def consistency(completion: str, example) -> float:
@@ -492,7 +652,9 @@ def consistency(completion: str, example) -> float:
     given = resolve(found[1], choices) if found else None
     if given is None:
         return 0.0
-    sentences = [s for s in re.split(r"(?<=[.!?;])\s+|\n+", found[0][-4000:]) if s.strip()][-40:]  # enough, and bounded
+    sentences = [s for s in re.split(r"(?<=[.!?;])\s+|\n+", found[0][-4000:]) if s.strip()][
+        -40:
+    ]  # enough, and bounded
     for sentence in reversed(sentences):
         if not NEGATION.search(sentence) and (end := resolve(sentence, choices)) is not None:
             return float(words(choices[end]) == words(choices[given]))
@@ -544,12 +706,13 @@ def confident_accuracy(completion: str, example) -> float:
     p = getattr(completion, "confidence", None)
     if accuracy(completion, example) == 1:
         return 1 - (1 - (1.0 if p is None else p)) ** 2
-    return 0.0 if resolve(completion, example.choices) is None else -(1.0 if p is None else p) ** 2
+    return 0.0 if resolve(completion, example.choices) is None else -((1.0 if p is None else p) ** 2)
 
 
 def grounding(completion: str, example) -> float:
     """How well the parts heard again meet the true ones, meta["spans"]: [[start, end], ...] in seconds: time in both over time
     in either (IoU). 0 where nothing was heard, or no true span is known."""
+
     def union(spans) -> list[list[float]]:
         out = []
         for start, end in sorted(spans):
@@ -560,8 +723,18 @@ def grounding(completion: str, example) -> float:
         return out
 
     true = example.meta.get("spans")
-    true = [s for s in true if isinstance(s, list | tuple) and len(s) == 2 and all(
-        type(x) in (int, float) and abs(x) < 1e9 for x in s) and s[0] < s[1]] if isinstance(true, list | tuple) else []
+    true = (
+        [
+            s
+            for s in true
+            if isinstance(s, list | tuple)
+            and len(s) == 2
+            and all(type(x) in (int, float) and abs(x) < 1e9 for x in s)
+            and s[0] < s[1]
+        ]
+        if isinstance(true, list | tuple)
+        else []
+    )
     ours, true = union(getattr(completion, "heard", ())), union(true)
     both = sum(max(0.0, min(b, d) - max(a, c)) for a, b in ours for c, d in true)
     return both / (sum(b - a for a, b in ours + true) - both) if ours and true else 0.0
@@ -584,7 +757,9 @@ def arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
             return OPERATORS[type(node.op)](value(node.left), value(node.right))
         raise ValueError
 
-    if len(expression) > 200 or not re.fullmatch(r"[\d+\-*/() ]+", expression):  # short: no deep nesting, no long division
+    if len(expression) > 200 or not re.fullmatch(
+        r"[\d+\-*/() ]+", expression
+    ):  # short: no deep nesting, no long division
         return None
     try:
         return value(ast.parse(expression.strip(), mode="eval").body), numbers
@@ -611,10 +786,21 @@ def countdown_last_line(completion: str, example) -> float:
     return countdown(completion.rstrip().rpartition("\n")[2], example)
 
 
-REWARDS = {"accuracy": accuracy, "format": format, "think_format": think_format, "structure": structure,
-           "think_length": think_length, "consistency": consistency, "overlong": overlong, "countdown": countdown,
-           "countdown_last_line": countdown_last_line, "segment": segment, "segment_flow": segment_flow,
-           "confident_accuracy": confident_accuracy, "grounding": grounding}
+REWARDS = {
+    "accuracy": accuracy,
+    "format": format,
+    "think_format": think_format,
+    "structure": structure,
+    "think_length": think_length,
+    "consistency": consistency,
+    "overlong": overlong,
+    "countdown": countdown,
+    "countdown_last_line": countdown_last_line,
+    "segment": segment,
+    "segment_flow": segment_flow,
+    "confident_accuracy": confident_accuracy,
+    "grounding": grounding,
+}
 
 
 def parse_rewards(spec: str) -> dict[str, float]:

@@ -29,19 +29,51 @@ def tiny(tmp_path_factory):
     lessons = data.write_lessons(data.write_sounds(folder, 12, 4, seed=3, name="lessons"), 200)
     og.quiet_libraries()
     og.make_tiny_omni(os.path.join(folder, "init"), lessons)
-    taught, _ = og.train(og.Config(
-        model=os.path.join(folder, "init"), cold_start_data=lessons, cold_start_steps=40, steps=0, lora_rank=0, lr=2e-3,
-        prompts_per_step=8, reduce="token", gradient_checkpointing=False, save_every=1000, out=os.path.join(folder, "teach")))
+    taught, _ = og.train(
+        og.Config(
+            model=os.path.join(folder, "init"),
+            cold_start_data=lessons,
+            cold_start_steps=40,
+            steps=0,
+            lora_rank=0,
+            lr=2e-3,
+            prompts_per_step=8,
+            reduce="token",
+            gradient_checkpointing=False,
+            save_every=1000,
+            out=os.path.join(folder, "teach"),
+        )
+    )
     os.rename(os.path.join(taught, "model"), os.path.join(folder, "base"))
-    return type("Tiny", (), dict(folder=folder, base=os.path.join(folder, "base"), questions=questions, lessons=lessons))
+    return type(
+        "Tiny",
+        (),
+        dict(folder=folder, base=os.path.join(folder, "base"), questions=questions, lessons=lessons),
+    )
 
 
 @pytest.fixture(scope="session")
 def config(tiny):
     """Config for the tiny base; keyword arguments change it."""
+
     def make(**changes):
-        return og.Config(**dict(model=tiny.base, data=tiny.questions, lora_rank=4, lora_alpha=8, prompts_per_step=2,
-                                num_generations=3, max_new_tokens=6, lr=1e-3, steps=2, eval_size=0, workers=1) | changes)
+        return og.Config(
+            **dict(
+                model=tiny.base,
+                data=tiny.questions,
+                lora_rank=4,
+                lora_alpha=8,
+                prompts_per_step=2,
+                num_generations=3,
+                max_new_tokens=6,
+                lr=1e-3,
+                steps=2,
+                eval_size=0,
+                workers=1,
+            )
+            | changes
+        )
+
     return make
 
 
@@ -61,4 +93,6 @@ def policy(config):
 def prompts(policy, config, tiny):
     """Three prompts with their examples; the clips differ in sound and length."""
     examples = list(data.Examples(tiny.questions))[:3]
-    return examples, og.encode(policy, examples, [og.hear(policy, e, config())[0] for e in examples], config())
+    return examples, og.encode(
+        policy, examples, [og.hear(policy, e, config())[0] for e in examples], config()
+    )

@@ -24,7 +24,9 @@ def write_model(folder: str) -> None:
     where = package.submodule_search_locations[0]
     file = next(name for name in os.listdir(where) if name.endswith(".gguf"))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
-    config = transformers.LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
+    config = transformers.LlamaConfig(
+        **{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    )
     model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
@@ -44,8 +46,12 @@ def write_sums(folder: str, n_held_out: int = 200) -> None:
                 near = [x for x in range(a + b - 10, a + b + 11) if x > 0 and x != a + b]
                 choices = [str(x) for x in [a + b, *rng.sample(near, 3)]]
                 rng.shuffle(choices)
-                f.write(json.dumps(dict(audio=None, question=f"What is {a} + {b}?", choices=choices,
-                                        answer=str(a + b))) + "\n")
+                f.write(
+                    json.dumps(
+                        dict(audio=None, question=f"What is {a} + {b}?", choices=choices, answer=str(a + b))
+                    )
+                    + "\n"
+                )
 
 
 if __name__ == "__main__":

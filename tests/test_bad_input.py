@@ -19,12 +19,18 @@ def refused(tiny, tmp_path, monkeypatch, capsys):
 
     TMP in the arguments and in the message is the test's folder. `loads`: the fault is one that only loading can find.
     """
+
     def refused(argv, loads=False):
         if not loads:
             monkeypatch.setattr(og, "load_policy", lambda cfg: pytest.fail("the model was loaded"))
         monkeypatch.chdir(tmp_path)
         argv = [a.replace("TMP", str(tmp_path)) for a in argv]
-        defaults = {"--model": tiny.base, "--data": tiny.questions, "--out": str(tmp_path / "out"), "--steps": "1"}
+        defaults = {
+            "--model": tiny.base,
+            "--data": tiny.questions,
+            "--out": str(tmp_path / "out"),
+            "--steps": "1",
+        }
         if "--resume" not in argv:
             argv = [x for flag, value in defaults.items() if flag not in argv for x in (flag, value)] + argv
         start = time.monotonic()
@@ -39,6 +45,7 @@ def refused(tiny, tmp_path, monkeypatch, capsys):
         assert (not usage or usage.startswith("usage: ")) and "Traceback" not in err
         assert not os.path.exists(tmp_path / "out") or not os.listdir(tmp_path / "out")
         return message.replace(str(tmp_path), "TMP")
+
     return refused
 
 
@@ -60,13 +67,29 @@ LINE = "TMP/questions.jsonl:3: "
 BAD_ROWS = {  # name: (what the third row changes, or what it is; the message begins with; and holds)
     "index": ({"answer": 3}, 'field "answer": 3 is not among the 3 choices', "give an index from 0 to 2"),
     "negative index": ({"answer": -1}, 'field "answer": -1 is not among', "give an index from 0 to 2"),
-    "answer text": ({"answer": "frog"}, 'field "answer": \'frog\' is not among the choices', "['dog', 'cat', 'rain']"),
+    "answer text": (
+        {"answer": "frog"},
+        "field \"answer\": 'frog' is not among the choices",
+        "['dog', 'cat', 'rain']",
+    ),
     "no answer": ({"answer": None}, 'field "answer": missing', "training needs it"),
     "answer true": ({"answer": True}, 'field "answer": expected the index or the text', "found True"),
-    "answer 1e400": (json.dumps(ROW).replace(": 1,", ": 1e400,"), 'field "answer": expected the index', "found inf"),
-    "one choice": ({"choices": ["cat"], "answer": 0}, 'field "choices": only one choice', "needs at least two"),
+    "answer 1e400": (
+        json.dumps(ROW).replace(": 1,", ": 1e400,"),
+        'field "answer": expected the index',
+        "found inf",
+    ),
+    "one choice": (
+        {"choices": ["cat"], "answer": 0},
+        'field "choices": only one choice',
+        "needs at least two",
+    ),
     "no choices": ({"choices": None, "answer": None}, 'field "choices": missing', "training needs it"),
-    "choices a text": ({"choices": "dog, cat"}, 'field "choices": expected a list of texts', "found 'dog, cat'"),
+    "choices a text": (
+        {"choices": "dog, cat"},
+        'field "choices": expected a list of texts',
+        "found 'dog, cat'",
+    ),
     "choice null": ({"choices": ["dog", "cat", None]}, 'field "choices": expected a list of texts', "None"),
     "no question": ({"question": None}, 'field "question": expected a text', "found None"),
     "question a list": ({"question": [["?"]]}, 'field "question": expected a text', "[['?']]"),
@@ -76,10 +99,22 @@ BAD_ROWS = {  # name: (what the third row changes, or what it is; the message be
     "clip a device": ({"audio": "/dev/zero"}, 'field "audio": /dev/zero: is not a regular file', ""),
     "clip a number": ({"audio": 3}, 'field "audio": expected a path', "found 3"),
     "clip with NUL": ({"audio": "good.wav\0"}, 'field "audio": TMP/good.wav\0: no such file', ""),
-    "text clip": ({"audio": "text.wav"}, 'field "audio": TMP/text.wav: not a readable sound file', "mend or drop"),
+    "text clip": (
+        {"audio": "text.wav"},
+        'field "audio": TMP/text.wav: not a readable sound file',
+        "mend or drop",
+    ),
     "empty clip": ({"audio": "empty.wav"}, 'field "audio": TMP/empty.wav: is empty', "mend or drop"),
-    "short clip": ({"audio": "short.wav"}, 'field "audio": TMP/short.wav: too short, 10.0 ms', "at least 20.1 ms are needed"),
-    "NaN clip": ({"audio": "nan.wav"}, 'field "audio": TMP/nan.wav: holds samples that are not finite', "mend or drop"),
+    "short clip": (
+        {"audio": "short.wav"},
+        'field "audio": TMP/short.wav: too short, 10.0 ms',
+        "at least 20.1 ms are needed",
+    ),
+    "NaN clip": (
+        {"audio": "nan.wav"},
+        'field "audio": TMP/nan.wav: holds samples that are not finite',
+        "mend or drop",
+    ),
     "cut line": (json.dumps(ROW)[:40], "broken JSON", "was the file cut off"),
     "deep line": ('{"question":' + "[" * 10**5, "broken JSON", "was the file cut off"),
     "null": ("null", "expected a JSON object", "found None"),
@@ -87,11 +122,18 @@ BAD_ROWS = {  # name: (what the third row changes, or what it is; the message be
 
 
 def write_rows(folder, change):
-    for name, write in (("good.wav", clip()), ("text.wav", text(b"This is text.")), ("empty.wav", clip(np.zeros(0))),
-                        ("short.wav", clip(np.zeros(160))), ("nan.wav", clip(np.full(16_000, np.nan), subtype="FLOAT"))):
+    for name, write in (
+        ("good.wav", clip()),
+        ("text.wav", text(b"This is text.")),
+        ("empty.wav", clip(np.zeros(0))),
+        ("short.wav", clip(np.zeros(160))),
+        ("nan.wav", clip(np.full(16_000, np.nan), subtype="FLOAT")),
+    ):
         write(folder / name)
     last = change if isinstance(change, str) else json.dumps(ROW | change)
-    (folder / "questions.jsonl").write_text("".join(f"{line}\n" for line in (json.dumps(ROW), json.dumps(ROW), last)))
+    (folder / "questions.jsonl").write_text(
+        "".join(f"{line}\n" for line in (json.dumps(ROW), json.dumps(ROW), last))
+    )
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
@@ -117,14 +159,21 @@ def test_cold_start_without_target(refused, tmp_path):
     assert message.startswith(LINE + 'field "target": missing') and "the text to imitate" in message
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "TMP/questions.jsonl: is empty; expected a file of questions"), (b"\n \n", "TMP/questions.jsonl: holds no question"),
-    (bytes(range(256)) * 99, "TMP/questions.jsonl:2: "), (b"\x1f\x8b\x08\x00" * 999, "TMP/questions.jsonl: is compressed"),
-    (b'{"a": 1}', "TMP/questions.jsonl:1: unknown format, keys ['a']. Known formats and their keys: "),
-    (b"1\n2\n", "TMP/questions.jsonl:1: expected a JSON object, found 1"), (b"[" * 10**5, "TMP/questions.jsonl: broken JSON"),
-    (json.dumps(ROW, indent=1).encode(), "TMP/questions.jsonl:1: broken JSON"),
-    (json.dumps(ROW).encode("utf-16"), "TMP/questions.jsonl:1: not UTF-8 text")],
-    ids=["empty", "blank", "binary", "gzip", "other keys", "numbers", "deep", "pretty-printed", "UTF-16"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "TMP/questions.jsonl: is empty; expected a file of questions"),
+        (b"\n \n", "TMP/questions.jsonl: holds no question"),
+        (bytes(range(256)) * 99, "TMP/questions.jsonl:2: "),
+        (b"\x1f\x8b\x08\x00" * 999, "TMP/questions.jsonl: is compressed"),
+        (b'{"a": 1}', "TMP/questions.jsonl:1: unknown format, keys ['a']. Known formats and their keys: "),
+        (b"1\n2\n", "TMP/questions.jsonl:1: expected a JSON object, found 1"),
+        (b"[" * 10**5, "TMP/questions.jsonl: broken JSON"),
+        (json.dumps(ROW, indent=1).encode(), "TMP/questions.jsonl:1: broken JSON"),
+        (json.dumps(ROW).encode("utf-16"), "TMP/questions.jsonl:1: not UTF-8 text"),
+    ],
+    ids=["empty", "blank", "binary", "gzip", "other keys", "numbers", "deep", "pretty-printed", "UTF-16"],
+)
 def test_bad_file(refused, tmp_path, content, message):
     (tmp_path / "questions.jsonl").write_bytes(content)
     assert refused(["--data", "TMP/questions.jsonl"]).startswith(message)
@@ -132,8 +181,12 @@ def test_bad_file(refused, tmp_path, content, message):
 
 def test_what_is_not_a_file(refused, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, reason in (("TMP/none.jsonl", "no such file"), ("/dev/null", "is not a regular file"),
-                         ("TMP/pipe", "is not a regular file"), ("x" * 5000, "no such file")):
+    for path, reason in (
+        ("TMP/none.jsonl", "no such file"),
+        ("/dev/null", "is not a regular file"),
+        ("TMP/pipe", "is not a regular file"),
+        ("x" * 5000, "no such file"),
+    ):
         assert f"{path[:1000]}: {reason}; expected a file of questions" in refused(["--data", path])
     assert "TMP: is a directory, and holds neither sounds" in refused(["--data", "TMP"])
 
@@ -195,11 +248,19 @@ def test_bad_flag(refused, tmp_path, argv):
     assert message.startswith(begins) and holds in message
 
 
-@pytest.mark.parametrize("argv, begins", [
-    ("--model TMP/empty", "--model TMP/empty: no config.json in that directory"),
-    ("--model TMP/none", "--model TMP/none: not a local directory, and not to be had from the Hub"),
-    ("--model nobody/nothing", "--model nobody/nothing: not a local directory, and not to be had from the Hub"),
-    ("--adapter TMP/none", "--adapter TMP/none: "), ("--adapter TMP/empty", "--adapter TMP/empty: ")])
+@pytest.mark.parametrize(
+    "argv, begins",
+    [
+        ("--model TMP/empty", "--model TMP/empty: no config.json in that directory"),
+        ("--model TMP/none", "--model TMP/none: not a local directory, and not to be had from the Hub"),
+        (
+            "--model nobody/nothing",
+            "--model nobody/nothing: not a local directory, and not to be had from the Hub",
+        ),
+        ("--adapter TMP/none", "--adapter TMP/none: "),
+        ("--adapter TMP/empty", "--adapter TMP/empty: "),
+    ],
+)
 def test_bad_model(refused, tmp_path, argv, begins):
     (tmp_path / "empty").mkdir()
     assert refused(argv.split(), loads=True).startswith(begins)
@@ -209,8 +270,16 @@ def test_from_the_shell(tiny, tmp_path):
     """What the table checks within this process holds for the program: exit code 2, and nothing on stderr but the message."""
     write_rows(tmp_path, {"answer": 3})
     program = os.path.abspath(og.__file__)
-    done = subprocess.run([sys.executable, program, "--model", tiny.base, "--data", "questions.jsonl"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, program, "--model", tiny.base, "--data", "questions.jsonl"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == 'error: questions.jsonl:3: field "answer": 3 is not among the 3 choices; give an index from 0 to 2\n'
+    assert (
+        done.stderr
+        == 'error: questions.jsonl:3: field "answer": 3 is not among the 3 choices; give an index from 0 to 2\n'
+    )
     assert not os.path.exists(tmp_path / "runs")

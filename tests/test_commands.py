@@ -32,7 +32,9 @@ def sound(path, seed=0, wave=None, rate_hz=16_000, **options):
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     wave = SINE * np.random.default_rng(seed).uniform(0.1, 1, 1600) if wave is None else wave
     with open(path, "wb") as f:  # a descriptor: the format follows from the options and not from the name
-        soundfile.write(f, wave, rate_hz, format=options.pop("format", os.path.splitext(path)[1][1:].upper()), **options)
+        soundfile.write(
+            f, wave, rate_hz, format=options.pop("format", os.path.splitext(path)[1][1:].upper()), **options
+        )
 
 
 def write(path, *rows):
@@ -59,6 +61,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def run(here, capsys):
     """Arguments -> (stdout, stderr); the exit code must be `code`, or one of them."""
+
     def run(*argv, code=0):
         try:
             found = data.main([str(a) for a in argv])
@@ -67,48 +70,65 @@ def run(here, capsys):
         out, err = capsys.readouterr()
         assert found in (code if isinstance(code, tuple) else (code,)) and "Traceback" not in err, out + err
         return out, err
+
     return run
 
 
 @pytest.fixture
 def report(run):
     """check -> what --report writes; the exit code goes by its problems"""
+
     def report(path, *argv):
         run("check", path, *argv, "--report", "report.json", code=(0, 2))
         with open("report.json", encoding="utf-8") as f:
             facts = json.load(f)
         run("check", path, *argv, code=2 if facts["problems"] else 0)
         return facts
+
     return report
 
 
 def shell(*argv, **options):
-    return subprocess.run([sys.executable, PROGRAM, *map(str, argv)], capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(
+        [sys.executable, PROGRAM, *map(str, argv)], capture_output=True, text=True, timeout=60, **options
+    )
 
 
 # ---- check
 
 
 PLANTED = {  # line: (what the row changes or the line is, what the report says of it)
-    17: ({"audio": "none.wav"}, 'field "audio": HERE/none.wav: no such file; mend the path, or give --audio_dir'),
+    17: (
+        {"audio": "none.wav"},
+        'field "audio": HERE/none.wav: no such file; mend the path, or give --audio_dir',
+    ),
     101: ({"audio": "empty.wav"}, 'field "audio": HERE/empty.wav: is empty; replace it'),
     102: ({"audio": "no_bytes.wav"}, 'field "audio": HERE/no_bytes.wav: not a readable sound file'),
     250: ({"audio": "text.wav"}, 'field "audio": HERE/text.wav: not a readable sound file'),
     333: ({"audio": "cut.flac"}, 'field "audio": HERE/cut.flac: not a readable sound file'),
-    400: ({"audio": "short.wav"}, 'field "audio": HERE/short.wav: too short, 19.9 ms; at least 20.1 ms are needed; replace it'),
+    400: (
+        {"audio": "short.wav"},
+        'field "audio": HERE/short.wav: too short, 19.9 ms; at least 20.1 ms are needed; replace it',
+    ),
     512: ({"audio": "long.wav"}, 'note: field "audio": lasts 40.0 s, cut at 30 s'),
     640: ({"audio": "nan.wav"}, 'field "audio": HERE/nan.wav: holds samples that are not finite numbers'),
     777: ({"id": "5"}, "field \"id\": '5' is also the id of q.jsonl:6; give each its own"),
     801: ({"answer": None}, 'field "answer": missing, while other lines have one; give it or drop the line'),
-    860: ({"choices": ["cat", "rain", "Cat "], "answer": 0}, 'field "choices": the answer \'cat\' stands among them twice'),
+    860: (
+        {"choices": ["cat", "rain", "Cat "], "answer": 0},
+        "field \"choices\": the answer 'cat' stands among them twice",
+    ),
     900: ({"choices": ["cat", "rain", "rain"], "answer": 0}, 'note: field "choices": two are the same'),
     955: ({"answer": 3}, 'field "answer": 3 is not among the 3 choices; give an index from 0 to 2'),
-    1000: ({"answer": "frog"}, 'field "answer": \'frog\' is not among the choices'),
+    1000: ({"answer": "frog"}, "field \"answer\": 'frog' is not among the choices"),
     1111: ({"choices": ["dog"], "answer": 0}, 'field "choices": only one choice'),
     1200: ('{"audio": "clips/1.wav", "question":', "broken JSON"),
     1300: ({"audio": "clips/3.wav"}, "note: the same clip and question as q.jsonl:4"),
     1313: ({"audio": "silent.wav"}, 'note: field "audio": is silent'),
-    1499: ({"audio": "short.wav", "question": "And now?"}, 'field "audio": HERE/short.wav: too short, 19.9 ms'),
+    1499: (
+        {"audio": "short.wav", "question": "And now?"},
+        'field "audio": HERE/short.wav: too short, 19.9 ms',
+    ),
     1500: ({"question": None}, 'field "question": expected a text, found None'),
 }
 
@@ -118,7 +138,12 @@ def planted(here):
     (here / "clips").mkdir()
     for i in range(1500):
         sound(str(here / "clips" / f"{i}.wav"), i, subtype="PCM_16")
-    for name, wave in (("empty", SINE[:0]), ("short", SINE[:318]), ("nan", SINE * np.nan), ("silent", SINE * 0)):
+    for name, wave in (
+        ("empty", SINE[:0]),
+        ("short", SINE[:318]),
+        ("nan", SINE * np.nan),
+        ("silent", SINE * 0),
+    ):
         sound(str(here / f"{name}.wav"), wave=wave, subtype="FLOAT")
     sound(str(here / "long.wav"), wave=np.tile(SINE, 200), rate_hz=8000)
     sound(str(here / "cut.flac"), wave=np.random.default_rng(0).uniform(-1, 1, 9999))
@@ -138,15 +163,20 @@ def test_check_finds_every_planted_defect(planted):
     assert (done.returncode, done.stderr) == (2, "")
     facts = json.loads((planted / "report.json").read_text())
     for key in ("problems", "notes"):
-        wanted = {line: says.removeprefix("note: ").replace("HERE", str(planted)) for line, (_, says) in PLANTED.items()
-                  if says.startswith("note: ") == (key == "notes")}
+        wanted = {
+            line: says.removeprefix("note: ").replace("HERE", str(planted))
+            for line, (_, says) in PLANTED.items()
+            if says.startswith("note: ") == (key == "notes")
+        }
         found = {int(re.match(r"q\.jsonl:(\d+): ", text)[1]): text for text in facts[key]}
         assert found.keys() == wanted.keys() and len(facts[key]) == len(wanted)
         for line, text in found.items():
             assert text.startswith(f"q.jsonl:{line}: {wanted[line]}") and text in done.stdout
     terminal, side = pty.openpty()
     termios.tcsetwinsize(side, (24, 100))
-    again = subprocess.Popen([sys.executable, PROGRAM, "check", "q.jsonl"], cwd=planted, stdout=subprocess.PIPE, stderr=side)
+    again = subprocess.Popen(
+        [sys.executable, PROGRAM, "check", "q.jsonl"], cwd=planted, stdout=subprocess.PIPE, stderr=side
+    )
     os.close(side)
     shown = b""
     while chunk := read_terminal(terminal):
@@ -175,11 +205,25 @@ def test_check_hears_two_clips_at_a_time(run, here, monkeypatch):
 
 def test_check_counts(report, here):
     sound("stereo.flac", wave=np.tile(np.stack([SINE, SINE], 1), (5, 1)), rate_hz=8000)
-    rows = [ROW, ROW | {"question": "?"}, ROW | {"audio": "b.wav", "answer": 0},
-            ROW | {"audio": "stereo.flac", "choices": ["a", "b"], "answer": "b"}, ROW | {"audio": None, "answer": 2}]
+    rows = [
+        ROW,
+        ROW | {"question": "?"},
+        ROW | {"audio": "b.wav", "answer": 0},
+        ROW | {"audio": "stereo.flac", "choices": ["a", "b"], "answer": "b"},
+        ROW | {"audio": None, "answer": 2},
+    ]
     facts = report(write(here / "q.jsonl", *rows))
-    wanted = dict(format="own", examples=5, clips=3, seconds=[0.1, 0.1, 1.0], cut=0, rate_hz={"16000": 2, "8000": 1},
-                  channels={"1": 2, "2": 1}, choices={"2": 1, "3": 4}, answers={"0": 1, "1": 3, "2": 1})
+    wanted = dict(
+        format="own",
+        examples=5,
+        clips=3,
+        seconds=[0.1, 0.1, 1.0],
+        cut=0,
+        rate_hz={"16000": 2, "8000": 1},
+        channels={"1": 2, "2": 1},
+        choices={"2": 1, "3": 4},
+        answers={"0": 1, "1": 3, "2": 1},
+    )
     assert facts | wanted == facts
     assert facts["hours"] == pytest.approx(1.2 / 3600, abs=1e-4) and facts["problems"] == facts["notes"] == []
     assert report("q.jsonl", "--max_audio_s", "0.5")["cut"] == 1
@@ -197,16 +241,31 @@ def test_check_of_other_files(report, here):
     sound("sounds/dog/1.wav")
     sound("sounds/cat/1.wav", 5)
     (here / "sounds" / "cat" / "2.wav").write_text("text")
-    assert [p.split(": ")[0] for p in report("sounds")["problems"]] == [f"sounds:{os.path.join('cat', '2.wav')}"]
+    assert [p.split(": ")[0] for p in report("sounds")["problems"]] == [
+        f"sounds:{os.path.join('cat', '2.wav')}"
+    ]
 
 
-@pytest.mark.parametrize("choices, answer, found", [
-    (["C", "C#", "D"], 0, ""), (["5", "-5"], 1, ""), (["की", "का"], "की", ""), (["1.5", "15"], 0, ""), (["+", "-"], 0, ""),
-    (["dog", "Dog.", "cat"], 0, "problems"), (["dog", "cat", " DOG"], 2, "problems"), (["dog", "Dog", "cat"], 2, "notes")])
+@pytest.mark.parametrize(
+    "choices, answer, found",
+    [
+        (["C", "C#", "D"], 0, ""),
+        (["5", "-5"], 1, ""),
+        (["की", "का"], "की", ""),
+        (["1.5", "15"], 0, ""),
+        (["+", "-"], 0, ""),
+        (["dog", "Dog.", "cat"], 0, "problems"),
+        (["dog", "cat", " DOG"], 2, "problems"),
+        (["dog", "Dog", "cat"], 2, "notes"),
+    ],
+)
 def test_what_counts_as_the_gold_text_twice(report, here, choices, answer, found):
     """What the reward tells apart is not the same."""
     facts = report(write(here / "q.jsonl", ROW | dict(choices=choices, answer=answer)))
-    assert {k: len(facts[k]) for k in ("problems", "notes")} == {"problems": found == "problems", "notes": found == "notes"}
+    assert {k: len(facts[k]) for k in ("problems", "notes")} == {
+        "problems": found == "problems",
+        "notes": found == "notes",
+    }
 
 
 def test_same_sound_under_another_name_is_noted(report, here):
@@ -215,11 +274,20 @@ def test_same_sound_under_another_name_is_noted(report, here):
     assert facts["same_sound"] == 1 and [n.split(": ")[0] for n in facts["notes"]] == [f"{here}/q.jsonl:3"]
 
 
-@pytest.mark.parametrize("ours, theirs, shared", [
-    ("a.wav", "x/b.wav", [1, 3]), ("a.wav", "x/b.flac", [1, 3]), ("a.wav", "x/a.wav", []), ("1.wav", "x/1.wav", []),
-    ("1.wav", "x/none/1.wav", []), ("recording_0001.wav", "x/none/recording_0001.wav", []),
-    ("-Xy_z0aBcDe_000030.wav", "x/none/-Xy_z0aBcDe_30.mp3", [1, 3]),
-    ("-Xy_z0aBcDe_000030.wav", "x/none/-Xy_z0aBcDe_40.mp3", []), ("silent.wav", "x/silence.wav", [])])
+@pytest.mark.parametrize(
+    "ours, theirs, shared",
+    [
+        ("a.wav", "x/b.wav", [1, 3]),
+        ("a.wav", "x/b.flac", [1, 3]),
+        ("a.wav", "x/a.wav", []),
+        ("1.wav", "x/1.wav", []),
+        ("1.wav", "x/none/1.wav", []),
+        ("recording_0001.wav", "x/none/recording_0001.wav", []),
+        ("-Xy_z0aBcDe_000030.wav", "x/none/-Xy_z0aBcDe_30.mp3", [1, 3]),
+        ("-Xy_z0aBcDe_000030.wav", "x/none/-Xy_z0aBcDe_40.mp3", []),
+        ("silent.wav", "x/silence.wav", []),
+    ],
+)
 def test_against_finds_the_same_clip(report, here, ours, theirs, shared):
     """By its sound, under whatever name and in whatever container; by a name that is an id, where the sound is not at hand."""
     clip = 0 * SINE if ours == "silent.wav" else np.round(SINE * 9999) / 2**15
@@ -228,9 +296,20 @@ def test_against_finds_the_same_clip(report, here, ours, theirs, shared):
         same = shared or ours == "silent.wav"
         sound(theirs, wave=clip if same else clip[::-1].copy())
     theirs = write(here / "theirs.jsonl", ROW | {"audio": theirs, "question": "Something else?"})
-    facts = report(write(here / "ours.jsonl", ROW | {"audio": ours}, ROW | {"audio": "b.wav", "question": "And?"},
-                         ROW | {"audio": ours, "question": "What else?"}), "--against", theirs)
-    found = [re.search(r":(\d+): its clip is also in .*theirs.jsonl; drop the line", p)[1] for p in facts["problems"]]
+    facts = report(
+        write(
+            here / "ours.jsonl",
+            ROW | {"audio": ours},
+            ROW | {"audio": "b.wav", "question": "And?"},
+            ROW | {"audio": ours, "question": "What else?"},
+        ),
+        "--against",
+        theirs,
+    )
+    found = [
+        re.search(r":(\d+): its clip is also in .*theirs.jsonl; drop the line", p)[1]
+        for p in facts["problems"]
+    ]
     assert found == list(map(str, shared))
     assert (facts["shared_clips"] > 0) == bool(shared) and facts["shared_questions"] == 0
 
@@ -238,9 +317,17 @@ def test_against_finds_the_same_clip(report, here, ours, theirs, shared):
 def test_against_finds_the_same_question(report, here):
     """Whatever the order of its choices and its punctuation. It may be asked of any clip: a note and no problem."""
     theirs = write(here / "theirs.jsonl", ROW, ROW | {"question": "Who is it?"})
-    facts = report(write(here / "ours.jsonl", ROW | dict(audio="b.wav", choices=["rain", "dog", "cat"], answer=2),
-                         ROW | dict(audio="b.wav", question="who is it"), ROW | dict(audio="b.wav", question="Why is it?"),
-                         ROW | dict(audio="b.wav", choices=["rain", "dog", "cow"])), "--against", theirs)
+    facts = report(
+        write(
+            here / "ours.jsonl",
+            ROW | dict(audio="b.wav", choices=["rain", "dog", "cat"], answer=2),
+            ROW | dict(audio="b.wav", question="who is it"),
+            ROW | dict(audio="b.wav", question="Why is it?"),
+            ROW | dict(audio="b.wav", choices=["rain", "dog", "cow"]),
+        ),
+        "--against",
+        theirs,
+    )
     assert facts["shared_questions"] == 2 and facts["shared_clips"] == 0 and not facts["problems"]
     assert [n.split(": ")[0][-1] for n in facts["notes"]] == ["1", "2"]
 
@@ -258,7 +345,9 @@ def test_two_clips_with_the_same_32_bits_are_two(report, here):
 def test_against_says_what_could_not_be_compared(run, report, here):
     """Clips that are not at hand, and bad lines; --audio_dir is not theirs."""
     (here / "x").mkdir()
-    theirs = write(here / "x" / "theirs.jsonl", ROW, ROW | {"audio": "none.wav"}, "{", ROW | {"audio": "/no/2.wav"})
+    theirs = write(
+        here / "x" / "theirs.jsonl", ROW, ROW | {"audio": "none.wav"}, "{", ROW | {"audio": "/no/2.wav"}
+    )
     out, _ = run("check", write(here / "ours.jsonl", ROW), "--audio_dir", here, "--against", theirs)
     assert "3 of 3 clips of" in out and "could not be heard: compared by name or not at all" in out
     assert "1 of 4 lines of" in out and "could not be read" in out
@@ -269,9 +358,20 @@ def test_against_says_what_could_not_be_compared(run, report, here):
 def test_against_knows_embedded_clips_by_their_inner_name(run, here):
     datasets = pytest.importorskip("datasets")
     name = "-Xy_z0aBcDe_000030.wav"
-    row = dict(audio={"bytes": (here / "a.wav").read_bytes(), "path": name}, question="?", choices=["x", "y"], answer="y")
+    row = dict(
+        audio={"bytes": (here / "a.wav").read_bytes(), "path": name},
+        question="?",
+        choices=["x", "y"],
+        answer="y",
+    )
     datasets.Dataset.from_list([row]).to_parquet("ours.parquet")
-    out, _ = run("check", "ours.parquet", "--against", write(here / "theirs.jsonl", ROW | {"audio": f"none/{name}"}), code=2)
+    out, _ = run(
+        "check",
+        "ours.parquet",
+        "--against",
+        write(here / "theirs.jsonl", ROW | {"audio": f"none/{name}"}),
+        code=2,
+    )
     assert re.search(r"clips shared +1\n", out)
 
 
@@ -285,8 +385,12 @@ def test_the_report_never_takes_the_place_of_the_data(run, here):
     content = open(write(here / "q.jsonl", ROW)).read()
     os.symlink("q.jsonl", "link")
     os.mkdir("x")
-    for argv in ("check q.jsonl --report ./q.jsonl", "check q.jsonl --report link", "check x/../q.jsonl --report q.jsonl",
-                 "check a.csv --against q.jsonl --report q.jsonl"):
+    for argv in (
+        "check q.jsonl --report ./q.jsonl",
+        "check q.jsonl --report link",
+        "check x/../q.jsonl --report q.jsonl",
+        "check a.csv --against q.jsonl --report q.jsonl",
+    ):
         (here / "a.csv").write_text("audio,label\na.wav,dog\nb.wav,cat\n")
         _, err = run(*argv.split(), code=2)
         assert "is the data itself" in err and open("q.jsonl").read() == content
@@ -300,20 +404,27 @@ def test_half_a_clip_is_a_problem(report, here, kind, inside):
     whole = (here / f"x.{kind}").read_bytes()
     assert not report(write(here / "q.jsonl", ROW | {"audio": f"x.{kind}"}))["problems"]
     path = "q.jsonl"
-    (here / f"x.{kind}").write_bytes(whole[:len(whole) // 2])
+    (here / f"x.{kind}").write_bytes(whole[: len(whole) // 2])
     if inside:
         datasets = pytest.importorskip("datasets")
-        row = dict(audio={"bytes": whole[:len(whole) // 2], "path": None}, question="?", choices=["x", "y"], answer="y")
+        row = dict(
+            audio={"bytes": whole[: len(whole) // 2], "path": None},
+            question="?",
+            choices=["x", "y"],
+            answer="y",
+        )
         datasets.Dataset.from_list([row]).to_parquet(path := "q.parquet")
     (problem,) = report(path)["problems"]
     assert "is cut short" in problem
-    assert not report("q.jsonl", "--max_audio_s", "1")["seconds"] or kind == "mp3"  # heard no further: the header is believed
+    assert (
+        not report("q.jsonl", "--max_audio_s", "1")["seconds"] or kind == "mp3"
+    )  # heard no further: the header is believed
 
 
 def test_check_prints_what_no_terminal_can_show(here):
     write(here / "q.jsonl", ROW, ROW | {"audio": "\ud800.wav"})
     done = shell("check", "q.jsonl", "--report", "r.json", cwd=here)
-    assert done.returncode == 2 and "q.jsonl:2: field \"audio\": " in done.stdout and not done.stderr
+    assert done.returncode == 2 and 'q.jsonl:2: field "audio": ' in done.stdout and not done.stderr
     assert json.loads((here / "r.json").read_text())["problems"]
 
 
@@ -321,7 +432,9 @@ def test_check_into_a_pipe_that_closes(here):
     write(here / "q.jsonl", *[ROW | {"answer": 9}] * 500)
     read, side = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, PROGRAM, "check", "q.jsonl"], cwd=here, stdout=side, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "check", "q.jsonl"], cwd=here, stdout=side, stderr=subprocess.PIPE
+    )
     assert done.stderr == b""
     os.close(side)
 
@@ -330,47 +443,86 @@ def test_check_into_a_pipe_that_closes(here):
 
 
 REFUSED = {  # arguments: what stderr holds. empty/ is empty, file a file, there.jsonl exists, q.jsonl is good
-    "": "the following arguments are required: command", "chek q.jsonl": "invalid choice: 'chek'",
-    "check": "required: FILE", "check none.jsonl": "error: none.jsonl: no such file", "check empty": "empty: is a directory",
+    "": "the following arguments are required: command",
+    "chek q.jsonl": "invalid choice: 'chek'",
+    "check": "required: FILE",
+    "check none.jsonl": "error: none.jsonl: no such file",
+    "check empty": "empty: is a directory",
     "check q.jsonl more.jsonl": "unrecognized arguments: more.jsonl",
     "check q.jsonl --repot x": "unrecognized arguments: --repot",
-    "check q.jsonl --rep x": "unrecognized arguments: --rep", "check q.jsonl --max_audio_s 0": "--max_audio_s",
-    "check q.jsonl --max_audio_s nan": "--max_audio_s", "check q.jsonl --max_audio_s inf": "--max_audio_s",
+    "check q.jsonl --rep x": "unrecognized arguments: --rep",
+    "check q.jsonl --max_audio_s 0": "--max_audio_s",
+    "check q.jsonl --max_audio_s nan": "--max_audio_s",
+    "check q.jsonl --max_audio_s inf": "--max_audio_s",
     "check q.jsonl --against none.jsonl": "error: none.jsonl: no such file",
     "check q.jsonl --max_audio_s 0.01": "must be from 0.025 to 86400 seconds",
-    "check q.jsonl --report none/r.json": "error: none/r.json: No such file", "check q.jsonl --report empty": "error: empty: ",
-    "convert q.jsonl": "required: --out", "convert none.jsonl --out o.jsonl": "error: none.jsonl: no such file",
+    "check q.jsonl --report none/r.json": "error: none/r.json: No such file",
+    "check q.jsonl --report empty": "error: empty: ",
+    "convert q.jsonl": "required: --out",
+    "convert none.jsonl --out o.jsonl": "error: none.jsonl: no such file",
     "convert q.jsonl --out there.jsonl": "error: --out there.jsonl: exists; remove it or give another name",
     "convert q.jsonl --out empty": "error: --out empty: exists",
     "convert q.jsonl --out q.jsonl": "error: --out q.jsonl: exists",
-    "convert q.jsonl --out file/o.jsonl": "error: ", "convert q.jsonl --out ''": "error: --out ",
+    "convert q.jsonl --out file/o.jsonl": "error: ",
+    "convert q.jsonl --out ''": "error: --out ",
     "convert bad.jsonl --out o.jsonl": 'error: bad.jsonl:2: field "answer": 9 is not among',
     "convert empty --out o.jsonl": "error: ",
     "convert all_bad.jsonl --out o.jsonl --drop_bad": "error: all_bad.jsonl",
     "folder q.jsonl --out o.jsonl": "error: q.jsonl: expected a folder of sounds",
     "folder empty --out o.jsonl": "holds neither",
-    "folder none --out o.jsonl": "error: none: no such", "folder sounds": "required: --out",
-    "folder sounds --out there.jsonl": "--out there.jsonl: exists", "folder sounds --out o.jsonl --n_choices 1": "--n_choices",
-    "folder sounds --out o.jsonl --n_choices -3": "--n_choices", "folder sounds --out o.jsonl --eval_size -7": "--eval_size",
-    "folder sounds --out o.jsonl --eval_size x": "--eval_size", "folder one_label --out o.jsonl": "do not tell them apart",
+    "folder none --out o.jsonl": "error: none: no such",
+    "folder sounds": "required: --out",
+    "folder sounds --out there.jsonl": "--out there.jsonl: exists",
+    "folder sounds --out o.jsonl --n_choices 1": "--n_choices",
+    "folder sounds --out o.jsonl --n_choices -3": "--n_choices",
+    "folder sounds --out o.jsonl --eval_size -7": "--eval_size",
+    "folder sounds --out o.jsonl --eval_size x": "--eval_size",
+    "folder one_label --out o.jsonl": "do not tell them apart",
     "folder numbers --out o.jsonl": "do not tell them apart; sort them in folders named after what is heard",
-    "folder mixed --out o.jsonl": "1-100032-A-0.wav", "folder broken --out o.jsonl": "2.wav: no such file",
-    "folder piped --out o.jsonl": "2.wav: is not a regular file", "folder sounds --out held.jsonl": "held_eval.jsonl: exists",
-    "filter rated.jsonl": "required: --out", "filter rated.jsonl --out there.jsonl": "--out there.jsonl: exists",
-    **{f"filter rated.jsonl --out o.jsonl --pass_rate={r}": "--pass_rate" for r in
-       ("0.9..0.1", "nan..1", "10..90", "0.5", "..0.5", "0.2..", "a..b", "0.1-0.9", "0.1..0.5..0.9", "-1..0.5", "0..inf")},
-    **{f"filter rated.jsonl --out o.jsonl --drop_answerable_without_audio {r}": "--drop_answerable" for r in ("7", "nan", "x")},
-    "filter rated.jsonl --out o.jsonl --where k": "--where", "filter rated.jsonl --out o.jsonl --max -5": "--max",
+    "folder mixed --out o.jsonl": "1-100032-A-0.wav",
+    "folder broken --out o.jsonl": "2.wav: no such file",
+    "folder piped --out o.jsonl": "2.wav: is not a regular file",
+    "folder sounds --out held.jsonl": "held_eval.jsonl: exists",
+    "filter rated.jsonl": "required: --out",
+    "filter rated.jsonl --out there.jsonl": "--out there.jsonl: exists",
+    **{
+        f"filter rated.jsonl --out o.jsonl --pass_rate={r}": "--pass_rate"
+        for r in (
+            "0.9..0.1",
+            "nan..1",
+            "10..90",
+            "0.5",
+            "..0.5",
+            "0.2..",
+            "a..b",
+            "0.1-0.9",
+            "0.1..0.5..0.9",
+            "-1..0.5",
+            "0..inf",
+        )
+    },
+    **{
+        f"filter rated.jsonl --out o.jsonl --drop_answerable_without_audio {r}": "--drop_answerable"
+        for r in ("7", "nan", "x")
+    },
+    "filter rated.jsonl --out o.jsonl --where k": "--where",
+    "filter rated.jsonl --out o.jsonl --max -5": "--max",
     "filter q.jsonl --out o.jsonl --pass_rate 0..1": 'q.jsonl:1: field "meta": expected a number "pass_rate" from 0 to 1, '
-    "found None; python eval.py --samples", "filter rated.jsonl --out o.jsonl --pass_rate 0.95..0.99": "none of 11 examples",
+    "found None; python eval.py --samples",
+    "filter rated.jsonl --out o.jsonl --pass_rate 0.95..0.99": "none of 11 examples",
     "filter rated.jsonl --out o.jsonl --where nokey=1": "not nokey=1",
     "filter q.jsonl --out o.jsonl --drop_answerable_without_audio": 'q.jsonl:1: field "meta": expected a number "pass_rate_s',
 }
 
 
 def rated(n=11):
-    return [ROW | dict(question=f"{i}?", meta=dict(pass_rate=i / 10, pass_rate_silence=1 - i / 10, loud=i > 5, k=i % 2))
-            for i in range(n)]
+    return [
+        ROW
+        | dict(
+            question=f"{i}?", meta=dict(pass_rate=i / 10, pass_rate_silence=1 - i / 10, loud=i > 5, k=i % 2)
+        )
+        for i in range(n)
+    ]
 
 
 @pytest.mark.parametrize("argv", REFUSED)
@@ -410,7 +562,9 @@ def test_help_has_an_example_that_is_valid(run, command):
     _, err = run(command, *example.split(), code=2)
     assert re.match(r"error: .*: no such ", err)
     told = re.split(r"\n  (?=-|[A-Z])", text.partition("options:")[2])[1:]
-    assert len(told) >= 3 and all(len(re.sub(r"^.*?(  +|\n)", "", t, count=1).split()) > 1 for t in told), told
+    assert len(told) >= 3 and all(len(re.sub(r"^.*?(  +|\n)", "", t, count=1).split()) > 1 for t in told), (
+        told
+    )
     assert f"\n    {command} " in run("--help")[0]
 
 
@@ -424,38 +578,168 @@ def leaves(value):
     return [] if value is None else [str(value)]
 
 
-AVQA = dict(id=7, question_text="What is in the video?", multi_choice=["dog", None, "cat"], answer=2, video_name="v",
-            question_type="Is", audio_path="a.wav")
+AVQA = dict(
+    id=7,
+    question_text="What is in the video?",
+    multi_choice=["dog", None, "cat"],
+    answer=2,
+    video_name="v",
+    question_type="Is",
+    audio_path="a.wav",
+)
 KINDS = {  # name: (content, how many questions)
-    "own": ("", [ROW | dict(id="x", target=["cat", "a cat"], note="犬", meta={"pass_rate": 0.5, "deep": {"a": [1, None]}}),
-                 dict(audio=None, question="Why? Qué?"), ROW | dict(audio=["a.wav", "b.wav"], answer="dog")], 3),
+    "own": (
+        "",
+        [
+            ROW
+            | dict(
+                id="x", target=["cat", "a cat"], note="犬", meta={"pass_rate": 0.5, "deep": {"a": [1, None]}}
+            ),
+            dict(audio=None, question="Why? Qué?"),
+            ROW | dict(audio=["a.wav", "b.wav"], answer="dog"),
+        ],
+        3,
+    ),
     "own, a key twice": ("", [ROW | dict(source="outside", same=1, meta=dict(source="inside", same=1))], 1),
     "own, a key three times": ("", [ROW | dict(k=61, k_outside_meta=62, meta=dict(k=63))], 1),
     "own, list": ("list", [ROW, ROW | {"question": "Two\nlines?"}], 2),
     "half a character in meta": ("", [ROW | {"id": "\udce9", "meta": {"was": "\ud800 é"}}], 1),
     "R1-AQA": ("", [AVQA, AVQA | {"id": 8, "question_text": "Why?"}], 2),
-    "MMAU": ("list", [dict(audio_id="clips/a.wav", id="1f", question="Who?", choices=["(A) dog", "(B) cat"], answer="(B) cat",
-                           task="sound", difficulty="easy")], 1),
-    "MMAR": ("", [dict(id="m", audio_path="a.wav", question="Who?", choices=["dog", "cat"], answer="cat", modality="mix",
-                       url="https://y", timestamp="00:01")], 1),
-    "MMSU": ("", [dict(id="m", audio_path="a.wav", question="Who?", choice_a="dog", choice_b="cat", choice_c=None,
-                       answer_gt="cat", task_name="t", sub="s")], 1),
-    "captions": ("", [dict(youtube_id="abc", start_time=30, audiocap_id=11, caption="A dog."),
-                      dict(youtube_id="abc", start_time=30, audiocap_id=12, caption="A cat.")], 1),
-    "captions, what only later rows hold": ("", [
-        dict(audio="x", id="i1", caption="A", meta=dict(m=31)), dict(audio="x", id="i2", caption="B", rater=44, m=32),
-        dict(audio="x", id="i3", caption="C", meta=dict(n=33, captions=["older"], m=34), m=35, captions_in_meta="also")], 1),
-    "several labels": ("csv", [dict(audio="a.wav", label="dog", fold="fold1"), dict(audio="a.wav", label="cat", fold="fold2")] +
-                       [dict(audio="b.wav", label="cow", fold="fold3")], 2),
-    "labels": ("csv", [dict(audio="a.wav", label="dog", fold="fold1"), dict(audio="b.wav", label="cat", fold="fold2")], 2),
-    "Clotho-AQA": ("csv", [dict(file_name="a.wav", QuestionText="A dog?", answer=a, confidence=c, fold="f")
-                           for a, c in (("yes", "maybe"), ("yes", "sure"), ("no", "sure"))], 1),
+    "MMAU": (
+        "list",
+        [
+            dict(
+                audio_id="clips/a.wav",
+                id="1f",
+                question="Who?",
+                choices=["(A) dog", "(B) cat"],
+                answer="(B) cat",
+                task="sound",
+                difficulty="easy",
+            )
+        ],
+        1,
+    ),
+    "MMAR": (
+        "",
+        [
+            dict(
+                id="m",
+                audio_path="a.wav",
+                question="Who?",
+                choices=["dog", "cat"],
+                answer="cat",
+                modality="mix",
+                url="https://y",
+                timestamp="00:01",
+            )
+        ],
+        1,
+    ),
+    "MMSU": (
+        "",
+        [
+            dict(
+                id="m",
+                audio_path="a.wav",
+                question="Who?",
+                choice_a="dog",
+                choice_b="cat",
+                choice_c=None,
+                answer_gt="cat",
+                task_name="t",
+                sub="s",
+            )
+        ],
+        1,
+    ),
+    "captions": (
+        "",
+        [
+            dict(youtube_id="abc", start_time=30, audiocap_id=11, caption="A dog."),
+            dict(youtube_id="abc", start_time=30, audiocap_id=12, caption="A cat."),
+        ],
+        1,
+    ),
+    "captions, what only later rows hold": (
+        "",
+        [
+            dict(audio="x", id="i1", caption="A", meta=dict(m=31)),
+            dict(audio="x", id="i2", caption="B", rater=44, m=32),
+            dict(
+                audio="x",
+                id="i3",
+                caption="C",
+                meta=dict(n=33, captions=["older"], m=34),
+                m=35,
+                captions_in_meta="also",
+            ),
+        ],
+        1,
+    ),
+    "several labels": (
+        "csv",
+        [dict(audio="a.wav", label="dog", fold="fold1"), dict(audio="a.wav", label="cat", fold="fold2")]
+        + [dict(audio="b.wav", label="cow", fold="fold3")],
+        2,
+    ),
+    "labels": (
+        "csv",
+        [dict(audio="a.wav", label="dog", fold="fold1"), dict(audio="b.wav", label="cat", fold="fold2")],
+        2,
+    ),
+    "Clotho-AQA": (
+        "csv",
+        [
+            dict(file_name="a.wav", QuestionText="A dog?", answer=a, confidence=c, fold="f")
+            for a, c in (("yes", "maybe"), ("yes", "sure"), ("no", "sure"))
+        ],
+        1,
+    ),
     "Countdown": ("", [dict(nums=[1, 2, 3], target=6, split="train")], 1),
-    "ARC": ("", [dict(id="a", question="Why?", choices=dict(text=["dog", "cat"], label=["1", "2"]), answerKey="2", old=3)], 1),
-    "ARC, nested": ("", [dict(id="a", answerKey="B", question=dict(stem="Why?", para="context", choices=[
-        dict(text="dog", label="A", para="one"), dict(text="cat", label="B", score=0.25)]))], 1),
-    "ARC, more of the choices": ("", [dict(id="a", question="Why?", answerKey="B", choices=dict(
-        text=["dog", "cat"], label=["A", "B"], source=["s1", "s2"]))], 1),
+    "ARC": (
+        "",
+        [
+            dict(
+                id="a",
+                question="Why?",
+                choices=dict(text=["dog", "cat"], label=["1", "2"]),
+                answerKey="2",
+                old=3,
+            )
+        ],
+        1,
+    ),
+    "ARC, nested": (
+        "",
+        [
+            dict(
+                id="a",
+                answerKey="B",
+                question=dict(
+                    stem="Why?",
+                    para="context",
+                    choices=[
+                        dict(text="dog", label="A", para="one"),
+                        dict(text="cat", label="B", score=0.25),
+                    ],
+                ),
+            )
+        ],
+        1,
+    ),
+    "ARC, more of the choices": (
+        "",
+        [
+            dict(
+                id="a",
+                question="Why?",
+                answerKey="B",
+                choices=dict(text=["dog", "cat"], label=["A", "B"], source=["s1", "s2"]),
+            )
+        ],
+        1,
+    ),
 }
 
 
@@ -475,9 +759,16 @@ def test_convert_loses_nothing(run, here, name):
     before, after = list(Examples("in.csv")), list(Examples("sub/out.jsonl"))
     assert Examples("sub/out.jsonl").format == "own" and after == before and len(after) == n
     kept = {x for row in rows_of("sub/out.jsonl") for x in leaves(row)}
-    given = {x for row in rows for k, v in row.items() if k not in ("audio", "audio_path", "audio_id", "file_name")
-             for x in leaves(v)}
-    assert not {x for x in given - kept if not re.fullmatch(r"[12AB]|\([AB]\) (dog|cat)", x)}  # what says where a choice stands
+    given = {
+        x
+        for row in rows
+        for k, v in row.items()
+        if k not in ("audio", "audio_path", "audio_id", "file_name")
+        for x in leaves(v)
+    }
+    assert not {
+        x for x in given - kept if not re.fullmatch(r"[12AB]|\([AB]\) (dog|cat)", x)
+    }  # what says where a choice stands
     run("convert", "sub/out.jsonl", "--out", "sub/again.jsonl")
     assert rows_of("sub/again.jsonl") == rows_of("sub/out.jsonl")
 
@@ -489,8 +780,14 @@ def test_convert_embedded_clips(run, here):
     for kind in ("wav", "flac", "ogg", "mp3"):
         sound(f"x.{kind}", wave=np.tile(SINE, 10))
         contents[kind] = (here / f"x.{kind}").read_bytes()
-    rows = dict(id=["q/1", "犬", "q 3", "4"], question=["Who?"] * 4, choices=[["dog", "cat"]] * 4, answer=["cat"] * 4,
-                audio=[{"bytes": c, "path": "named.wav"} for c in contents.values()], extra=[1.5, None, 3.5, 4.5])
+    rows = dict(
+        id=["q/1", "犬", "q 3", "4"],
+        question=["Who?"] * 4,
+        choices=[["dog", "cat"]] * 4,
+        answer=["cat"] * 4,
+        audio=[{"bytes": c, "path": "named.wav"} for c in contents.values()],
+        extra=[1.5, None, 3.5, 4.5],
+    )
     datasets.Dataset.from_dict(rows).to_parquet("in.parquet")
     run("convert", "in.parquet", "--out", "far/out.jsonl")
     before, after = Examples("in.parquet"), Examples("far/out.jsonl")
@@ -509,7 +806,9 @@ def test_convert_embedded_clips(run, here):
 def test_convert_keeps_pointing_at_the_clips(run, here):
     """Wherever --out lies and however the clips were named; beside the clips, the paths stay relative."""
     sound("data/clips/a.wav", 3)
-    rows = [ROW | {"audio": a} for a in ("clips/a.wav", "../a.wav", str(here / "b.wav"), "./clips/../clips/a.wav")]
+    rows = [
+        ROW | {"audio": a} for a in ("clips/a.wav", "../a.wav", str(here / "b.wav"), "./clips/../clips/a.wav")
+    ]
     write(here / "data" / "in.jsonl", *rows)
     wanted = [here / "data/clips/a.wav", here / "a.wav", here / "b.wav", here / "data/clips/a.wav"]
     for out in ("data/out.jsonl", "out.jsonl", "a/b/out.jsonl", str(here / "c" / "out.jsonl")):
@@ -522,7 +821,14 @@ def test_convert_keeps_pointing_at_the_clips(run, here):
 
 
 def test_convert_drops_bad_lines_when_asked(run, here):
-    write(here / "q.jsonl", ROW, ROW | {"audio": "none.wav"}, "{", ROW | {"answer": 9}, ROW | {"question": "Last?"})
+    write(
+        here / "q.jsonl",
+        ROW,
+        ROW | {"audio": "none.wav"},
+        "{",
+        ROW | {"answer": 9},
+        ROW | {"question": "Last?"},
+    )
     out, _ = run("convert", "q.jsonl", "--out", "out.jsonl", "--drop_bad")
     assert "out.jsonl: 2 examples; 3 left out, the first: q.jsonl:2: " in out
     assert [r["question"] for r in rows_of("out.jsonl")] == ["What is it?", "Last?"]
@@ -537,12 +843,19 @@ def test_convert_drops_bad_lines_when_asked(run, here):
 def test_convert_ended_in_the_middle(here, name):
     """Leaves nothing under the final name, and does not stand in the way of the next."""
     write(here / "q.jsonl", *[ROW | {"question": f"{i}?" * 20} for i in range(500)])
-    code = ("import os, signal, sys; import data; get = data.Examples.__getitem__\n"
-            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background job does without
-            f"data.Examples.__getitem__ = lambda s, i: (i == 400 and os.kill(os.getpid(), signal.SIG{name}), get(s, i))[1]\n"
-            "sys.exit(data.main(['convert', 'q.jsonl', '--out', 'out.jsonl']))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=os.environ | {"PYTHONPATH": os.path.dirname(PROGRAM)},
-                          stderr=subprocess.PIPE, text=True)
+    code = (
+        "import os, signal, sys; import data; get = data.Examples.__getitem__\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background job does without
+        f"data.Examples.__getitem__ = lambda s, i: (i == 400 and os.kill(os.getpid(), signal.SIG{name}), get(s, i))[1]\n"
+        "sys.exit(data.main(['convert', 'q.jsonl', '--out', 'out.jsonl']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=here,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(PROGRAM)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert done.returncode == (-signal.SIGKILL if name == "KILL" else 130) and "Traceback" not in done.stderr
     assert not os.path.exists("out.jsonl")
     assert data.main(["convert", "q.jsonl", "--out", "out.jsonl"]) == 0 and len(rows_of("out.jsonl")) == 500
@@ -567,14 +880,21 @@ def files(folder, *names, content=None):
 
 
 LABELS = {  # names: the labels they get
-    ("dog/1.wav", "cat/1.wav"): ["cat", "dog"], ("dog_bark_01.wav", "Cat-Meow 2.FLAC"): ["cat meow", "dog bark"],
-    ("animals/dog/1.wav", "tools/saw/1.ogg"): ["dog", "saw"], ("dog/audio/1.wav", "cat/train/wav/1.wav"): ["cat", "dog"],
+    ("dog/1.wav", "cat/1.wav"): ["cat", "dog"],
+    ("dog_bark_01.wav", "Cat-Meow 2.FLAC"): ["cat meow", "dog bark"],
+    ("animals/dog/1.wav", "tools/saw/1.ogg"): ["dog", "saw"],
+    ("dog/audio/1.wav", "cat/train/wav/1.wav"): ["cat", "dog"],
     ("train/dog/1.wav", "test/cat/2.wav", "val/dog/7.mp3"): ["cat", "dog"],
-    ("101 - Dog/1-30226-A-0.ogg", "102 - Rain/1-1-A-0.ogg"): ["dog", "rain"], ("dog/cow.wav", "cat/cow.wav"): ["cat", "dog"],
-    ("犬/1.wav", "猫/1.wav"): ["犬", "猫"], ("Größe/1.wav", "été/1.wav"): ["größe", "été"],
+    ("101 - Dog/1-30226-A-0.ogg", "102 - Rain/1-1-A-0.ogg"): ["dog", "rain"],
+    ("dog/cow.wav", "cat/cow.wav"): ["cat", "dog"],
+    ("犬/1.wav", "猫/1.wav"): ["犬", "猫"],
+    ("Größe/1.wav", "été/1.wav"): ["größe", "été"],
     ("कुत्ता/1.wav", "बिल्ली/1.wav"): ["कुत्ता", "बिल्ली"],
     (unicodedata.normalize("NFD", "bébé/1.wav"), "chien/1.wav"): ["bébé", "chien"],
-    ("dog/1.wav", "cat/1.wav", "cat/._1.wav", "dog/.hidden.wav", ".trash/cow/1.wav", "__MACOSX/pig/1.wav"): ["cat", "dog"],
+    ("dog/1.wav", "cat/1.wav", "cat/._1.wav", "dog/.hidden.wav", ".trash/cow/1.wav", "__MACOSX/pig/1.wav"): [
+        "cat",
+        "dog",
+    ],
     ("C_major/1.wav", "D_major/1.wav", "A_minor/1.wav"): ["a minor", "c major", "d major"],
     ("train/dog bark/1.wav", "test/Dog_Bark/1.wav", "cat/1.wav"): ["cat", "dog bark"],
     ("dog_a.wav", "dog_b.wav", "C-major_01.wav"): ["c major", "dog"],
@@ -587,7 +907,10 @@ def test_labels(run, here, names):
     files("in", *names)
     out, _ = run("folder", "in", "--out", "out.jsonl")
     examples = list(Examples("out.jsonl"))
-    assert sorted({c for e in examples for c in e.choices}) == LABELS[names] and f"{len(LABELS[names])} labels" in out
+    assert (
+        sorted({c for e in examples for c in e.choices}) == LABELS[names]
+        and f"{len(LABELS[names])} labels" in out
+    )
     for e in examples:
         assert e.choices[e.answer] == e.meta["label"] and os.path.isfile(e.audio)
     assert {e.meta["label"] for e in examples} == set(LABELS[names])
@@ -600,8 +923,14 @@ def test_a_file_name_in_another_encoding(run, here):
 
 
 def nested(n=12):
-    kinds = dict(animals=("dog", "cat", "cow", "pig", "hen"), tools=("saw", "drill", "hammer", "file"), water=("rain", "sea"))
-    return kinds, [f"{k}/{label}/{i}.wav" for k, labels in kinds.items() for label in labels for i in range(n)]
+    kinds = dict(
+        animals=("dog", "cat", "cow", "pig", "hen"),
+        tools=("saw", "drill", "hammer", "file"),
+        water=("rain", "sea"),
+    )
+    return kinds, [
+        f"{k}/{label}/{i}.wav" for k, labels in kinds.items() for label in labels for i in range(n)
+    ]
 
 
 def test_distractors_come_from_the_family(run, here):
@@ -615,14 +944,26 @@ def test_distractors_come_from_the_family(run, here):
         family = kinds[e.meta["family"]]
         assert len(set(e.choices)) == 4 and e.choices[e.answer] == e.meta["label"]
         assert len(set(e.choices) & set(family)) == min(4, len(family))
-    assert len(examples) == len(names) and min(positions[k] for k in range(4)) > len(names) / 8 and len(orders) > 50
+    assert (
+        len(examples) == len(names)
+        and min(positions[k] for k in range(4)) > len(names) / 8
+        and len(orders) > 50
+    )
     assert {c for e in examples if e.meta["label"] == "dog" for c in e.choices} == set(kinds["animals"])
     run("folder", "in", "--out", "again.jsonl")
     assert rows_of("again.jsonl") == rows_of("out.jsonl")  # drawn, and not differently every time
 
 
 def test_families_of_names(run, here):
-    files("in", *(f"{k}_{label}_{i}.wav" for k in ("dog", "cat") for label in ("low", "high", "odd", "far") for i in range(3)))
+    files(
+        "in",
+        *(
+            f"{k}_{label}_{i}.wav"
+            for k in ("dog", "cat")
+            for label in ("low", "high", "odd", "far")
+            for i in range(3)
+        ),
+    )
     run("folder", "in", "--out", "out.jsonl", "--eval_size", "0")
     assert all(c.split()[0] == e.meta["label"].split()[0] for e in Examples("out.jsonl") for c in e.choices)
     assert not os.path.exists("out_eval.jsonl")
@@ -635,13 +976,18 @@ def test_split_by_clip(run, here):
     for size, low, high in (("-1", 20, 24), ("30", 30, 34), ("1000", 40, 44)):
         out, _ = run("folder", "in", "--out", f"of{size}.jsonl", "--eval_size", size)
         train, held = (Examples(f"of{size}{end}.jsonl") for end in ("", "_eval"))
-        assert f"of{size}.jsonl: {len(train)} questions" in out and f"of{size}_eval.jsonl: {len(held)} questions" in out
+        assert (
+            f"of{size}.jsonl: {len(train)} questions" in out
+            and f"of{size}_eval.jsonl: {len(held)} questions" in out
+        )
         content = [{open(e.audio, "rb").read() for e in part} for part in (train, held)]
         assert not content[0] & content[1] and len(content[0] | content[1]) == 67
         assert low <= len(held) <= high and sorted(e.meta["audio"] for e in [*train, *held]) == sorted(names)
 
 
-@pytest.mark.parametrize("n_labels, n_choices", [(2, 4), (3, 4), (4, 4), (4, 2), (5, 3), (1000, 4), (1000, 6)])
+@pytest.mark.parametrize(
+    "n_labels, n_choices", [(2, 4), (3, 4), (4, 4), (4, 2), (5, 3), (1000, 4), (1000, 6)]
+)
 def test_number_of_choices(run, here, n_labels, n_choices):
     words = ["".join(random.Random(i).choices("abcdefgh", k=9)) for i in range(n_labels)]
     files("in", *(f"{w}/1.wav" for w in words))
@@ -673,20 +1019,31 @@ def filtered(run, *argv, n=11):
     out, _ = run("filter", "rated.jsonl", "--out", f"{len(os.listdir())}.jsonl", *argv)
     name = re.match(r"(\d+\.jsonl): (\d+) of \d+ examples", out)
     left = list(Examples(name[1]))
-    assert len(left) == int(name[2]) and left == [e for e in Examples("rated.jsonl") if e in left]  # unchanged, and in order
+    assert len(left) == int(name[2]) and left == [
+        e for e in Examples("rated.jsonl") if e in left
+    ]  # unchanged, and in order
     return [round(10 * e.meta["pass_rate"]) for e in left], out
 
 
-@pytest.mark.parametrize("argv, left, says", [
-    ("--pass_rate 0.1..0.9", range(1, 10), "; 1 dropped: pass_rate below; 1 dropped: pass_rate above"),
-    ("--pass_rate 0.4..0.4", [4], "; 6 dropped: pass_rate above; 4 dropped: pass_rate below"),
-    ("--pass_rate 0..1", range(11), ""),
-    ("--drop_answerable_without_audio", range(6, 11), "; 6 dropped: answerable without audio"),
-    ("--drop_answerable_without_audio 0.8", range(3, 11), "; 3 dropped: answerable without audio"),
-    ("--pass_rate 0.1..0.9 --drop_answerable_without_audio", range(6, 10), "; 5 dropped: answerable without audio; 1 dr"),
-    ("--where loud=True", range(6, 11), "; 6 dropped: not loud=True"),
-    ("--where loud=true", range(6, 11), "; 6 dropped: not loud"),
-    ("--where k=1 --where loud=false", [1, 3, 5], ""), ("", range(11), "11 of 11 examples\n")])
+@pytest.mark.parametrize(
+    "argv, left, says",
+    [
+        ("--pass_rate 0.1..0.9", range(1, 10), "; 1 dropped: pass_rate below; 1 dropped: pass_rate above"),
+        ("--pass_rate 0.4..0.4", [4], "; 6 dropped: pass_rate above; 4 dropped: pass_rate below"),
+        ("--pass_rate 0..1", range(11), ""),
+        ("--drop_answerable_without_audio", range(6, 11), "; 6 dropped: answerable without audio"),
+        ("--drop_answerable_without_audio 0.8", range(3, 11), "; 3 dropped: answerable without audio"),
+        (
+            "--pass_rate 0.1..0.9 --drop_answerable_without_audio",
+            range(6, 10),
+            "; 5 dropped: answerable without audio; 1 dr",
+        ),
+        ("--where loud=True", range(6, 11), "; 6 dropped: not loud=True"),
+        ("--where loud=true", range(6, 11), "; 6 dropped: not loud"),
+        ("--where k=1 --where loud=false", [1, 3, 5], ""),
+        ("", range(11), "11 of 11 examples\n"),
+    ],
+)
 def test_filter(run, here, argv, left, says):
     """Ends included; the reasons are counted; what is left still has what --order easy_to_hard reads."""
     found, out = filtered(run, *argv.split())
@@ -694,16 +1051,29 @@ def test_filter(run, here, argv, left, says):
 
 
 def test_filter_without_audio_by_either_measure(run, here):
-    rows = [ROW | dict(question=f"{i}?", meta=m | {"pass_rate": 0.5}) for i, m in enumerate((
-        dict(pass_rate_silence=0.1, pass_rate_none=0.9), dict(pass_rate_none=0.9), dict(pass_rate_none=0.1),
-        dict(pass_rate_silence=0.9), dict(pass_rate_silence=0, pass_rate_none=0.0)))]
+    rows = [
+        ROW | dict(question=f"{i}?", meta=m | {"pass_rate": 0.5})
+        for i, m in enumerate(
+            (
+                dict(pass_rate_silence=0.1, pass_rate_none=0.9),
+                dict(pass_rate_none=0.9),
+                dict(pass_rate_none=0.1),
+                dict(pass_rate_silence=0.9),
+                dict(pass_rate_silence=0, pass_rate_none=0.0),
+            )
+        )
+    ]
     run("filter", write(here / "q.jsonl", *rows), "--out", "out.jsonl", "--drop_answerable_without_audio")
     assert [r["question"] for r in rows_of("out.jsonl")] == ["2?", "4?"]
 
 
 def test_filter_max_is_a_sample_by_seed(run, here):
     drawn = [filtered(run, "--max", "5", "--seed", str(s))[0] for s in (0, 0, 1, 2, 3, 4)]
-    assert drawn[0] == drawn[1] and len({tuple(d) for d in drawn}) > 2 and all(len(d) == 5 == len(set(d)) for d in drawn)
+    assert (
+        drawn[0] == drawn[1]
+        and len({tuple(d) for d in drawn}) > 2
+        and all(len(d) == 5 == len(set(d)) for d in drawn)
+    )
     assert "6 dropped: over --max" in filtered(run, "--max", "5")[1]
     assert filtered(run, "--max", "99")[0] == filtered(run, "--max", "0")[0] == list(range(11))
     assert len(filtered(run, "--pass_rate", "0..0.5", "--max", "3")[0]) == 3
@@ -713,7 +1083,10 @@ def test_filter_max_is_a_sample_by_seed(run, here):
 def test_filter_names_the_line_without_a_rate(run, here, value):
     write(here / "q.jsonl", *rated(3), ROW | {"meta": {"pass_rate": value}})
     _, err = run("filter", "q.jsonl", "--out", "out.jsonl", "--pass_rate", "0..1", code=2)
-    assert err.startswith('error: q.jsonl:4: field "meta": expected a number "pass_rate" from 0 to 1') and "eval.py" in err
+    assert (
+        err.startswith('error: q.jsonl:4: field "meta": expected a number "pass_rate" from 0 to 1')
+        and "eval.py" in err
+    )
 
 
 def test_filter_of_a_real_table(run, here):
@@ -721,12 +1094,25 @@ def test_filter_of_a_real_table(run, here):
     write(here / "q.jsonl", AVQA | {"pass_rate": 0.5}, AVQA | {"pass_rate": 1.0})
     run("filter", "q.jsonl", "--out", "far/out.jsonl", "--pass_rate", "0.1..0.9")
     assert list(Examples("far/out.jsonl")) == [
-        Example("7", str(here / "a.wav"), "What is in the audio?", ["dog", "cat"], 1,
-                meta=dict(video_name="v", question_type="Is", question_text=AVQA["question_text"], pass_rate=0.5))]
+        Example(
+            "7",
+            str(here / "a.wav"),
+            "What is in the audio?",
+            ["dog", "cat"],
+            1,
+            meta=dict(video_name="v", question_type="Is", question_text=AVQA["question_text"], pass_rate=0.5),
+        )
+    ]
 
 
 def test_bytes_of_a_clip_have_their_ending(here):
-    for kind, magic in (("wav", b"RIFF"), ("flac", b"fLaC"), ("ogg", b"OggS"), ("mp3", b"ID3"), ("mp3", b"\xff\xfb"),
-                        ("aiff", b"FORM")):
+    for kind, magic in (
+        ("wav", b"RIFF"),
+        ("flac", b"fLaC"),
+        ("ogg", b"OggS"),
+        ("mp3", b"ID3"),
+        ("mp3", b"\xff\xfb"),
+        ("aiff", b"FORM"),
+    ):
         path = data.write_clip(str(here / "x" / "y"), magic + bytes(9))
         assert path.endswith(f"y.{kind}") and io.FileIO(path).read() == magic + bytes(9)

@@ -18,9 +18,17 @@ def family_folder(tiny, tmp_path_factory):
     """name -> a checkpoint directory with the family's real classes, small and random, and the tiny base's tokenizer."""
     root, made = tmp_path_factory.mktemp("families"), {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.base)
-    sizes = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, initializer_range=0.2, eos_token_id=tokenizer.eos_token_id,
-                 pad_token_id=tokenizer.pad_token_id)
+    sizes = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
     def make(name):
         if name in made:
@@ -28,15 +36,31 @@ def family_folder(tiny, tmp_path_factory):
         torch.manual_seed(1)
         folder = str(root / name)
         if name == "qwen2_audio":
-            model = transformers.Qwen2AudioForConditionalGeneration(transformers.Qwen2AudioConfig(
-                audio_config=dict(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, init_std=0.2),
-                text_config=dict(sizes, model_type="qwen2"),
-                audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>")))
+            model = transformers.Qwen2AudioForConditionalGeneration(
+                transformers.Qwen2AudioConfig(
+                    audio_config=dict(
+                        d_model=32,
+                        encoder_layers=2,
+                        encoder_attention_heads=2,
+                        encoder_ffn_dim=64,
+                        init_std=0.2,
+                    ),
+                    text_config=dict(sizes, model_type="qwen2"),
+                    audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+                )
+            )
             transformers.WhisperFeatureExtractor(feature_size=128).save_pretrained(folder)
         else:
-            config = dict(llama=transformers.LlamaConfig, qwen2=transformers.Qwen2Config, qwen3=transformers.Qwen3Config)[name]
+            config = dict(
+                llama=transformers.LlamaConfig, qwen2=transformers.Qwen2Config, qwen3=transformers.Qwen3Config
+            )[name]
             model = transformers.AutoModelForCausalLM.from_config(
-                config(**sizes, tie_word_embeddings=name != "llama", **(dict(head_dim=16) if name == "qwen3" else {})))
+                config(
+                    **sizes,
+                    tie_word_embeddings=name != "llama",
+                    **(dict(head_dim=16) if name == "qwen3" else {}),
+                )
+            )
         with torch.no_grad():  # what is initialised to 0 or 1 would hide a mistake
             for p in model.parameters():
                 p.add_(torch.randn_like(p) * 0.05)
@@ -44,13 +68,16 @@ def family_folder(tiny, tmp_path_factory):
         tokenizer.save_pretrained(folder)
         made[name] = folder
         return folder
+
     return make
 
 
 @pytest.fixture
 def family(request, family_folder, config, tiny):
     """-> (policy with LoRA at work, its Config, three examples that it can hear or read)"""
-    cfg = config(model=family_folder(request.param), audio="real" if request.param == "qwen2_audio" else "none")
+    cfg = config(
+        model=family_folder(request.param), audio="real" if request.param == "qwen2_audio" else "none"
+    )
     torch.manual_seed(0)
     policy = og.load_policy(cfg)
     with torch.no_grad():
@@ -68,13 +95,14 @@ def library_logits(policy, cfg, prompt, example, completion):
     ids, features = torch.tensor([prompt.ids + completion]), {}
     if policy.extractor:
         waves = [data.load_audio(clip, cfg.max_audio_s)[0] for clip in example.clips]
-        out = policy.extractor(waves, sampling_rate=16_000, return_tensors="pt", padding="max_length",
-                               return_attention_mask=True)
+        out = policy.extractor(
+            waves, sampling_rate=16_000, return_tensors="pt", padding="max_length", return_attention_mask=True
+        )
         features = dict(input_features=out["input_features"], feature_attention_mask=out["attention_mask"])
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **features).logits[0].float()
     policy.lm.set_attn_implementation("packed")
-    return logits[len(prompt.ids) - 1:-1]
+    return logits[len(prompt.ids) - 1 : -1]
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
@@ -92,7 +120,9 @@ def test_logits_and_scoring_are_the_library_s(family):
     logps, _ = og.token_logps(policy, og.make_pack(groups, [0, 3, 6]), 1.0)
     assert (logps - torch.cat(plain)).abs().max() <= 2e-5
     prefix = og.read(policy, prompts)
-    again, _ = og.token_logps(policy, og.make_pack(groups, [0, 3, 6], prefixes=[prefix], places=[0, 1, 2]), 1.0, prefix)
+    again, _ = og.token_logps(
+        policy, og.make_pack(groups, [0, 3, 6], prefixes=[prefix], places=[0, 1, 2]), 1.0, prefix
+    )
     assert (again - logps).abs().max() <= 1e-5
 
 
@@ -114,8 +144,12 @@ def test_lora_stays_inside_the_language_model(family):
     trained = policy.trainable()
     assert trained and all(id(p) in inside and "lora_" in name for name, p in trained.items())
     layers = {name.partition("layers.")[2].partition(".lora_")[0] for name in trained}
-    assert layers == {f"{i}.{part}" for i in range(2) for part in [f"self_attn.{x}_proj" for x in "qkvo"] + [
-        f"mlp.{x}_proj" for x in ("gate", "up", "down")]}
+    assert layers == {
+        f"{i}.{part}"
+        for i in range(2)
+        for part in [f"self_attn.{x}_proj" for x in "qkvo"]
+        + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    }
 
 
 @pytest.mark.parametrize("seconds", [0.03, 0.5, 2.0, 3.217, 29.99, 30.0, 31.0])
@@ -123,6 +157,7 @@ def test_qwen2_audio_hears_what_the_library_hears(family_folder, config, tmp_pat
     """Features at true length, the tower's window filled up in the batch: the same embeddings, 30 s at most, of any clip."""
     import numpy as np
     import soundfile
+
     cfg = config(model=family_folder("qwen2_audio"), max_audio_s=60.0)
     policy = og.load_policy(cfg)
     rng = np.random.default_rng(0)
@@ -133,21 +168,29 @@ def test_qwen2_audio_hears_what_the_library_hears(family_folder, config, tmp_pat
     other = torch.randn(128, 52)
     ours = policy.encode_audio([other, clip.mel])[1]
     parts = policy.model.get_base_model().model
-    out = policy.extractor(data.load_audio(example.audio, 30.0)[0], sampling_rate=16_000, return_tensors="pt",
-                           padding="max_length", return_attention_mask=True)
+    out = policy.extractor(
+        data.load_audio(example.audio, 30.0)[0],
+        sampling_rate=16_000,
+        return_tensors="pt",
+        padding="max_length",
+        return_attention_mask=True,
+    )
     heard = out["input_features"].shape[2]
     assert heard == 3000
     inner, n = parts.audio_tower._get_feat_extract_output_lengths(out["attention_mask"].sum(-1))
     mask = (torch.arange(1500) < inner)[None, None, None]
     with torch.no_grad():
-        theirs = parts.multi_modal_projector(parts.audio_tower(out["input_features"], attention_mask=mask).last_hidden_state)
+        theirs = parts.multi_modal_projector(
+            parts.audio_tower(out["input_features"], attention_mask=mask).last_hidden_state
+        )
     assert ours.shape == (int(n), 64)
-    torch.testing.assert_close(ours, theirs[0, :int(n)], atol=2e-5, rtol=0)
+    torch.testing.assert_close(ours, theirs[0, : int(n)], atol=2e-5, rtol=0)
 
 
 def test_base_models_read_plain_text(family_folder, config, tmp_path, capsys):
     """Without a chat template a causal language model is prompted in plain text; a model with ears is refused."""
     import shutil
+
     for name in ("llama", "qwen2_audio"):
         folder = str(tmp_path / name)
         shutil.copytree(family_folder(name), folder)
@@ -168,8 +211,11 @@ def test_a_model_without_ears_says_so(family_folder, config, tiny):
 
 
 def test_an_unknown_layout_is_refused(tiny, config, tmp_path):
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=400)).save_pretrained(
-        tmp_path)
+    transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=400)
+    ).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(tiny.base).save_pretrained(tmp_path)
-    with pytest.raises(og.UserError, match="GPT2LMHeadModel keeps its language model under none of the names"):
+    with pytest.raises(
+        og.UserError, match="GPT2LMHeadModel keeps its language model under none of the names"
+    ):
         og.load_policy(config(model=str(tmp_path)))

@@ -14,8 +14,14 @@ import eval as eval_
 import omni_grpo as og
 import reward
 
-BLOCKS = dict(zip(("reward", "prompt", "format", "loss", "model", "benchmark"),
-                  re.findall(r"```python\n(.*?)```", README.partition("\n## Hack it")[2].partition("\n## ")[0], re.DOTALL)))
+BLOCKS = dict(
+    zip(
+        ("reward", "prompt", "format", "loss", "model", "benchmark"),
+        re.findall(
+            r"```python\n(.*?)```", README.partition("\n## Hack it")[2].partition("\n## ")[0], re.DOTALL
+        ),
+    )
+)
 
 
 @pytest.fixture
@@ -27,8 +33,11 @@ def hack():
         assert 0 < BLOCKS[name].count("\n") < 10
         space = vars(module)
         kept.append((space, space.copy()))
-        kept.extend((table, table.copy()) for key, table in space.items() if key.isupper() and isinstance(table, dict))
+        kept.extend(
+            (table, table.copy()) for key, table in space.items() if key.isupper() and isinstance(table, dict)
+        )
         exec(BLOCKS[name], space)
+
     yield run
     for table, content in reversed(kept):
         table.clear()
@@ -52,14 +61,18 @@ def test_prompt(hack, config, policy):
     hack("prompt", data)
     cfg = config(prompt="polite", audio="none", max_new_tokens=0)
     assert cfg.new_tokens == 16
-    text = policy.tokenizer.decode(og.prompt_tokens(policy, data.Example("", None, "Why?", ["a", "b"], 0), [], cfg).ids)
+    text = policy.tokenizer.decode(
+        og.prompt_tokens(policy, data.Example("", None, "Why?", ["a", "b"], 0), [], cfg).ids
+    )
     assert "You are polite." in text and "['a', 'b']. Please answer in one word." in text
 
 
 def test_format(hack, tmp_path):
     hack("format", data)
     path = tmp_path / "quiz.jsonl"
-    path.write_text(json.dumps(dict(sound="/a.wav", ask="Which?", options="dog|cat", right="1", level="hard")) + "\n")
+    path.write_text(
+        json.dumps(dict(sound="/a.wav", ask="Which?", options="dog|cat", right="1", level="hard")) + "\n"
+    )
     examples = data.Examples(str(path))
     assert examples.format == "quiz"
     assert examples[0] == data.Example("1", "/a.wav", "Which?", ["dog", "cat"], 1, meta={"level": "hard"})
@@ -87,8 +100,15 @@ def test_benchmark(hack, tiny, tmp_path, capsys):
     hack("benchmark", eval_)
     path = tmp_path / "quiz.jsonl"
     clip = data.Examples(tiny.questions)[0].audio
-    path.write_text("".join(json.dumps(dict(sound=clip, ask="Which?", options="beep|hum", right=str(i % 2), level=f"l{i % 2}"))
-                            + "\n" for i in range(4)))
+    path.write_text(
+        "".join(
+            json.dumps(
+                dict(sound=clip, ask="Which?", options="beep|hum", right=str(i % 2), level=f"l{i % 2}")
+            )
+            + "\n"
+            for i in range(4)
+        )
+    )
     out = str(tmp_path / "out")
     assert eval_.main(["--data", str(path), "--model", tiny.base, "--out", out]) == 0
     shown = capsys.readouterr().out

@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 
-from omni_grpo import group_advantages, importance_ratio, kl_k3, loss_weights, policy_loss, sample, token_entropy, uniform
+from omni_grpo import (
+    group_advantages,
+    importance_ratio,
+    kl_k3,
+    loss_weights,
+    policy_loss,
+    sample,
+    token_entropy,
+    uniform,
+)
 
 F64 = torch.float64
 
@@ -70,7 +79,10 @@ def test_advantages_leave_rewards_alone():
 
 def test_clip_quadrants():
     """eps = 0.2 / 0.28, ratio 0.5, 1, 1.5: value and gradient for A = +1 and A = -1."""
-    for a, losses, grads in [(1.0, [-0.5, -1.0, -1.28], [-1.0, -1.0, 0.0]), (-1.0, [0.8, 1.0, 1.5], [0.0, 1.0, 1.0])]:
+    for a, losses, grads in [
+        (1.0, [-0.5, -1.0, -1.28], [-1.0, -1.0, 0.0]),
+        (-1.0, [0.8, 1.0, 1.5], [0.0, 1.0, 1.0]),
+    ]:
         for value, loss_expected, grad_expected in zip([0.5, 1.0, 1.5], losses, grads):
             ratio = tensor(value).requires_grad_()
             loss = policy_loss(ratio, tensor(a), tensor(1.0), 0.2, 0.28)

@@ -36,14 +36,16 @@ def plain_logps(policy, prompt, completion, temperature):
     model, attention = policy.model.get_base_model(), policy.lm.config._attn_implementation
     policy.lm.eval()  # no checkpointing: its recomputation would come after the attention is switched back
     policy.lm.set_attn_implementation("eager")
-    x = torch.nn.Embedding.from_pretrained(policy.embed_tokens.weight)(torch.tensor(prompt.ids + completion.ids))
+    x = torch.nn.Embedding.from_pretrained(policy.embed_tokens.weight)(
+        torch.tensor(prompt.ids + completion.ids)
+    )
     for offset, part in ((0, prompt), (len(prompt.ids), completion)):
         for start, audio in part.audio:
-            x[offset + start:offset + start + len(audio)] = audio
+            x[offset + start : offset + start + len(audio)] = audio
     logits = model(inputs_embeds=x[None]).logits[0].float()
     policy.lm.set_attn_implementation(attention)
     at = len(prompt.ids)
-    logps = F.log_softmax(logits[at - 1:-1] / temperature, dim=-1)
+    logps = F.log_softmax(logits[at - 1 : -1] / temperature, dim=-1)
     logps = logps.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
     return logps[torch.tensor(completion.sampled)]
 
@@ -85,7 +87,9 @@ def test_pack_rows_and_targets(policy, prompts):
     completions = [c for g in groups for c in g.completions]
     assert pack.row.bincount().tolist() == [sum(c.sampled) for c in completions]
     assert pack.target.tolist() == [i for c in completions for i, s in zip(c.ids, c.sampled) if s]
-    assert len(pack.positions) == sum(len(p.ids) for p in pack.parts) == sum(len(c.ids) - 1 for c in completions)
+    assert (
+        len(pack.positions) == sum(len(p.ids) for p in pack.parts) == sum(len(c.ids) - 1 for c in completions)
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
@@ -129,17 +133,27 @@ def test_greedy_rollout_is_the_library_s(policy, tiny, config, n_clips):
     policy.model.get_base_model().generation_config.eos_token_id = None
     examples = list(data.Examples(tiny.questions))
     for i in range(3):
-        example = dataclasses.replace(examples[i], audio=[e.audio for e in examples[i:i + n_clips]])
+        example = dataclasses.replace(examples[i], audio=[e.audio for e in examples[i : i + n_clips]])
         clips, _ = og.hear(policy, example, config())
         prompt, mels = og.encode(policy, [example], [clips], config())[0], [clip.mel for clip in clips]
         assert len(prompt.audio) == len(mels) == n_clips
         ours = og.rollout(policy, [prompt], 1, 0.0, 8, [0])[0][0].ids
         ids, frames = torch.tensor([prompt.ids]), max(m.shape[1] for m in mels)
-        theirs = policy.model.get_base_model().generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids),
-            input_features=torch.stack([F.pad(m, (0, frames - m.shape[1])) for m in mels]),
-            feature_attention_mask=torch.tensor([[j < m.shape[1] for j in range(frames)] for m in mels]).long(),
-            do_sample=False, max_new_tokens=8, pad_token_id=0)[0, ids.shape[1]:].tolist()
+        theirs = (
+            policy.model.get_base_model()
+            .generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                input_features=torch.stack([F.pad(m, (0, frames - m.shape[1])) for m in mels]),
+                feature_attention_mask=torch.tensor(
+                    [[j < m.shape[1] for j in range(frames)] for m in mels]
+                ).long(),
+                do_sample=False,
+                max_new_tokens=8,
+                pad_token_id=0,
+            )[0, ids.shape[1] :]
+            .tolist()
+        )
         assert ours == theirs and len(ours) == 8
 
 
@@ -189,7 +203,9 @@ def test_no_padding_to_300_seconds(policy, tiny, config):
     """Features of the short path equal those of the library's default, which pads every clip to the maximum."""
     example = data.Examples(tiny.questions)[0]
     wave, _ = data.load_audio(example.audio)
-    out = policy.extractor(wave, sampling_rate=16_000, return_tensors="pt", padding="max_length", return_attention_mask=True)
+    out = policy.extractor(
+        wave, sampling_rate=16_000, return_tensors="pt", padding="max_length", return_attention_mask=True
+    )
     assert out["input_features"].shape[2] == 30_000
     valid = int(out["attention_mask"].sum())
     ours = og.hear(policy, example, config())[0][0].mel
@@ -204,7 +220,11 @@ def test_end_of_turn_is_trained(policy, prompts):
     finished = [c for g in done for c in g if c.finished]
     assert finished and len(finished) < 24
     for c in finished:
-        assert c.ids[-1] in policy.stop_ids and c.sampled[-1] and not any(i in policy.stop_ids for i in c.ids[:-1])
+        assert (
+            c.ids[-1] in policy.stop_ids
+            and c.sampled[-1]
+            and not any(i in policy.stop_ids for i in c.ids[:-1])
+        )
     pack = og.make_pack([og.Group(e, p, c) for e, p, c in zip(examples, tokens, done)], [0, 8, 16])
     assert sum(i in policy.stop_ids for i in pack.target.tolist()) == len(finished)
 
@@ -260,7 +280,10 @@ def test_frozen_reference_stays(policy, prompts, config, lora_rank):
     """Training from an adapter (or all weights): the reference is a copy of the start and does not move."""
     if not lora_rank:
         policy = og.load_policy(config(lora_rank=0))
-        prompts = prompts[0], og.encode(policy, prompts[0], [og.hear(policy, e, config())[0] for e in prompts[0]], config())
+        prompts = (
+            prompts[0],
+            og.encode(policy, prompts[0], [og.hear(policy, e, config())[0] for e in prompts[0]], config()),
+        )
     pack = og.make_pack(ragged_groups(policy, prompts), [0, 3, 6])
     with torch.no_grad():
         start, _ = og.token_logps(policy, pack, 1.0)
@@ -302,9 +325,14 @@ def step_gradient(policy, cfg, groups):
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 def test_gradient_does_not_depend_on_packs(policy, prompts, config, reduce, importance):
     groups = ragged_groups(policy, prompts)
-    results = [step_gradient(policy, config(reduce=reduce, importance=importance, pack_tokens=n), groups)
-               for n in (1, 150, 10_000)]
-    assert len(og.pack_groups(groups, [0, 1, 2], 1, "cpu")) == 3 and len(og.pack_groups(groups, [0, 1, 2], 10_000, "cpu")) == 1
+    results = [
+        step_gradient(policy, config(reduce=reduce, importance=importance, pack_tokens=n), groups)
+        for n in (1, 150, 10_000)
+    ]
+    assert (
+        len(og.pack_groups(groups, [0, 1, 2], 1, "cpu")) == 3
+        and len(og.pack_groups(groups, [0, 1, 2], 10_000, "cpu")) == 1
+    )
     for grads, log in results[1:]:
         assert log["policy/kl_ref"] == pytest.approx(results[0][1]["policy/kl_ref"], rel=1e-4)
         for name, grad in grads.items():
@@ -343,7 +371,10 @@ def test_uniform_groups_are_not_scored_without_kl(policy, prompts, config):
     scored = []
     original = og.token_logps
     try:
-        og.token_logps = lambda policy, pack, t, *more: (scored.append(len(pack.prompts)), original(policy, pack, t, *more))[1]
+        og.token_logps = lambda policy, pack, t, *more: (
+            scored.append(len(pack.prompts)),
+            original(policy, pack, t, *more),
+        )[1]
         assert step_gradient(policy, config(beta=0.0), groups)[1]["group/scored"] == pytest.approx(1 / 3)
         assert scored == [1]
         groups[2].rewards = [0.0, 0.0, 0.0]
@@ -359,7 +390,13 @@ def test_second_update_on_a_rollout_is_off_policy(policy, prompts, config):
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.5)
     log = og.update(policy, optimizer, cfg, ragged_groups(policy, prompts), cold=False)
     assert log["policy/kl_old"] > 1e-6
-    again = og.update(policy, optimizer, dataclasses.replace(cfg, updates_per_rollout=1), ragged_groups(policy, prompts), False)
+    again = og.update(
+        policy,
+        optimizer,
+        dataclasses.replace(cfg, updates_per_rollout=1),
+        ragged_groups(policy, prompts),
+        False,
+    )
     assert again["policy/kl_old"] == 0 and again["policy/clip_frac"] == 0
 
 
@@ -376,9 +413,12 @@ def test_non_finite_gradient_skips_the_update(policy, prompts, config):
 def test_cold_start_is_the_same_update(policy, prompts, config):
     """Gradient = that of the mean negative log-likelihood of the targets' tokens."""
     examples, tokens = prompts
-    examples = [dataclasses.replace(e, target=t) for e, t in zip(examples, ["bell", ["hum", "roar"], "siren"])]
-    groups = og.teacher_groups(policy, config(), [(i, e, og.hear(policy, e, config())[0], False)
-                                                  for i, e in enumerate(examples)])
+    examples = [
+        dataclasses.replace(e, target=t) for e, t in zip(examples, ["bell", ["hum", "roar"], "siren"])
+    ]
+    groups = og.teacher_groups(
+        policy, config(), [(i, e, og.hear(policy, e, config())[0], False) for i, e in enumerate(examples)]
+    )
     assert [len(g.completions) for g in groups] == [1, 2, 1]
     assert all(c.ids[-1] == policy.tokenizer.eos_token_id for g in groups for c in g.completions)
     optimizer = Capture(policy)
@@ -391,12 +431,28 @@ def test_cold_start_is_the_same_update(policy, prompts, config):
 def test_repeats_are_scored_once_and_count_as_often(policy, config, prompts):
     """The same step, in the log and in the weights, whether equal completions are merged or not."""
     _, tokens = prompts
-    said = [completion([5, 6, 7]), completion([5, 6]), completion([5, 6, 7]), completion([5, 6, 7]), completion([5, 6]),
-            completion([9], sampled=[False]), completion([9], sampled=[False])]
+    said = [
+        completion([5, 6, 7]),
+        completion([5, 6]),
+        completion([5, 6, 7]),
+        completion([5, 6, 7]),
+        completion([5, 6]),
+        completion([9], sampled=[False]),
+        completion([9], sampled=[False]),
+    ]
     groups = [og.Group(None, tokens[0], said, None, [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])]
-    adv, weight = og.group_advantages(torch.tensor([groups[0].rewards]), "std").flatten(), torch.full((7,), 0.1)
+    adv, weight = (
+        og.group_advantages(torch.tensor([groups[0].rewards]), "std").flatten(),
+        torch.full((7,), 0.1),
+    )
     (merged,), new_adv, new_weight, times = og.merge_repeats(groups, adv, weight)
-    assert [c.ids for c in merged.completions] == [[5, 6, 7], [5, 6], [5, 6, 7], [9], [9]]  # one of them with another reward
+    assert [c.ids for c in merged.completions] == [
+        [5, 6, 7],
+        [5, 6],
+        [5, 6, 7],
+        [9],
+        [9],
+    ]  # one of them with another reward
     assert times.tolist() == [2, 2, 1, 1, 1] and torch.equal(new_adv, adv[[0, 1, 3, 5, 6]])
     torch.testing.assert_close(new_weight, torch.tensor([0.2, 0.2, 0.1, 0.1, 0.1]))
     records, weights = [], []
@@ -405,9 +461,20 @@ def test_repeats_are_scored_once_and_count_as_often(policy, config, prompts):
         optimizer = torch.optim.SGD(model.trainable().values(), lr=1e-2)
         with pytest.MonkeyPatch.context() as patch:
             if not merge:
-                patch.setattr(og, "merge_repeats", lambda groups, adv, weight: (groups, adv, weight, torch.ones_like(weight)))
-            records.append(og.update(model, optimizer, config(beta=0.04, updates_per_rollout=2, max_grad_norm=0.0),
-                                     [og.Group(None, tokens[0], said[:5], None, [1.0, 0.0, 1.0, 0.0, 0.0])], cold=False))
+                patch.setattr(
+                    og,
+                    "merge_repeats",
+                    lambda groups, adv, weight: (groups, adv, weight, torch.ones_like(weight)),
+                )
+            records.append(
+                og.update(
+                    model,
+                    optimizer,
+                    config(beta=0.04, updates_per_rollout=2, max_grad_norm=0.0),
+                    [og.Group(None, tokens[0], said[:5], None, [1.0, 0.0, 1.0, 0.0, 0.0])],
+                    cold=False,
+                )
+            )
         weights.append(torch.cat([p.detach().flatten() for p in model.trainable().values()]))
     assert records[0].keys() == records[1].keys()
     for key in records[0]:
@@ -418,7 +485,9 @@ def test_repeats_are_scored_once_and_count_as_often(policy, config, prompts):
 def test_finished_rows_leave_the_batch(policy, prompts):
     """Rows that stop early change nothing for the others: the same tokens as one prompt at a time."""
     _, tokens = prompts
-    policy = dataclasses.replace(policy, stop_ids=list(range(0, len(policy.head.weight), 8)))  # one token in eight stops
+    policy = dataclasses.replace(
+        policy, stop_ids=list(range(0, len(policy.head.weight), 8))
+    )  # one token in eight stops
     together = og.rollout(policy, tokens, 4, 9.0, 40, [1, 2, 3])
     alone = [og.rollout(policy, [t], 4, 9.0, 40, [i + 1])[0] for i, t in enumerate(tokens)]
     lengths = sorted(len(c.ids) for g in together for c in g)
@@ -434,8 +503,12 @@ def test_finished_rows_leave_the_batch(policy, prompts):
 def sampled(policy, tiny, cfg, n=3):
     """Groups of a real rollout, with rewards of their own making.       -> [Group]"""
     examples = list(data.Examples(tiny.questions))[:n]
-    groups = og.sampled_groups(policy, cfg, [(i, e, og.hear(policy, e, cfg)[0], False) for i, e in enumerate(examples)],
-                               {"accuracy": 1.0})
+    groups = og.sampled_groups(
+        policy,
+        cfg,
+        [(i, e, og.hear(policy, e, cfg)[0], False) for i, e in enumerate(examples)],
+        {"accuracy": 1.0},
+    )
     for g in groups:  # by what was said, so that equal completions have equal rewards
         g.rewards = [float(c.ids == g.completions[0].ids) for c in g.completions]
     assert all(len({tuple(c.ids) for c in g.completions}) > 1 for g in groups)
@@ -462,7 +535,13 @@ def test_learning_through_the_rollout_s_pass_is_the_same_step(policy, tiny, conf
     results = []
     for reuse, pack_tokens in ((False, 10_000), (True, 10_000), (True, 150), (True, 1)):
         model = copy.deepcopy(policy)
-        cfg = config(reuse_prefix=reuse, beta=beta, pack_tokens=pack_tokens, updates_per_rollout=updates, max_grad_norm=0.0)
+        cfg = config(
+            reuse_prefix=reuse,
+            beta=beta,
+            pack_tokens=pack_tokens,
+            updates_per_rollout=updates,
+            max_grad_norm=0.0,
+        )
         groups = sampled(model, tiny, cfg)
         assert all(bool(g.read) == reuse for g in groups)
         log = og.update(model, torch.optim.SGD(model.trainable().values(), lr=0.1), cfg, groups, cold=False)
@@ -485,7 +564,9 @@ def test_a_prompt_is_read_once_a_step(policy, tiny, config):
         prompt = sum(len(g.prompt.ids) for g in groups)
         assert grad == prompt * reuse
         fed = sum(len(ids) - 1 for g in groups for ids in {tuple(c.ids) for c in g.completions})
-        _, grad, plain = tokens_through(policy, lambda cfg=cfg, groups=groups: step_gradient(policy, cfg, groups))
+        _, grad, plain = tokens_through(
+            policy, lambda cfg=cfg, groups=groups: step_gradient(policy, cfg, groups)
+        )
         assert (grad, plain) == (fed + prompt * (not reuse), 0)
 
 

@@ -32,10 +32,29 @@ sys.exit(og.main())
 
 
 def torchrun(script, words, n=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", "0",
-               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script), *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(n),
+        "--master_port",
+        "0",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        str(script),
+        *map(str, words),
+    ]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
 
 
 def read(run, name="log.jsonl"):
@@ -49,10 +68,42 @@ def adapter(run):
 
 @pytest.fixture(scope="module")
 def words(tiny):
-    return ["--data", tiny.questions, "--model", tiny.base, "--eval_size", 4, "--eval_every", 4, "--eval_samples", 2,
-            "--steps", 4, "--save_every", 2, "--log_rollouts", 1, "--prompts_per_step", 4, "--num_generations", 4,
-            "--max_new_tokens", 6, "--lora_rank", 4, "--workers", 1, "--lr", 1e-4, "--warmup_steps", 0, "--temperature", 1.5,
-            "--optimizer", "adamw"]
+    return [
+        "--data",
+        tiny.questions,
+        "--model",
+        tiny.base,
+        "--eval_size",
+        4,
+        "--eval_every",
+        4,
+        "--eval_samples",
+        2,
+        "--steps",
+        4,
+        "--save_every",
+        2,
+        "--log_rollouts",
+        1,
+        "--prompts_per_step",
+        4,
+        "--num_generations",
+        4,
+        "--max_new_tokens",
+        6,
+        "--lora_rank",
+        4,
+        "--workers",
+        1,
+        "--lr",
+        1e-4,
+        "--warmup_steps",
+        0,
+        "--temperature",
+        1.5,
+        "--optimizer",
+        "adamw",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +111,9 @@ def two(words, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("two") / "run")
     done = torchrun(os.path.join(ROOT, "omni_grpo.py"), [*words, "--out", out])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held out") == done.stdout.count("adapter, checkpoint") == 1  # one of them speaks
+    assert (
+        done.stdout.count("held out") == done.stdout.count("adapter, checkpoint") == 1
+    )  # one of them speaks
     return out
 
 
@@ -73,8 +126,10 @@ def test_two_ranks_take_the_step_of_one(words, two, tmp_path):
         for key in a:
             if not key.startswith(("time/", "mem/")):
                 assert a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
-    by_id = [sorted((r["step"], r["id"], r["completion"], r["reward"]) for r in read(run, "rollouts.jsonl"))
-             for run in (one, two)]
+    by_id = [
+        sorted((r["step"], r["id"], r["completion"], r["reward"]) for r in read(run, "rollouts.jsonl"))
+        for run in (one, two)
+    ]
     assert by_id[0] == by_id[1] and len(by_id[0]) == 64
     assert len({r["tokens"] for r in read(two, "rollouts.jsonl")}) > 1
     ours, theirs = adapter(one), adapter(two)
@@ -90,8 +145,14 @@ def test_a_rank_that_dies_ends_the_run_and_the_run_goes_on(words, two, tmp_path)
     assert done.returncode != 0 and "another rank ended" in done.stderr and "--resume" in done.stderr
     assert torch.load(os.path.join(out, "checkpoint", "state.pt"), weights_only=True)["state"]["step"] == 2
     assert len(read(out)) == 4  # steps 0 to 3
-    alone = subprocess.run([sys.executable, "omni_grpo.py", "--resume", out], cwd=ROOT, capture_output=True, text=True)
-    assert alone.returncode == 2 and "torchrun --nproc_per_node 2" in alone.stderr and "Traceback" not in alone.stderr
+    alone = subprocess.run(
+        [sys.executable, "omni_grpo.py", "--resume", out], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        alone.returncode == 2
+        and "torchrun --nproc_per_node 2" in alone.stderr
+        and "Traceback" not in alone.stderr
+    )
     done = torchrun(os.path.join(ROOT, "omni_grpo.py"), ["--resume", out])
     assert done.returncode == 0, done.stderr
     assert all(torch.equal(x, adapter(two)[name]) for name, x in adapter(out).items())
@@ -99,6 +160,8 @@ def test_a_rank_that_dies_ends_the_run_and_the_run_goes_on(words, two, tmp_path)
 
 
 def test_prompts_that_cannot_be_shared_are_refused(words, tmp_path):
-    done = torchrun(os.path.join(ROOT, "omni_grpo.py"), [*words, "--prompts_per_step", 3, "--out", tmp_path / "run"])
+    done = torchrun(
+        os.path.join(ROOT, "omni_grpo.py"), [*words, "--prompts_per_step", 3, "--out", tmp_path / "run"]
+    )
     assert done.returncode != 0 and "cannot be shared evenly among 2 ranks" in done.stderr
     assert not (tmp_path / "run").exists() and signal.SIGKILL.name not in done.stderr

@@ -23,10 +23,16 @@ def source(*names):
 
 
 def test_every_flag_is_in_the_readme_and_the_reverse():
-    named = set(re.findall(r"--(?:no-)?(\w+)", README)) - {"nproc_per_node", "deps", "demo"}  # torchrun's, pip's
+    named = set(re.findall(r"--(?:no-)?(\w+)", README)) - {
+        "nproc_per_node",
+        "deps",
+        "demo",
+    }  # torchrun's, pip's
     assert set(FIELDS) <= named
     other = set(re.findall(r'"--(\w+)"', source("tests/bench.py", "data.py", "eval.py")))
-    other |= set(re.findall(r"python tests/bench.py --(\w+)", source("tests/bench.py")))  # its modes, in its docstring
+    other |= set(
+        re.findall(r"python tests/bench.py --(\w+)", source("tests/bench.py"))
+    )  # its modes, in its docstring
     assert named - set(FIELDS) <= other | {"help"}
     assert all(f.metadata["help"] for f in FIELDS.values())
 
@@ -70,13 +76,25 @@ def test_every_config_default_is_valid_and_parses_back():
 
 
 def test_log_keys_in_the_readme():
-    written = set(re.findall(r'"((?:policy|group|len|optim|time|mem|audio|reward|eval|relisten)/\w+)"', source("omni_grpo.py")))
-    missing = {k for k in written if f"`{k}`" not in README} - {"policy/logp", "group/scored", "time/eval_s", "optim/lr"}
+    written = set(
+        re.findall(
+            r'"((?:policy|group|len|optim|time|mem|audio|reward|eval|relisten)/\w+)"', source("omni_grpo.py")
+        )
+    )
+    missing = {k for k in written if f"`{k}`" not in README} - {
+        "policy/logp",
+        "group/scored",
+        "time/eval_s",
+        "optim/lr",
+    }
     assert not missing
 
 
 def test_every_mutant_still_finds_its_text():
     """A mutant whose text is gone breaks nothing, and proves nothing."""
     code = source("omni_grpo.py")
-    assert not [what for what, old, *_ in runpy.run_path(os.path.join(ROOT, "tests", "mutants.py"))["MUTANTS"]
-                if code.count(old) != 1]
+    assert not [
+        what
+        for what, old, *_ in runpy.run_path(os.path.join(ROOT, "tests", "mutants.py"))["MUTANTS"]
+        if code.count(old) != 1
+    ]

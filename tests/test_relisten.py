@@ -32,7 +32,9 @@ def clips(tmp_path_factory):
     paths, rng = {}, np.random.default_rng(0)
     for name, seconds in SECONDS.items():
         t = np.arange(round(seconds * RATE_HZ)) / RATE_HZ
-        wave = 0.2 * np.sin(2 * np.pi * (300 + 300 * t) * t) + 0.1 * np.sin(2 * t) ** 2 * rng.standard_normal(len(t))
+        wave = 0.2 * np.sin(2 * np.pi * (300 + 300 * t) * t) + 0.1 * np.sin(2 * t) ** 2 * rng.standard_normal(
+            len(t)
+        )
         paths[name] = str(tmp_path_factory.mktemp("clips") / f"{name}.wav")
         soundfile.write(paths[name], wave, RATE_HZ)
     return paths
@@ -50,7 +52,9 @@ class Stage:
                 if "lora_B" in name:
                     p.normal_(0, 0.1)
         sounds = [clips["bell"], [clips["one"], clips["two"]], None]
-        self.examples = [Example(str(i), sound, "What is heard?", ["bell", "hum"], 0) for i, sound in enumerate(sounds)]
+        self.examples = [
+            Example(str(i), sound, "What is heard?", ["bell", "hum"], 0) for i, sound in enumerate(sounds)
+        ]
         self.heard = [og.hear(self.policy, e, self.cfg)[0] for e in self.examples]
         self.prompts = og.encode(self.policy, self.examples, self.heard, self.cfg)
 
@@ -59,17 +63,23 @@ class Stage:
 
     def wave(self, question):
         """The clips of a question on one time line."""
-        return np.concatenate([soundfile.read(path, dtype="float32")[0] for path in self.examples[question].clips])
+        return np.concatenate(
+            [soundfile.read(path, dtype="float32")[0] for path in self.examples[question].clips]
+        )
 
     def ask(self, said, question=0, policy=None, **changes):
         """What `said`, a text or token ids, is given to hear.       -> Completion"""
         policy, cfg, row = policy or self.policy, dataclasses.replace(self.cfg, **changes), og.Completion([])
         relisten = og.Relisten(policy, cfg, self.prompts, self.heard)
-        for token in policy.tokenizer(said, add_special_tokens=False)["input_ids"] if isinstance(said, str) else said:
+        for token in (
+            policy.tokenizer(said, add_special_tokens=False)["input_ids"] if isinstance(said, str) else said
+        ):
             row.append(token)
             if tokens := relisten([question], [row])[0]:
                 row.insert(tokens)
-        assert [len(a) for _, a in row.audio] == [len(self.inserted(row)[i]) - 2 for i in range(len(row.heard))]
+        assert [len(a) for _, a in row.audio] == [
+            len(self.inserted(row)[i]) - 2 for i in range(len(row.heard))
+        ]
         return row
 
     @staticmethod
@@ -98,9 +108,13 @@ def act(patch, script):
         lines.clear()
         now[0] = 0
         for seed in seeds:
-            for j, row in enumerate(torch.rand(g, most, generator=torch.Generator().manual_seed(seed)).tolist()):
+            for j, row in enumerate(
+                torch.rand(g, most, generator=torch.Generator().manual_seed(seed)).tolist()
+            ):
                 said = zip(row, script(seed, j) or ())
-                lines.update({(nth, u): token for nth, (u, token) in enumerate(said)})  # a row is known by its draws
+                lines.update(
+                    {(nth, u): token for nth, (u, token) in enumerate(said)}
+                )  # a row is known by its draws
         return rollout(policy, prompts, g, temperature, most, seeds, *more)
 
     def says(logits, u, temperature):
@@ -122,7 +136,11 @@ SAID = [  # a question's completions
         "<think>bell <seg>2.10003, 2.9</seg></think><answer>hum</answer>",
         "<think>so</think><answer>hum</answer>",
     ],
-    ["<seg>1.0, 2.0</seg> hum", "<think>the <seg>0, 1.3</seg> and the <seg>1.3, 3.9</seg></think>", "<answer>hum</answer>"],
+    [
+        "<seg>1.0, 2.0</seg> hum",
+        "<think>the <seg>0, 1.3</seg> and the <seg>1.3, 3.9</seg></think>",
+        "<answer>hum</answer>",
+    ],
     ["<think>a</think><answer>bell</answer>", "hum", "<seg>0, 1</seg> bell"],
 ]
 SAMPLES = [
@@ -139,7 +157,11 @@ def rolled(request, config, clips, omni, family_folder):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         act(patch, lambda seed, j: [*stage.ids(SAID[seed][j]), stage.policy.tokenizer.eos_token_id])
         groups = og.roll_groups(
-            stage.policy, dataclasses.replace(stage.cfg, temperature=0.8), stage.prompts, [0, 1, 2], stage.heard
+            stage.policy,
+            dataclasses.replace(stage.cfg, temperature=0.8),
+            stage.prompts,
+            [0, 1, 2],
+            stage.heard,
         )
     return stage, groups
 
@@ -177,7 +199,9 @@ def test_the_library_agrees(rolled):
     and the gradients of the last three: <= 1e-5."""
     stage, groups = rolled
     policy, rows = stage.policy, [0, 3, 6]
-    sampled = torch.tensor([x for g in groups for c in g.completions for x, s in zip(c.logps, c.sampled) if s])
+    sampled = torch.tensor(
+        [x for g in groups for c in g.completions for x, s in zip(c.logps, c.sampled) if s]
+    )
     weight = torch.randn(len(sampled), generator=torch.Generator().manual_seed(0))
     theirs = torch.cat(
         [
@@ -188,7 +212,9 @@ def test_the_library_agrees(rolled):
     )
     anew, _ = og.token_logps(policy, og.make_pack(groups, rows), 0.8)
     prefix = og.read(policy, stage.prompts)
-    kept, _ = og.token_logps(policy, og.make_pack(groups, rows, prefixes=[prefix], places=[0, 1, 2]), 0.8, prefix)
+    kept, _ = og.token_logps(
+        policy, og.make_pack(groups, rows, prefixes=[prefix], places=[0, 1, 2]), 0.8, prefix
+    )
     rollouts, _ = og.token_logps(
         policy, og.make_pack(groups, rows, "cpu", *zip(*[g.read for g in groups])), 0.8, groups[0].read[0]
     )
@@ -203,20 +229,28 @@ def test_the_library_agrees(rolled):
 def test_what_is_inserted_and_where(rolled):
     """Behind the token that closes the tag: the part's embeddings, between the tokens that stand around the prompt's clips."""
     stage, groups = rolled
-    bos, audio_id, eos = stage.policy.tokenizer.convert_tokens_to_ids(["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"])
+    bos, audio_id, eos = stage.policy.tokenizer.convert_tokens_to_ids(
+        ["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
+    )
     for question, (group, parts) in enumerate(zip(groups, SAMPLES)):
         for completion, samples, text in zip(group.completions, parts, SAID[question]):
             assert og.text_of(stage.policy, completion) == text and completion.finished
             assert [(round(a * RATE_HZ), round(b * RATE_HZ)) for a, b in completion.heard] == samples
             assert len(completion.ids) == len(completion.sampled) == len(completion.logps)
             assert all(logp == 0 for logp, s in zip(completion.logps, completion.sampled) if not s)
-            for (at, audio), block, (a, b) in zip(completion.audio, Stage.inserted(completion), samples, strict=True):
+            for (at, audio), block, (a, b) in zip(
+                completion.audio, Stage.inserted(completion), samples, strict=True
+            ):
                 frames = -(-(b - a) // 160)
                 assert block == [bos, *[audio_id] * (((frames - 1) // 2 + 1 - 2) // 2 + 1), eos]
                 assert completion.ids[at - 1 : at + len(audio) + 1] == block
-                before = stage.policy.tokenizer.decode([i for i, s in zip(completion.ids[:at], completion.sampled) if s])
+                before = stage.policy.tokenizer.decode(
+                    [i for i, s in zip(completion.ids[:at], completion.sampled) if s]
+                )
                 assert before.rstrip(".").endswith("</seg>")
-                mel = og.features(stage.policy.extractor, stage.wave(question)[a:b], stage.policy.frames_after)
+                mel = og.features(
+                    stage.policy.extractor, stage.wave(question)[a:b], stage.policy.frames_after
+                )
                 torch.testing.assert_close(audio, stage.policy.encode_audio([mel])[0], atol=1e-5, rtol=0)
     refused = [dict(c.refused) for g in groups for c in g.completions]
     assert refused == [{}] * 8 + [{"outside": 1}]  # there is nothing to hear again
@@ -240,7 +274,9 @@ def test_inserted_tokens_are_no_targets(rolled, monkeypatch):
     grad = seen[0].grad.abs().amax(dim=1)[sum(len(p.ids) for p in stage.prompts) :]
     predicts = torch.tensor([s for g in groups for c in g.completions for s in c.sampled[1:]])
     assert (~predicts).sum() > 100 and torch.equal(grad > 0, predicts)
-    assert pack.target.tolist() == [i for g in groups for c in g.completions for i, s in zip(c.ids, c.sampled) if s]
+    assert pack.target.tolist() == [
+        i for g in groups for c in g.completions for i, s in zip(c.ids, c.sampled) if s
+    ]
     for c in (c for g in groups for c in g.completions):
         for at, audio in c.audio:
             c.ids[at : at + len(audio)] = [7] * len(audio)  # the placeholder's id is of no account
@@ -276,10 +312,13 @@ def test_the_step_is_that_of_the_library(rolled):
     stage, groups = rolled
     cfg = dataclasses.replace(stage.cfg, beta=0.0, max_grad_norm=0.0, temperature=0.8)
     groups = [
-        dataclasses.replace(g, completions=[*g.completions, g.completions[0]], rewards=[1.0, 0.0, 0.5, 1.0]) for g in groups
+        dataclasses.replace(g, completions=[*g.completions, g.completions[0]], rewards=[1.0, 0.0, 0.5, 1.0])
+        for g in groups
     ]
     adv, optimizer = og.group_advantages(torch.tensor([[1.0, 0.0, 0.5, 1.0]]))[0], Capture(stage.policy)
-    log = og.update(stage.policy, optimizer, cfg, [dataclasses.replace(g, read=None) for g in groups], cold=False)
+    log = og.update(
+        stage.policy, optimizer, cfg, [dataclasses.replace(g, read=None) for g in groups], cold=False
+    )
     loss = 0.0
     for q, (g, parts) in enumerate(zip(groups, SAMPLES)):
         for c, a, samples in zip(g.completions, adv, [*parts, parts[0]]):
@@ -307,11 +346,21 @@ def test_a_target_is_taught_as_it_would_be_sampled(omni, monkeypatch):
     policy, cfg = omni.policy, dataclasses.replace(omni.cfg, num_generations=len(TARGETS), max_relistens=2)
     act(monkeypatch, lambda seed, j: [*omni.ids(TARGETS[j]), policy.tokenizer.eos_token_id])
     examples = [dataclasses.replace(e, target=TARGETS) for e in omni.examples]
-    taught = og.teacher_groups(policy, cfg, [(i, e, h, False) for i, (e, h) in enumerate(zip(examples, omni.heard))])
+    taught = og.teacher_groups(
+        policy, cfg, [(i, e, h, False) for i, (e, h) in enumerate(zip(examples, omni.heard))]
+    )
     said = og.roll_groups(policy, cfg, omni.prompts, [1, 2, 3], omni.heard)
     assert sum(len(c.heard) for g in taught for c in g.completions) > 10
-    for a, b in zip((c for g in taught for c in g.completions), (c for g in said for c in g.completions), strict=True):
-        assert (a.ids, a.sampled, a.heard, a.refused, a.finished) == (b.ids, b.sampled, b.heard, b.refused, b.finished)
+    for a, b in zip(
+        (c for g in taught for c in g.completions), (c for g in said for c in g.completions), strict=True
+    ):
+        assert (a.ids, a.sampled, a.heard, a.refused, a.finished) == (
+            b.ids,
+            b.sampled,
+            b.heard,
+            b.refused,
+            b.finished,
+        )
         assert len(a.logps) == len(a.ids)
         for (at, audio), (place, other) in zip(a.audio, b.audio, strict=True):
             assert at == place
@@ -352,26 +401,57 @@ def test_rows_do_not_depend_on_their_company(omni, monkeypatch):
     monkeypatch.setattr(og.Decoding, "keep", lambda cache, rows: (events.append("keep"), keep(cache, rows)))
     order, results = [0, 1, 2, 0], []
     prompts, heard = [omni.prompts[i] for i in order], [omni.heard[i] for i in order]
-    cfg = dataclasses.replace(omni.cfg, num_generations=4, max_new_tokens=2 * len(tag) + 9, temperature=9.0, rollout_rows=100)
+    cfg = dataclasses.replace(
+        omni.cfg, num_generations=4, max_new_tokens=2 * len(tag) + 9, temperature=9.0, rollout_rows=100
+    )
     whole = og.roll_groups(omni.policy, cfg, prompts, [1, 2, 3, 4], heard)
     kept = [i for i, event in enumerate(events) if event == "keep"]
     assert kept and events[kept[0] + 1][0] >= 3  # rows leave, and others hear a part in the same step
     slots = [slots for _, slots, _ in (e for e in events if e != "keep")]
     assert slots[0] == max(len(p.ids) for p in prompts) + 4 * cfg.new_tokens < slots[-1]  # it has grown
     for rows in (1, 8):
-        results.append(og.roll_groups(omni.policy, dataclasses.replace(cfg, rollout_rows=rows), prompts, [1, 2, 3, 4], heard))
-    results.append([og.roll_groups(omni.policy, cfg, [prompts[i]], [i + 1], [heard[i]])[0] for i in (3, 2, 1, 0)][::-1])
+        results.append(
+            og.roll_groups(
+                omni.policy, dataclasses.replace(cfg, rollout_rows=rows), prompts, [1, 2, 3, 4], heard
+            )
+        )
+    results.append(
+        [og.roll_groups(omni.policy, cfg, [prompts[i]], [i + 1], [heard[i]])[0] for i in (3, 2, 1, 0)][::-1]
+    )
     results.append(og.roll_groups(omni.policy, cfg, prompts[::-1], [4, 3, 2, 1], heard[::-1])[::-1])
     for groups in results:
         assert outcomes(groups) == outcomes(whole)
-        for a, b in zip((c for g in groups for c in g.completions), (c for g in whole for c in g.completions)):
+        for a, b in zip(
+            (c for g in groups for c in g.completions), (c for g in whole for c in g.completions)
+        ):
             assert a.logps == pytest.approx(b.logps, abs=1e-4)
-    assert [len(c.heard) for g in whole for c in g.completions] == [1, 1, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 2, 0, 1, 0]
-    deaf = og.roll_groups(omni.policy, dataclasses.replace(cfg, max_relistens=0), prompts, [1, 2, 3, 4], heard)
+    assert [len(c.heard) for g in whole for c in g.completions] == [
+        1,
+        1,
+        0,
+        0,
+        1,
+        2,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        2,
+        0,
+        1,
+        0,
+    ]
+    deaf = og.roll_groups(
+        omni.policy, dataclasses.replace(cfg, max_relistens=0), prompts, [1, 2, 3, 4], heard
+    )
     for i, line in enumerate(lines.get(key) for key in [(s, j) for s in (1, 2, 3, 4) for j in range(4)]):
         a, b = (outcomes(groups)[i] for groups in (whole, deaf))
         said = [i for i, sampled in zip(*a[:2]) if sampled]
-        assert (said == b[0]) == (not a[2]) and said[: len(line or [])] == (line or [])  # what they heard is why they differ
+        assert (said == b[0]) == (not a[2]) and said[: len(line or [])] == (
+            line or []
+        )  # what they heard is why they differ
 
 
 def test_the_cache_holds_a_block_in_its_own_line_only(omni, monkeypatch):
@@ -379,7 +459,11 @@ def test_the_cache_holds_a_block_in_its_own_line_only(omni, monkeypatch):
     tag, shift = omni.ids("<seg>0, 2</seg>"), omni.ids(" bell" * 6)
     act(monkeypatch, lambda seed, j: [*shift[:seed], *tag])
     filled, feed = [], og.Decoding.feed
-    monkeypatch.setattr(og.Decoding, "feed", lambda cache, blocks=(): (feed(cache, blocks), filled.append(list(cache.ends)))[0])
+    monkeypatch.setattr(
+        og.Decoding,
+        "feed",
+        lambda cache, blocks=(): (feed(cache, blocks), filled.append(list(cache.ends)))[0],
+    )
     cfg = dataclasses.replace(omni.cfg, num_generations=2, max_new_tokens=len(tag) + 8, temperature=9.0)
     policy = dataclasses.replace(omni.policy, stop_ids=[])
     done = og.roll_groups(policy, cfg, omni.prompts[:2] * 2, [0, 2, 4, 6], omni.heard[:2] * 2)
@@ -471,7 +555,9 @@ def test_what_is_heard_and_what_is_refused(omni, spelt):
     for text, span in WANTED:
         if spelt == "as usual" or len(text) < 100:
             row = omni.ask(text if spelt == "as usual" else byte_by_byte(omni, text))
-            assert row.heard == [pytest.approx(span)] and not row.refused and len(Stage.inserted(row)) == 1, text
+            assert row.heard == [pytest.approx(span)] and not row.refused and len(Stage.inserted(row)) == 1, (
+                text
+            )
     for text, problem in [*REFUSED, *((text, None) for text in SILENT)]:
         if spelt == "as usual" or "|" not in text:
             row = omni.ask(text if spelt == "as usual" else byte_by_byte(omni, text), max_relisten_s=3.0)
@@ -540,7 +626,9 @@ def test_no_more_than_was_allowed(omni):
     for source in ("audio", "embeddings"):
         for start, length in zip(rng.uniform(0, 2.5, 60).round(2), rng.uniform(0.2, 0.5, 60).round(2)):
             most = math.ceil(25 * length - 1e-6) + 2
-            row = omni.ask(f"<seg>{start}, {start + length:.2f}</seg>", relisten_tokens=most, relisten_from=source)
+            row = omni.ask(
+                f"<seg>{start}, {start + length:.2f}</seg>", relisten_tokens=most, relisten_from=source
+            )
             assert len(row.heard) == 1 and len(row.ids) - sum(row.sampled) <= most
 
 
@@ -552,22 +640,35 @@ def test_where_nothing_is_to_be_heard(omni, monkeypatch):
         assert cfg.relistens == 0 and og.relistening(omni.policy, cfg, omni.prompts, omni.heard) is None
         heard = [og.hear(omni.policy, e, cfg)[0] for e in omni.examples]
         assert all(clip.wave is None for clips in heard for clip in clips)
-        groups = og.sampled_groups(omni.policy, cfg, [(i, e, h, 0) for i, (e, h) in enumerate(zip(omni.examples, heard))], {})
+        groups = og.sampled_groups(
+            omni.policy, cfg, [(i, e, h, 0) for i, (e, h) in enumerate(zip(omni.examples, heard))], {}
+        )
         assert not any(c.heard or c.audio or c.refused for g in groups for c in g.completions)
         assert not any("relisten" in key for key in og.tally(groups, cfg))
     assert og.relistening(omni.policy, omni.cfg, omni.prompts[2:], omni.heard[2:]) is None
     assert omni.ask("<seg>0, 1</seg>", question=2).refused == {"outside": 1}
     cfg = dataclasses.replace(omni.cfg, audio="silence")
     heard = [og.hear(omni.policy, e, cfg)[0] for e in omni.examples]
-    silent = og.roll_groups(omni.policy, cfg, og.encode(omni.policy, omni.examples, heard, cfg), [1, 2, 3], heard)
+    silent = og.roll_groups(
+        omni.policy, cfg, og.encode(omni.policy, omni.examples, heard, cfg), [1, 2, 3], heard
+    )
     mel = og.features(omni.policy.extractor, np.zeros(RATE_HZ, np.float32), 0)
     for c in silent[0].completions + silent[1].completions:
         torch.testing.assert_close(c.audio[0][1], omni.policy.encode_audio([mel])[0], atol=1e-5, rtol=0)
-    flags = dict(max_relistens=-2, min_relisten_s=0.02, max_relisten_s=math.nan, relisten_tokens=-1, relisten_from="tower")
+    flags = dict(
+        max_relistens=-2,
+        min_relisten_s=0.02,
+        max_relisten_s=math.nan,
+        relisten_tokens=-1,
+        relisten_from="tower",
+    )
     for name, value in flags.items():
         with pytest.raises(og.UserError, match=name):
             dataclasses.replace(omni.cfg, **{name: value})
-    assert omni.cfg.relistens == 8 and dataclasses.replace(omni.cfg, prompt="direct", max_relistens=3).relistens == 3
+    assert (
+        omni.cfg.relistens == 8
+        and dataclasses.replace(omni.cfg, prompt="direct", max_relistens=3).relistens == 3
+    )
 
 
 # ---- which samples, and which embeddings
@@ -588,7 +689,9 @@ def test_where_nothing_is_to_be_heard(omni, monkeypatch):
 def test_exactly_these_samples(omni, monkeypatch, question, tag, first, last):
     """Seconds times 16,000, to the nearest; several clips follow each other; what reaches past the end ends there."""
     cut, features = [], og.features
-    monkeypatch.setattr(og, "features", lambda extractor, wave, after: (cut.append(wave), features(extractor, wave, after))[1])
+    monkeypatch.setattr(
+        og, "features", lambda extractor, wave, after: (cut.append(wave), features(extractor, wave, after))[1]
+    )
     row = omni.ask(tag, question)
     assert len(cut) == 1 and np.array_equal(cut[0], omni.wave(question)[first:last])
     assert row.heard == [pytest.approx((first / RATE_HZ, last / RATE_HZ), abs=1 / RATE_HZ)]
@@ -618,7 +721,9 @@ def test_parts_of_several_rows_are_heard_at_once(omni):
     assert ran == [3] and [bool(tokens) for tokens in heard] == [True, False, True, False, True, False]
     for (question, tag), tokens in zip(tags, heard):
         if tokens:
-            torch.testing.assert_close(tokens.audio[0][1], omni.ask(tag, question).audio[0][1], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                tokens.audio[0][1], omni.ask(tag, question).audio[0][1], atol=1e-5, rtol=0
+            )
 
 
 @pytest.mark.parametrize(
@@ -638,7 +743,9 @@ def test_from_embeddings(omni, question, tag, first, last):
     def runs(mels):
         raise AssertionError("the tower ran")
 
-    row = omni.ask(tag, question, dataclasses.replace(omni.policy, encode_audio=runs), relisten_from="embeddings")
+    row = omni.ask(
+        tag, question, dataclasses.replace(omni.policy, encode_audio=runs), relisten_from="embeddings"
+    )
     whole = torch.cat([audio for _, audio in omni.prompts[question].audio])
     assert torch.equal(row.audio[0][1], whole[first:last])
 
@@ -648,7 +755,13 @@ def test_from_embeddings(omni, question, tag, first, last):
 
 def lesson(e, start):
     said = f"<think>I hear <seg>{start}, 0.4</seg> {e.choices[e.answer]}.</think>\n<answer>{e.choices[e.answer]}</answer>"
-    return dict(audio=e.audio, question=e.question, choices=e.choices, answer=e.answer, target=[said, said.replace("0.4", "9")])
+    return dict(
+        audio=e.audio,
+        question=e.question,
+        choices=e.choices,
+        answer=e.answer,
+        target=[said, said.replace("0.4", "9")],
+    )
 
 
 @pytest.mark.parametrize("source", ["audio", "embeddings"])
@@ -669,7 +782,8 @@ def test_resume_equals_the_unbroken_run(omni, config, tiny, tmp_path, monkeypatc
     act(
         monkeypatch,
         lambda seed, j: (
-            said[j] and omni.ids(said[j].format(list(data.SOUNDS)[seed % 4])) + [omni.policy.tokenizer.eos_token_id]
+            said[j]
+            and omni.ids(said[j].format(list(data.SOUNDS)[seed % 4])) + [omni.policy.tokenizer.eos_token_id]
         ),
     )
     cfg = config(
@@ -724,20 +838,39 @@ def test_resume_equals_the_unbroken_run(omni, config, tiny, tmp_path, monkeypatc
             for name in ("accuracy", "segment", "segment_flow", "grounding"):
                 assert x["parts"][name] == reward.REWARDS[name](text, example)
             assert abs(x["parts"]["confident_accuracy"]) <= 1
-            assert x["reward"] == pytest.approx(sum(w * x["parts"][n] for n, w in reward.parse_rewards(cfg.reward).items()))
-    assert {len(x["heard"]) for x in rollouts} == {0, 1} and "eval/accuracy_once" in log[0] and "eval/accuracy_once" in log[-1]
+            assert x["reward"] == pytest.approx(
+                sum(w * x["parts"][n] for n, w in reward.parse_rewards(cfg.reward).items())
+            )
+    assert (
+        {len(x["heard"]) for x in rollouts} == {0, 1}
+        and "eval/accuracy_once" in log[0]
+        and "eval/accuracy_once" in log[-1]
+    )
     assert "<|" not in "".join(x["completion"] for x in rollouts)
 
 
 def test_evaluation_hears_again(omni, monkeypatch):
     """As the policy does in training; a question whose clip is bad is wrong, and has no part in it."""
-    act(monkeypatch, lambda seed, j: [*omni.ids("<seg>0, 1</seg><answer>bell</answer>"), omni.policy.tokenizer.eos_token_id])
+    act(
+        monkeypatch,
+        lambda seed, j: [
+            *omni.ids("<seg>0, 1</seg><answer>bell</answer>"),
+            omni.policy.tokenizer.eos_token_id,
+        ],
+    )
     rolled, rollout = [], og.rollout
     monkeypatch.setattr(og, "rollout", lambda *args: (rolled.append(rollout(*args)), rolled[-1])[1])
     missing = dataclasses.replace(omni.examples[0], audio="missing.wav")
     result = og.evaluate(omni.policy, omni.cfg, [*omni.examples, missing], samples=2)
     assert result == {"accuracy": 0.75, "accuracy_sampled": 0.75}
-    assert [[len(c.heard) for c in group] for groups in rolled for group in groups] == [[1], [1], [0], [1, 1], [1, 1], [0, 0]]
+    assert [[len(c.heard) for c in group] for groups in rolled for group in groups] == [
+        [1],
+        [1],
+        [0],
+        [1, 1],
+        [1, 1],
+        [0, 0],
+    ]
     assert og.measure(omni.policy, omni.cfg, omni.examples, control=True).keys() == {
         "eval/accuracy",
         "eval/accuracy_sampled",
@@ -925,10 +1058,14 @@ def test_confidence(omni, said, lowest):
     for part, logp in ((before, -3.0), (inside, -0.5), (after, -3.0)):
         for k, token in enumerate(omni.ids(part)):
             row.append(token)
-            row.logps.append(logp if part is not inside or k else -1.0)  # the first of the answer's is the least certain
+            row.logps.append(
+                logp if part is not inside or k else -1.0
+            )  # the first of the answer's is the least certain
             row.insert(og.Tokens([omni.policy.audio_id]))
             row.logps.append(-9.0)
-    expected = None if lowest is None else math.exp(0.0 if not lowest else -3.0 if "a<answer>" in said else -1.0)
+    expected = (
+        None if lowest is None else math.exp(0.0 if not lowest else -3.0 if "a<answer>" in said else -1.0)
+    )
     assert og.confidence(omni.policy, row) == (expected and pytest.approx(expected))
     for spec, known in (("accuracy=1,confident_accuracy=1", expected), ("accuracy=1", None)):
         judged = og.said_by(omni.policy, dataclasses.replace(omni.cfg, reward=spec), row)
@@ -942,7 +1079,9 @@ def test_confidence(omni, said, lowest):
 
 def test_a_token_on_the_answer_s_edge_belongs_to_it(omni):
     """ ">." is one token: it closes the tag and begins the answer."""
-    row = og.Completion(omni.ids("<answer>.5</answer>"), sampled=[True] * len(omni.ids("<answer>.5</answer>")))
+    row = og.Completion(
+        omni.ids("<answer>.5</answer>"), sampled=[True] * len(omni.ids("<answer>.5</answer>"))
+    )
     pieces = omni.policy.tokenizer.convert_ids_to_tokens(row.ids)
     row.logps = [-1.0 if piece == ">." else -0.5 if piece == "5" else -4.0 for piece in pieces]
     assert ">." in pieces and og.confidence(omni.policy, row) == pytest.approx(math.exp(-1))
@@ -984,7 +1123,10 @@ def test_rehearsal_needs_what_the_step_needs(change, monkeypatch):
     prompts = [og.Tokens([7 + i * (j + 3) % 500 for i in range(160)]) for j in range(3)]
 
     def insert(which, rows):
-        return [og.Tokens([5] * cfg.relisten_tokens) if len(row.ids) == 2 + 2 * i else None for i, row in zip(which, rows)]
+        return [
+            og.Tokens([5] * cfg.relisten_tokens) if len(row.ids) == 2 + 2 * i else None
+            for i, row in zip(which, rows)
+        ]
 
     monkeypatch.setattr(og, "relistening", lambda *args: insert)
     with og.Live([*policy.model.parameters(), *policy.model.buffers()]) as live:
@@ -993,8 +1135,17 @@ def test_rehearsal_needs_what_the_step_needs(change, monkeypatch):
             assert all(len(c.ids) == cfg.relisten_tokens + 16 for c in group.completions)
             group.rewards = [float(i % 2) for i in range(len(group.completions))]
         rollout, live.peak = live.peak, live.now
-        og.update(policy, types.SimpleNamespace(zero_grad=lambda set_to_none: None, step=lambda: None), cfg, groups, cold=False)
-    needs, deaf = (og.rehearse(c, config, family, 160, torch.float32) for c in (cfg, dataclasses.replace(cfg, max_relistens=0)))
+        og.update(
+            policy,
+            types.SimpleNamespace(zero_grad=lambda set_to_none: None, step=lambda: None),
+            cfg,
+            groups,
+            cold=False,
+        )
+    needs, deaf = (
+        og.rehearse(c, config, family, 160, torch.float32)
+        for c in (cfg, dataclasses.replace(cfg, max_relistens=0))
+    )
     assert (needs["rollout"] - needs["weights"]) * 2**30 == pytest.approx(rollout, rel=0.15)
     assert (needs["update"] - needs["weights"]) * 2**30 == pytest.approx(live.peak, rel=0.1)
     assert needs["rollout"] >= deaf["rollout"] and needs["update"] > deaf["update"]
@@ -1012,7 +1163,9 @@ def test_rehearsal_needs_what_the_step_needs(change, monkeypatch):
 def test_preflight_counts_what_may_be_heard_again(omni):
     few, many = (
         float(
-            og.preflight(dataclasses.replace(omni.cfg, relisten_tokens=n, num_generations=16, max_new_tokens=8), 48.0)
+            og.preflight(
+                dataclasses.replace(omni.cfg, relisten_tokens=n, num_generations=16, max_new_tokens=8), 48.0
+            )
             .partition("at most ")[2]
             .partition(" ")[0]
         )
@@ -1027,19 +1180,31 @@ def test_preflight_counts_what_may_be_heard_again(omni):
 def test_the_second_sound_is_heard_only_again(tmp_path):
     """Beside the loud sound nothing of the faint one is above the front end's floor; its part alone is full of it, and so is
     the part that the cold start's chains listen to, most of the time."""
-    extractor = transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300, return_attention_mask=True)
+    extractor = transformers.WhisperFeatureExtractor(
+        feature_size=128, chunk_length=300, return_attention_mask=True
+    )
     path = data.write_scenes(str(tmp_path), 40, seed=1, name="scenes", taught=True)
     assert len(data.scan(data.Examples(path), "cold_start")) == 40
     clear = 0
     for e in data.Examples(path):
         (start, end), wave = e.meta["spans"][0], data.load_audio(e.audio)[0]
         whole = og.features(extractor, wave, 0)
-        assert whole[:, round(start * 100) + 3 : round(end * 100) - 3].max() <= whole.min() + 1e-3 < whole.max() - 1.9
+        assert (
+            whole[:, round(start * 100) + 3 : round(end * 100) - 3].max()
+            <= whole.min() + 1e-3
+            < whole.max() - 1.9
+        )
         alone = og.features(extractor, wave[round(start * RATE_HZ) : round(end * RATE_HZ)], 0)
         assert (alone > alone.min() + 0.1).float().mean() > 0.02
-        assert e.choices[e.answer] == e.meta["label"] and e.meta["first"] in e.choices and len(set(e.choices)) == 4
+        assert (
+            e.choices[e.answer] == e.meta["label"]
+            and e.meta["first"] in e.choices
+            and len(set(e.choices)) == 4
+        )
         found = [og.SEGMENT.search(chain[: chain.index("</seg>") + 6]) for chain in e.target]
-        assert all(reward.think_format(chain, e) == 1 and reward.segment_flow(chain, e) == 0 for chain in e.target)
+        assert all(
+            reward.think_format(chain, e) == 1 and reward.segment_flow(chain, e) == 0 for chain in e.target
+        )
         assert [reward.resolve(chain, e.choices) for chain in e.target] == [0, 1, 2, 3]
         (heard,) = {tuple(map(float, m.groups())) for m in found}
         again = og.features(extractor, wave[round(heard[0] * RATE_HZ) : round(heard[1] * RATE_HZ)], 0)

@@ -18,9 +18,23 @@ import data
 import omni_grpo as og
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-KEYS = {"step", "reward/mean", "reward/accuracy", "group/frac_zero_std", "len/mean", "len/frac_truncated", "policy/entropy",
-        "policy/kl_old", "policy/clip_frac", "policy/loss", "optim/grad_norm", "optim/lr", "time/rollout_s", "time/update_s",
-        "mem/peak_gib"}
+KEYS = {
+    "step",
+    "reward/mean",
+    "reward/accuracy",
+    "group/frac_zero_std",
+    "len/mean",
+    "len/frac_truncated",
+    "policy/entropy",
+    "policy/kl_old",
+    "policy/clip_frac",
+    "policy/loss",
+    "optim/grad_norm",
+    "optim/lr",
+    "time/rollout_s",
+    "time/update_s",
+    "mem/peak_gib",
+}
 
 
 def read(path):
@@ -29,7 +43,10 @@ def read(path):
 
 
 def timeless(out, name="log.jsonl"):
-    return [{k: v for k, v in r.items() if not k.startswith(("time/", "mem/"))} for r in read(os.path.join(out, name))]
+    return [
+        {k: v for k, v in r.items() if not k.startswith(("time/", "mem/"))}
+        for r in read(os.path.join(out, name))
+    ]
 
 
 def weights(out):
@@ -50,14 +67,27 @@ def flags(cfg):
 
 @pytest.fixture(scope="module")
 def base_run(config, tmp_path_factory):
-    cfg = config(steps=3, eval_size=4, eval_every=2, log_rollouts=1, save_every=2,
-                 out=str(tmp_path_factory.mktemp("runs") / "run"))
+    cfg = config(
+        steps=3,
+        eval_size=4,
+        eval_every=2,
+        log_rollouts=1,
+        save_every=2,
+        out=str(tmp_path_factory.mktemp("runs") / "run"),
+    )
     return cfg, og.train(cfg)[0]
 
 
 def test_run_directory(base_run):
     cfg, out = base_run
-    assert set(os.listdir(out)) == {"config.json", "log.jsonl", "rollouts.jsonl", "curves.png", "adapter", "checkpoint"}
+    assert set(os.listdir(out)) == {
+        "config.json",
+        "log.jsonl",
+        "rollouts.jsonl",
+        "curves.png",
+        "adapter",
+        "checkpoint",
+    }
     log = read(os.path.join(out, "log.jsonl"))
     assert [r["step"] for r in log] == [0, 1, 2, 3]
     assert all(set(r) >= KEYS for r in log[1:])
@@ -71,7 +101,7 @@ def test_run_directory(base_run):
     assert len(rollouts) == 3 * 2 * 3
     for r in rollouts:
         assert r["reward"] == pytest.approx(r["parts"]["accuracy"])
-    groups = [rollouts[i:i + 3] for i in range(0, len(rollouts), 3)]
+    groups = [rollouts[i : i + 3] for i in range(0, len(rollouts), 3)]
     assert all(len({r["id"] for r in g}) == 1 and abs(sum(r["advantage"] for r in g)) < 1e-4 for g in groups)
 
 
@@ -111,10 +141,18 @@ def test_tower_hears_every_clip_once(config, tmp_path, monkeypatch):
 def test_the_reward_is_learned(tiny, config, tmp_path):
     """A reward that is easy to find (texts of even length) rises: the sign of everything is right."""
     import reward
+
     reward.REWARDS["short"] = lambda text, example: float(len(text) % 2 == 0)
     try:
-        cfg = config(steps=25, num_generations=8, reward="short=1", lr=1e-2, beta=0.0, max_new_tokens=3,
-                     out=str(tmp_path / "run"))
+        cfg = config(
+            steps=25,
+            num_generations=8,
+            reward="short=1",
+            lr=1e-2,
+            beta=0.0,
+            max_new_tokens=3,
+            out=str(tmp_path / "run"),
+        )
         log = read(os.path.join(og.train(cfg)[0], "log.jsonl"))[1:]
     finally:
         del reward.REWARDS["short"]
@@ -137,6 +175,7 @@ def test_resume_equals_the_unbroken_run(config, tmp_path, monkeypatch):
         if dies.n == 4:  # in step 4, after the checkpoint of step 2 and the log line of step 3
             raise RuntimeError("the lights went out")
         return update(*args)
+
     dies.n = 0
 
     monkeypatch.setattr(og, "update", dies)
@@ -153,9 +192,11 @@ def test_resume_equals_the_unbroken_run(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("start", ["cold start", "adapter", "full"])
 def test_resume_keeps_the_reference(start, base_run, tiny, config, tmp_path, monkeypatch):
     """Where the reference is a frozen copy it survives the resume, and the KL goes on as if nothing had happened."""
-    changes = {"cold start": dict(cold_start_data=tiny.lessons, cold_start_steps=2, steps=2),
-               "adapter": dict(adapter=os.path.join(base_run[1], "adapter"), steps=4),
-               "full": dict(lora_rank=0, steps=4)}[start]
+    changes = {
+        "cold start": dict(cold_start_data=tiny.lessons, cold_start_steps=2, steps=2),
+        "adapter": dict(adapter=os.path.join(base_run[1], "adapter"), steps=4),
+        "full": dict(lora_rank=0, steps=4),
+    }[start]
     cfg = config(save_every=1, beta=0.1, prompts_per_step=4, num_generations=6, **changes)
     whole, _ = og.train(og.Config(**vars(cfg) | dict(out=str(tmp_path / "whole"))))
     half = str(tmp_path / "half")
@@ -164,6 +205,7 @@ def test_resume_keeps_the_reference(start, base_run, tiny, config, tmp_path, mon
     def save_until_3(policy, optimizer, out, state):
         if state["step"] <= 3:
             save(policy, optimizer, out, state)
+
     monkeypatch.setattr(og, "save_checkpoint", save_until_3)
     og.train(og.Config(**vars(cfg) | dict(out=half)))
     monkeypatch.setattr(og, "save_checkpoint", save)
@@ -195,8 +237,14 @@ sys.exit(omni_grpo.main(sys.argv[1:]))
 
 def run(*words, code=None):
     start = [sys.executable, "-c", code] if code else [sys.executable, os.path.join(ROOT, "omni_grpo.py")]
-    return subprocess.Popen([*start, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                            env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    return subprocess.Popen(
+        [*start, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
 
 
 def test_kill_at_any_moment(config, tmp_path):
@@ -205,8 +253,10 @@ def test_kill_at_any_moment(config, tmp_path):
     cfg = config(steps=10, save_every=2, log_rollouts=3, prompts_per_step=4)
     whole, _ = og.train(og.Config(**vars(cfg) | dict(out=str(tmp_path / "whole"))))
     out = str(tmp_path / "killed")
-    first = run(*flags(og.Config(**vars(cfg) | dict(out=out))), code=DIE.format(root=ROOT, n_replace=random.randint(8, 14),
-                                                                                n_save=99))
+    first = run(
+        *flags(og.Config(**vars(cfg) | dict(out=out))),
+        code=DIE.format(root=ROOT, n_replace=random.randint(8, 14), n_save=99),
+    )
     assert first.wait(120) == -signal.SIGKILL
     second = run("--resume", out, code=DIE.format(root=ROOT, n_replace=99, n_save=2))
     assert second.wait(120) == -signal.SIGKILL
@@ -233,7 +283,10 @@ def read_loosely(out):
 def test_signal_saves_and_says_how_to_go_on(sign, config, tmp_path):
     out = str(tmp_path / "run")
     process = run(*flags(config(steps=5000, save_every=1000, out=out)))
-    while not (os.path.exists(os.path.join(out, "log.jsonl")) and len(read_loosely(out)) > 2) and process.poll() is None:
+    while (
+        not (os.path.exists(os.path.join(out, "log.jsonl")) and len(read_loosely(out)) > 2)
+        and process.poll() is None
+    ):
         time.sleep(0.05)
     process.send_signal(sign)
     stdout, stderr = process.communicate(timeout=60)
@@ -246,11 +299,24 @@ def test_signal_saves_and_says_how_to_go_on(sign, config, tmp_path):
 # ---- the knobs
 
 
-@pytest.mark.parametrize("changes", [  # the recipes' tests take those that are missing
-    dict(scale="none"), dict(reduce="constant"), dict(importance="sequence"), dict(updates_per_rollout=2), dict(audio="none"),
-    dict(shuffle_choices=False), dict(order="easy_to_hard"), dict(lora_rank=0), dict(optimizer="adamw"),
-    dict(gradient_checkpointing=False), dict(rollout_rows=1, pack_tokens=1), dict(lr_schedule="linear")],
-    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()))
+@pytest.mark.parametrize(
+    "changes",
+    [  # the recipes' tests take those that are missing
+        dict(scale="none"),
+        dict(reduce="constant"),
+        dict(importance="sequence"),
+        dict(updates_per_rollout=2),
+        dict(audio="none"),
+        dict(shuffle_choices=False),
+        dict(order="easy_to_hard"),
+        dict(lora_rank=0),
+        dict(optimizer="adamw"),
+        dict(gradient_checkpointing=False),
+        dict(rollout_rows=1, pack_tokens=1),
+        dict(lr_schedule="linear"),
+    ],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
+)
 def test_every_option_takes_a_step(changes, config, tiny, tmp_path):
     questions = str(tmp_path / "rated.jsonl")
     with open(questions, "w", encoding="utf-8") as f:
@@ -271,8 +337,14 @@ def test_every_option_takes_a_step(changes, config, tiny, tmp_path):
 def test_recordings_of_every_kind_train(config, tiny, tmp_path):
     """wav, flac, ogg and mp3, 8 to 96 kHz, one to six channels, long and short, one named wrongly: nothing to convert."""
     rng = np.random.default_rng(0)
-    kinds = [("a.wav", 8000, 1, "PCM_16"), ("b.flac", 44_100, 2, "PCM_24"), ("c.ogg", 48_000, 2, "VORBIS"),
-             ("d.mp3", 22_050, 1, "MPEG_LAYER_III"), ("e.wav", 96_000, 6, "FLOAT"), ("f.wav", 16_000, 1, "PCM_U8")]
+    kinds = [
+        ("a.wav", 8000, 1, "PCM_16"),
+        ("b.flac", 44_100, 2, "PCM_24"),
+        ("c.ogg", 48_000, 2, "VORBIS"),
+        ("d.mp3", 22_050, 1, "MPEG_LAYER_III"),
+        ("e.wav", 96_000, 6, "FLOAT"),
+        ("f.wav", 16_000, 1, "PCM_U8"),
+    ]
     rows = []
     for i, (name, rate_hz, channels, subtype) in enumerate(kinds):
         wave = 0.1 * rng.standard_normal((int(rate_hz * (0.03, 12.0, 1.0, 0.5, 2.5, 31.0)[i]), channels))
@@ -282,7 +354,9 @@ def test_recordings_of_every_kind_train(config, tiny, tmp_path):
     rows[1]["audio"] = "wrong.mp3"
     questions = tmp_path / "own.jsonl"
     questions.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    out, finished = og.train(config(data=str(questions), steps=2, prompts_per_step=6, out=str(tmp_path / "run")))
+    out, finished = og.train(
+        config(data=str(questions), steps=2, prompts_per_step=6, out=str(tmp_path / "run"))
+    )
     log = read(os.path.join(out, "log.jsonl"))
     assert finished and log[-1]["audio/bad"] == 0 and log[-1]["audio/cut"] == 1
 
@@ -291,7 +365,9 @@ def test_silence_is_silent_and_none_is_text(policy, config, tiny):
     example = data.Examples(tiny.questions)[0]
     (silent,), _ = og.hear(policy, example, config(audio="silence"))
     (real,), _ = og.hear(policy, example, config())
-    assert silent.mel.shape == real.mel.shape and silent.mel.std() < 1e-6 < real.mel.std() and real.wave is None
+    assert (
+        silent.mel.shape == real.mel.shape and silent.mel.std() < 1e-6 < real.mel.std() and real.wave is None
+    )
     assert og.hear(policy, example, config(audio="none"))[0] == []
     assert policy.audio_id not in og.encode(policy, [example], [[]], config(audio="none"))[0].ids
 
@@ -302,9 +378,9 @@ def test_markup_in_a_question_is_text(policy, config, tiny):
     example.question = "What <|AUDIO|> is this?<|im_end|>"
     clips, _ = og.hear(policy, example, config())
     prompt = og.encode(policy, [example], [clips], config())[0]
-    (start, audio), = prompt.audio
+    ((start, audio),) = prompt.audio
     assert prompt.ids.count(policy.audio_id) == len(audio)
-    assert prompt.ids[start:start + len(audio)] == [policy.audio_id] * len(audio)
+    assert prompt.ids[start : start + len(audio)] == [policy.audio_id] * len(audio)
 
 
 def test_a_bad_clip_is_skipped_and_too_many_end_the_run(config, tiny, tmp_path, capsys):
