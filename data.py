@@ -97,17 +97,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
-    def add_knobs(self, options_class) -> None:
-        """One flag for each field of a dataclass of knobs. A flag that is not given is not in the parsed namespace."""
+    def add_knobs(self, options_class, **special: dict) -> None:
+        """One flag for each field of a dataclass of knobs. A flag that is not given is not in the parsed namespace.
+
+        special: argparse's options for the fields that are no plain text, number or switch.
+        """
         for f in dataclasses.fields(options_class):
-            text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+            how = dict(type=f.type, metavar=f.name.upper())
             if f.type is bool:
-                self.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
-            else:
-                self.add_argument(f"--{f.name}", type=f.type, metavar=f.name.upper(), help=text)
+                how = dict(action=argparse.BooleanOptionalAction)
+            text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+            self.add_argument(f"--{f.name}", help=text, **special.get(f.name, how))
 
 
-def exit_code(command: Callable[[], int | None]) -> int:
+def exit_code(command: Callable[[], int | None], goes_on: str = "the same command goes on") -> int:
     """Run a command.       -> 0 or what it returns, 2 with one line for what the user can mend, 130 after Ctrl-C"""
     with contextlib.suppress(
         AttributeError
@@ -128,7 +131,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
         print(f"error: {f'{name}: ' if name else ''}{e.strerror or e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print(f"stopped; {goes_on}", file=sys.stderr)
         return 130
 
 
@@ -1663,6 +1666,9 @@ class Template:
     question: str | None = None  # asked in place of the example's own question and options
 
 
+# How a completion asks to hear a part of its clip again: start and end in seconds
+SEGMENT = r"<seg>\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*,\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*</seg>"
+
 PROMPTS = {
     # Omni-R1 (arXiv 2505.09439): nothing but the question and its options
     "direct": Template(""),
@@ -2847,7 +2853,7 @@ CHAIN, VERDICT = (
 RELISTEN_VERSION = hashlib.sha256(
     json.dumps([ASKED, APART_S, TOUCH_S, LONGER, SHARED_S, CHAINER, CHECKER, CHAIN, VERDICT]).encode()
 ).hexdigest()[:8]
-SEGMENT = re.compile(r"<seg>([0-9]{1,5}(?:\.[0-9]{1,6})?), ?([0-9]{1,5}(?:\.[0-9]{1,6})?)</seg>")
+EVENT_SEGMENT = re.compile(r"<seg>([0-9]{1,5}(?:\.[0-9]{1,6})?), ?([0-9]{1,5}(?:\.[0-9]{1,6})?)</seg>")
 MOST_SEGMENTS, LEAST_S = 8, 0.2 - EPS  # Echo listens again eight times at most, and to nothing shorter
 BETRAYS = re.compile(
     r"\b(?:annotat\w+|time[- ]?stamp\w*|label\w*|meta-?data|caption\w*|transcripts?|descriptions?|ground[ -]truth|data ?sets?|"
@@ -2888,8 +2894,8 @@ def last_named(text: str, choices: list[str]) -> int | None:
 
 def chain_fault(chain: str, question: Example) -> str:
     """What is wrong with a chain of thought, in words that can be counted; "" if nothing is."""
-    meta, rest = question.meta, SEGMENT.sub(" ", chain)
-    segments = [(float(start), float(end)) for start, end in SEGMENT.findall(chain)]
+    meta, rest = question.meta, EVENT_SEGMENT.sub(" ", chain)
+    segments = [(float(start), float(end)) for start, end in EVENT_SEGMENT.findall(chain)]
     last = meta.get("duration_s") or max(end for _, end, _ in meta["events"]) + 1
     follows = [after.lstrip()[:1] or "<" for after in chain.split("</seg>")[1:]]  # </think> follows the end
     checks = [
@@ -3853,6 +3859,11 @@ def main(argv=None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+chat_messages = chat
+normal_words = words
+normal_text = reads
 
 
 if __name__ == "__main__":

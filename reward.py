@@ -829,3 +829,23 @@ def score(completion: str, example, weights: dict[str, float]) -> tuple[float, d
     """-> (weighted sum, each part before weighting)"""
     parts = {name: REWARDS[name](completion, example) for name in weights}
     return sum(weights[name] * part for name, part in parts.items()), parts
+
+
+@dataclasses.dataclass
+class Said:
+    text: str
+    used: float = 0.0
+    heard: object = ()
+    confidence: float | None = None
+
+
+_accuracy, _score = accuracy, score
+
+
+def accuracy(said, example):  # noqa: F811
+    return _accuracy(said.text if isinstance(said, Said) else said, example)
+
+
+def score(said, example, weights):  # noqa: F811
+    t = Text.of(said.text, used=said.used, heard=said.heard, confidence=said.confidence)
+    return _score(t, example, weights)
