@@ -12,6 +12,7 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import omni_grpo as og  # noqa: E402
+from tools import demo, sounds  # noqa: E402
 
 SLOW = ["test_run", "test_ranks", "test_recipes", "test_reward", "test_eval", "test_generate", "test_formats"]
 
@@ -25,10 +26,9 @@ def tiny(tmp_path_factory):
     """A folder with `base`, `demo.jsonl` and `sounds/`: the demo's, smaller, the base taught just enough to name sounds at
     random, so that rewards have spread and gradients are not zero."""
     folder = str(tmp_path_factory.mktemp("tiny"))
-    questions = data.write_sounds(folder, 24, 4, seed=1, name="demo")
-    lessons = data.write_lessons(data.write_sounds(folder, 12, 4, seed=3, name="lessons"), 200)
-    og.quiet_libraries()
-    og.make_tiny_omni(os.path.join(folder, "init"), lessons)
+    questions = sounds.write_sounds(folder, 24, 4, seed=1, name="demo")
+    lessons = sounds.write_lessons(sounds.write_sounds(folder, 12, 4, seed=3, name="lessons"), 200)
+    demo.make_tiny_omni(os.path.join(folder, "init"), lessons)
     taught, _ = og.train(
         og.Config(
             model=os.path.join(folder, "init"),
@@ -62,14 +62,12 @@ def config(tiny):
                 model=tiny.base,
                 data=tiny.questions,
                 lora_rank=4,
-                lora_alpha=8,
                 prompts_per_step=2,
                 num_generations=3,
                 max_new_tokens=6,
                 lr=1e-3,
                 steps=2,
                 eval_size=0,
-                workers=1,
             )
             | changes
         )
@@ -81,7 +79,7 @@ def config(tiny):
 def policy(config):
     """The tiny base with an adapter that is not a no-op: LoRA's B is drawn at random."""
     torch.manual_seed(0)
-    policy = og.load_policy(config())
+    policy = og.load_run_policy(config())
     with torch.no_grad():
         for name, p in policy.trainable().items():
             if "lora_B" in name:
@@ -92,7 +90,6 @@ def policy(config):
 @pytest.fixture
 def prompts(policy, config, tiny):
     """Three prompts with their examples; the clips differ in sound and length."""
-    examples = list(data.Examples(tiny.questions))[:3]
-    return examples, og.encode(
-        policy, examples, [og.hear(policy, e, config())[0] for e in examples], config()
-    )
+    examples = data.Examples(tiny.questions)[:3]
+    clips = [og.load_clips_of(policy, config(), e)[0] for e in examples]
+    return examples, og.encode_prompts(policy, config(), examples, clips)
