@@ -821,7 +821,7 @@ def token_logps(
     def chunk_logps(hidden, target):
         logps = F.log_softmax(policy.head(hidden).float() / temperature, dim=-1)
         with torch.no_grad():
-            entropy = -(logps.exp() * logps).sum(dim=-1)
+            entropy = token_entropy(logps)
         return logps.gather(1, target[:, None])[:, 0], entropy
 
     places = pack.places
@@ -840,6 +840,11 @@ def token_logps(
         logps.append(logp)
         entropies.append(entropy)
     return torch.cat(logps), torch.cat(entropies)
+
+
+def token_entropy(logps: Tensor) -> Tensor:
+    """- sum_v p_v log p_v       logps (M, V) -> (M,)"""
+    return -(logps.exp() * logps).sum(dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------------

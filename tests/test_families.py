@@ -1,4 +1,5 @@
-"""Every model family: its logits, its audio, its packed scoring and its LoRA against the library's own path."""
+"""Every model family: its logits, its audio, its packed scoring and its LoRA against the library's own
+path."""
 
 import os
 
@@ -6,16 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from test_model import decode, make_groups, pack_of
 
 import data
+import model
 import omni_grpo as og
+from model import Completion, token_logps
 
 FAMILIES = ("qwen2_audio", "llama", "qwen3", "qwen2")
 
 
 @pytest.fixture(scope="session")
 def family_folder(tiny, tmp_path_factory):
-    """name -> a checkpoint directory with the family's real classes, small and random, and the tiny base's tokenizer."""
+    """name -> a checkpoint directory with the family's real classes, small and random, and the tiny base's
+    tokenizer."""
     root, made = tmp_path_factory.mktemp("families"), {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.base)
     sizes = dict(
@@ -79,7 +84,7 @@ def family(request, family_folder, config, tiny):
         model=family_folder(request.param), audio="real" if request.param == "qwen2_audio" else "none"
     )
     torch.manual_seed(0)
-    policy = og.load_policy(cfg)
+    policy = og.load_run_policy(cfg)
     with torch.no_grad():
         for name, p in policy.trainable().items():
             if "lora_B" in name:
@@ -88,8 +93,9 @@ def family(request, family_folder, config, tiny):
 
 
 def library_logits(policy, cfg, prompt, example, completion):
-    """Logits of [prompt | completion] from the library's forward pass: ids, features and masks in, nothing of ours."""
-    model = policy.model.get_base_model()
+    """Logits of [prompt | completion] from the library's forward pass: ids, features and masks in, nothing of
+    ours."""
+    base = policy.model.get_base_model()
     policy.lm.set_attn_implementation("eager")
     policy.lm.eval()
     ids, features = torch.tensor([prompt.ids + completion]), {}
@@ -100,29 +106,36 @@ def library_logits(policy, cfg, prompt, example, completion):
         )
         features = dict(input_features=out["input_features"], feature_attention_mask=out["attention_mask"])
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **features).logits[0].float()
+        logits = base(input_ids=ids, attention_mask=torch.ones_like(ids), **features).logits[0].float()
     policy.lm.set_attn_implementation("packed")
     return logits[len(prompt.ids) - 1 : -1]
 
 
+def encoded(policy, cfg, examples):
+    clips = [og.load_clips_of(policy, cfg, e)[0] for e in examples]
+    return og.encode_prompts(policy, cfg, examples, clips)
+
+
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 def test_logits_and_scoring_are_the_library_s(family):
-    """Packed scoring of three groups equals one row at a time through the library's own path, audio included."""
+    """Packed scoring of three groups equals one row at a time through the library's own path, audio
+    included."""
     policy, cfg, examples = family
-    prompts = og.encode(policy, examples, [og.hear(policy, e, cfg)[0] for e in examples], cfg)
-    g, groups, plain = torch.Generator().manual_seed(0), [], []
+    prompts = encoded(policy, cfg, examples)
+    g, done, plain = torch.Generator().manual_seed(0), [], []
     for example, prompt, lengths in zip(examples, prompts, [(3, 1, 7), (2, 5, 4), (6, 2, 1)]):
         ids = [torch.randint(20, 300, (n,), generator=g).tolist() for n in lengths]
-        groups.append(og.Group(example, prompt, [og.Completion(i, sampled=[True] * len(i)) for i in ids]))
+        done.append([Completion(i, sampled=[True] * len(i)) for i in ids])
         for i in ids:
             logps = F.log_softmax(library_logits(policy, cfg, prompt, example, i), dim=-1)
             plain.append(logps.gather(1, torch.tensor(i)[:, None])[:, 0])
-    logps, _ = og.token_logps(policy, og.make_pack(groups, [0, 3, 6]), 1.0)
+    groups = make_groups(examples, prompts, done)
+    logps, _ = token_logps(policy, pack_of(groups), 1.0)
     assert (logps - torch.cat(plain)).abs().max() <= 2e-5
-    prefix = og.read(policy, prompts)
-    again, _ = og.token_logps(
-        policy, og.make_pack(groups, [0, 3, 6], prefixes=[prefix], places=[0, 1, 2]), 1.0, prefix
-    )
+    (prefix,) = model.read_prompts(policy, prompts)
+    for i, prompt in enumerate(prompts):
+        prompt.read = prefix, i
+    again, _ = token_logps(policy, pack_of(groups), 1.0, prefix)
     assert (again - logps).abs().max() <= 1e-5
 
 
@@ -130,11 +143,11 @@ def test_logits_and_scoring_are_the_library_s(family):
 def test_rollout_is_scored_as_it_was_sampled(family):
     policy, cfg, examples = family
     policy.stop_ids.clear()
-    prompts = og.encode(policy, examples, [og.hear(policy, e, cfg)[0] for e in examples], cfg)
-    done = og.rollout(policy, prompts, 3, 0.8, 6, [1, 2, 3])
-    groups = [og.Group(e, p, c) for e, p, c in zip(examples, prompts, done)]
-    logps, _ = og.token_logps(policy, og.make_pack(groups, [0, 3, 6]), 0.8)
-    assert (logps - torch.tensor([x for group in done for c in group for x in c.logps])).abs().max() <= 1e-5
+    prompts = encoded(policy, cfg, examples)
+    done = decode(policy, prompts, 3, 0.8, 6, [1, 2, 3])
+    logps, _ = token_logps(policy, pack_of(make_groups(examples, prompts, done)), 0.8)
+    sampled = torch.tensor([x for group in done for c in group for x in c.logps])
+    assert (logps - sampled).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
@@ -154,16 +167,17 @@ def test_lora_stays_inside_the_language_model(family):
 
 @pytest.mark.parametrize("seconds", [0.03, 0.5, 2.0, 3.217, 29.99, 30.0, 31.0])
 def test_qwen2_audio_hears_what_the_library_hears(family_folder, config, tmp_path, seconds):
-    """Features at true length, the tower's window filled up in the batch: the same embeddings, 30 s at most, of any clip."""
+    """Features at true length, the tower's window filled up in the batch: the same embeddings, 30 s at most,
+    of any clip."""
     import numpy as np
     import soundfile
 
     cfg = config(model=family_folder("qwen2_audio"), max_audio_s=60.0)
-    policy = og.load_policy(cfg)
+    policy = og.load_run_policy(cfg)
     rng = np.random.default_rng(0)
     soundfile.write(tmp_path / "x.wav", rng.standard_normal(int(seconds * 16000)) * 0.1, 16000)
     example = data.Example("x", str(tmp_path / "x.wav"), "?", ["a", "b"], 0)
-    (clip,), cut = og.hear(policy, example, cfg)
+    (clip,), cut = og.load_clips_of(policy, cfg, example)
     assert cut == (seconds > 30)
     other = torch.randn(128, 52)
     ours = policy.encode_audio([other, clip.mel])[1]
@@ -188,7 +202,8 @@ def test_qwen2_audio_hears_what_the_library_hears(family_folder, config, tmp_pat
 
 
 def test_base_models_read_plain_text(family_folder, config, tmp_path, capsys):
-    """Without a chat template a causal language model is prompted in plain text; a model with ears is refused."""
+    """Without a chat template a causal language model is prompted in plain text; a model with ears is
+    refused."""
     import shutil
 
     for name in ("llama", "qwen2_audio"):
@@ -196,18 +211,18 @@ def test_base_models_read_plain_text(family_folder, config, tmp_path, capsys):
         shutil.copytree(family_folder(name), folder)
         os.remove(os.path.join(folder, "chat_template.jinja"))
     cfg = config(model=str(tmp_path / "llama"), audio="none")
-    policy = og.load_policy(cfg)
+    policy = og.load_run_policy(cfg)
     assert "no chat template" in capsys.readouterr().out
-    prompt = og.prompt_tokens(policy, data.Example("1", None, "Why?"), [], cfg)
+    prompt = model.encode_prompt(policy, data.Example("1", None, "Why?"), [], cfg.prompt)
     assert policy.tokenizer.decode(prompt.ids) == "User: Why?\nAssistant:"
-    with pytest.raises(og.UserError, match="no chat template"):
-        og.load_policy(config(model=str(tmp_path / "qwen2_audio")))
+    with pytest.raises(data.UserError, match="no chat template"):
+        og.load_run_policy(config(model=str(tmp_path / "qwen2_audio")))
 
 
 def test_a_model_without_ears_says_so(family_folder, config, tiny):
     cfg = config(model=family_folder("llama"))
-    with pytest.raises(og.UserError, match="no audio tower; use --audio none"):
-        og.hear(og.load_policy(cfg), data.Examples(tiny.questions)[0], cfg)
+    with pytest.raises(data.UserError, match="no audio tower; use --audio none"):
+        og.load_clips_of(og.load_run_policy(cfg), cfg, data.Examples(tiny.questions)[0])
 
 
 def test_an_unknown_layout_is_refused(tiny, config, tmp_path):
@@ -216,6 +231,6 @@ def test_an_unknown_layout_is_refused(tiny, config, tmp_path):
     ).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(tiny.base).save_pretrained(tmp_path)
     with pytest.raises(
-        og.UserError, match="GPT2LMHeadModel keeps its language model under none of the names"
+        data.UserError, match="GPT2LMHeadModel keeps its language model under none of the names"
     ):
-        og.load_policy(config(model=str(tmp_path)))
+        og.load_run_policy(config(model=str(tmp_path)))

@@ -6,15 +6,16 @@ import math
 import pytest
 import torch
 
+from model import token_entropy
 from omni_grpo import (
+    Config,
     group_advantages,
+    grpo_loss,
     importance_ratio,
     kl_k3,
     loss_weights,
     policy_loss,
-    sample,
-    token_entropy,
-    uniform,
+    sample_tokens,
 )
 
 F64 = torch.float64
@@ -41,7 +42,6 @@ def test_uniform_group_is_exactly_zero():
     for value in torch.linspace(0, 3, 61).tolist():
         for g in (2, 3, 7, 8, 12, 32):
             rewards = torch.full((1, g), value, dtype=torch.float32)
-            assert uniform(rewards).item()
             assert group_advantages(rewards, eps=1e-12).abs().max().item() == 0.0
 
 
@@ -135,12 +135,28 @@ def test_k3():
     assert kl_k3(tensor(0.0), tensor(1e-4)).item() == pytest.approx(0.5e-8, rel=1e-2)
 
 
+def test_the_loss_is_surrogate_plus_beta_kl():
+    """Two tokens with weights 1/2: -(1 * 1 - 1 * 1) / 2 + beta * mean of k3(-0.5)."""
+    logp = tensor(-1.0, -2.0).requires_grad_()
+    row, weight, adv = torch.tensor([0, 1]), tensor(0.5, 0.5), tensor(1.0, -1.0)
+    k3 = math.exp(-0.5) - 1 + 0.5
+    for beta in (0.0, 0.5):
+        cfg = Config(beta=beta)
+        loss, ratio = grpo_loss(logp, logp.detach(), logp.detach() - 0.5, adv, weight, row, cfg)
+        assert ratio.tolist() == [1.0, 1.0] and loss.item() == pytest.approx(beta * k3)
+        (grad,) = torch.autograd.grad(loss, logp)
+        kl_grad = 1 - math.exp(-0.5)  # of k3 by logp
+        assert grad.tolist() == pytest.approx([0.5 * (-1 + beta * kl_grad), 0.5 * (1 + beta * kl_grad)])
+    assert grpo_loss(logp, logp.detach(), None, adv, weight, row, Config(beta=0.0))[0].item() == 0
+
+
 def test_entropy():
     assert token_entropy(torch.zeros(1, 8, dtype=F64).log_softmax(-1)).item() == pytest.approx(math.log(8))
 
 
 def test_the_estimator_is_the_policy_gradient():
-    """A softmax bandit with 3 arms and G = 3, all 27 groups enumerated: E[grad(-L)] = (1 - 1/G) grad J  (scale none)."""
+    """A softmax bandit with 3 arms and G = 3, all 27 groups enumerated: E[grad(-L)] = (1 - 1/G) grad J
+    (scale none)."""
     theta, arm_reward, g = tensor(0.3, -0.2, 0.5).requires_grad_(), tensor(1.0, 0.0, 0.4), 3
     logits = theta.log_softmax(0)
     (grad_j,) = torch.autograd.grad((logits.exp() * arm_reward).sum(), theta, retain_graph=True)
@@ -177,12 +193,13 @@ def test_it_learns_a_bandit():
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_sampling_inverts_the_distribution(temperature):
-    """An even grid of u visits every token in proportion to its probability, and the log-probability is that one's."""
+    """An even grid of u visits every token in proportion to its probability, and the log-probability is that
+    one's."""
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0])
     p = (logits.double() / temperature).softmax(0)
     n = 100_000
     u = (torch.arange(n) + 0.5) / n
-    ids, logps = sample(logits.expand(n, 4), u, temperature)
+    ids, logps = sample_tokens(logits.expand(n, 4), u, temperature)
     counts = torch.bincount(ids, minlength=4) / n
     torch.testing.assert_close(counts.double(), p, atol=2e-5, rtol=0)
     torch.testing.assert_close(logps.double(), p.log()[ids], atol=1e-6, rtol=0)
@@ -191,10 +208,10 @@ def test_sampling_inverts_the_distribution(temperature):
 def test_sampling_never_leaves_the_vocabulary():
     logits = torch.full((3, 5), -torch.inf)
     logits[:, 2] = 0.0
-    ids, _ = sample(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), 1.0)
+    ids, _ = sample_tokens(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), 1.0)
     assert ids.tolist() == [2, 2, 2]
 
 
 def test_greedy():
-    ids, _ = sample(torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.99]), 0.0)
+    ids, _ = sample_tokens(torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.99]), 0.0)
     assert ids.tolist() == [1]

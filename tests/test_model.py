@@ -1,53 +1,77 @@
-"""Exactness: packed scoring, rollout and update against the plain computation, on the tiny Qwen2.5-Omni in float32."""
+"""Exactness: packed scoring, decoding and the update against the plain computation (tests/plain.py) in
+float32."""
 
+import contextlib
 import copy
 import dataclasses
+import math
 
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
 
 import data
+import model
 import omni_grpo as og
+from model import Completion, Tokens, make_pack, token_logps
 
 
 def completion(ids, sampled=None, audio=()):
-    return og.Completion(list(ids), list(audio), sampled or [True] * len(ids))
+    return Completion(list(ids), list(audio), sampled or [True] * len(ids), [0.0] * len(ids))
 
 
-def ragged_groups(policy, prompts, seed=0):
-    """Three groups, completions of 1 to 7 tokens; one has forced tokens with audio in its middle, one the placeholder's id."""
-    examples, tokens = prompts
-    g = torch.Generator().manual_seed(seed)
+def make_groups(examples, prompts, completions, rewards=(0.0, 1.0, 0.5)):
     groups = []
-    for e, prompt, lengths in zip(examples, tokens, [(3, 1, 7), (2, 5, 4), (6, 2, 1)]):
-        done = [completion(torch.randint(20, 300, (n,), generator=g).tolist()) for n in lengths]
-        groups.append(og.Group(e, prompt, done, None, [0.0, 1.0, 0.5]))
-    heard = tokens[1].audio[0][1][:2]
-    inserted = groups[0].completions[2]
-    inserted.sampled[2:5] = [False] * 3
-    inserted.audio.append((3, heard))
-    groups[1].completions[1].ids[1] = policy.audio_id
+    for example, prompt, of_prompt in zip(examples, prompts, completions):
+        rewarded = list(rewards) if len(rewards) == len(of_prompt) else [0.0] * len(of_prompt)
+        adv = og.group_advantages(torch.tensor([rewarded]))[0].tolist()
+        groups.append(og.Group(example, prompt, of_prompt, rewarded, [{}] * len(of_prompt), adv))
     return groups
 
 
-def plain_logps(policy, prompt, completion, temperature):
-    """One row through the library's own model and attention.       -> (trained tokens of this completion,)"""
-    model, attention = policy.model.get_base_model(), policy.lm.config._attn_implementation
+def ragged_groups(policy, prompts, seed=0):
+    """Three groups, completions of 1 to 7 tokens; one has forced tokens with audio in its middle, one the
+    placeholder's id."""
+    examples, tokens = prompts
+    g = torch.Generator().manual_seed(seed)
+    lengths = [(3, 1, 7), (2, 5, 4), (6, 2, 1)]
+    done = [[completion(torch.randint(20, 300, (n,), generator=g).tolist()) for n in of] for of in lengths]
+    inserted = done[0][2]
+    inserted.sampled[2:5] = [False] * 3
+    inserted.audio.append((3, tokens[1].audio[0][1][:2]))
+    done[1][1].ids[1] = policy.audio_id
+    return make_groups(examples, tokens, done)
+
+
+def pack_of(groups, device="cpu"):
+    """All groups in one pack."""
+    counts = [len(group.completions) for group in groups]
+    first_rows = [sum(counts[:i]) for i in range(len(groups))]
+    return make_pack([g.prompt for g in groups], [g.completions for g in groups], first_rows, device)
+
+
+def decode(policy, prompts, g, temperature, max_new_tokens, seeds, insert=None):
+    prefixes = model.read_prompts(policy, prompts)
+    return og.decode(policy, prefixes, g, temperature, max_new_tokens, seeds, insert)
+
+
+@contextlib.contextmanager
+def library(policy):
+    """The library's own model inside the policy, LoRA layers and all, with the library's own attention."""
+    attention = policy.lm.config._attn_implementation
     policy.lm.eval()  # no checkpointing: its recomputation would come after the attention is switched back
     policy.lm.set_attn_implementation("eager")
-    x = torch.nn.Embedding.from_pretrained(policy.embed_tokens.weight)(
-        torch.tensor(prompt.ids + completion.ids)
-    )
-    for offset, part in ((0, prompt), (len(prompt.ids), completion)):
-        for start, audio in part.audio:
-            x[offset + start : offset + start + len(audio)] = audio
-    logits = model(inputs_embeds=x[None]).logits[0].float()
+    yield policy.model.get_base_model()
     policy.lm.set_attn_implementation(attention)
-    at = len(prompt.ids)
-    logps = F.log_softmax(logits[at - 1 : -1] / temperature, dim=-1)
-    logps = logps.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
-    return logps[torch.tensor(completion.sampled)]
+
+
+def plain_logps(policy, groups, temperature):
+    """Of every trained token, by tests/plain.py.       -> (M,)"""
+    rows = [(group.prompt, c) for group in groups for c in group.completions]
+    with library(policy) as base:
+        logps, trained = plain.token_logps(base, rows, temperature)
+    return logps[trained.bool()]
 
 
 def gradients(policy, loss):
@@ -56,16 +80,15 @@ def gradients(policy, loss):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_packed_equals_one_by_one(policy, prompts, temperature):
+def test_packed_equals_plain(policy, prompts, temperature):
     """Log-probabilities and their gradients, three prompts in a pack, ragged, with forced tokens: <= 1e-5."""
     groups = ragged_groups(policy, prompts)
-    pack = og.make_pack(groups, [0, 3, 6])
-    logps, _ = og.token_logps(policy, pack, temperature)
+    logps, _ = token_logps(policy, pack_of(groups), temperature)
     weight = torch.randn(len(logps), generator=torch.Generator().manual_seed(1))
     ours = gradients(policy, (weight * logps).sum())
-    plain = torch.cat([plain_logps(policy, g.prompt, c, temperature) for g in groups for c in g.completions])
-    assert (logps - plain).abs().max() <= 1e-5
-    theirs = gradients(policy, (weight * plain).sum())
+    theirs = plain_logps(policy, groups, temperature)
+    assert (logps - theirs).abs().max() <= 1e-5
+    theirs = gradients(policy, (weight * theirs).sum())
     for name in ours:
         assert (ours[name] - theirs[name]).abs().max() <= 1e-5 * max(1.0, theirs[name].abs().max()), name
 
@@ -74,53 +97,52 @@ def test_scoring_leaves_its_inputs_alone(policy, prompts):
     """Embeddings are filled in, in a copy: neither the table, nor the prompts, nor a second call sees it."""
     groups = ragged_groups(policy, prompts)
     table, audio = policy.embed_tokens.weight.clone(), [a.clone() for g in groups for _, a in g.prompt.audio]
-    pack = og.make_pack(groups, [0, 3, 6])
-    first, _ = og.token_logps(policy, pack, 1.0)
-    assert torch.equal(og.token_logps(policy, pack, 1.0)[0], first)
+    pack = pack_of(groups)
+    first, _ = token_logps(policy, pack, 1.0)
+    assert torch.equal(token_logps(policy, pack, 1.0)[0], first)
     assert torch.equal(policy.embed_tokens.weight, table)
     assert all(torch.equal(a, b) for a, (_, b) in zip(audio, (x for g in groups for x in g.prompt.audio)))
 
 
 def test_pack_rows_and_targets(policy, prompts):
     groups = ragged_groups(policy, prompts)
-    pack = og.make_pack(groups, [0, 3, 6])
+    pack = pack_of(groups)
     completions = [c for g in groups for c in g.completions]
     assert pack.row.bincount().tolist() == [sum(c.sampled) for c in completions]
-    assert pack.target.tolist() == [i for c in completions for i, s in zip(c.ids, c.sampled) if s]
-    assert (
-        len(pack.positions) == sum(len(p.ids) for p in pack.parts) == sum(len(c.ids) - 1 for c in completions)
-    )
+    assert pack.target.tolist() == [i for c in completions for i in c.sampled_ids]
+    assert len(pack.positions) == sum(len(p.ids) for p in pack.inputs)
+    assert len(pack.positions) == sum(len(c.ids) - 1 for c in completions)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_sampled_equals_scored(policy, prompts, temperature):
-    """The sampler's log-probabilities are the scorer's, for prompts of different lengths decoded together, each token by
-    all that came before it (the tiny base ends its turn after two tokens: here it may not)."""
+    """The sampler's log-probabilities are the scorer's, for prompts of different lengths decoded together,
+    each token by all that came before it (the tiny base ends its turn after two tokens: here it may not)."""
     examples, tokens = prompts
     policy.stop_ids.clear()
-    done = og.rollout(policy, tokens, 4, temperature, 9, [1, 2, 3])
+    done = decode(policy, tokens, 4, temperature, 9, [1, 2, 3])
     assert all(len(c.ids) == 9 for group in done for c in group)
-    groups = [og.Group(e, p, c) for e, p, c in zip(examples, tokens, done)]
-    logps, _ = og.token_logps(policy, og.make_pack(groups, [0, 4, 8]), temperature)
+    logps, _ = token_logps(policy, pack_of(make_groups(examples, tokens, done)), temperature)
     sampled = torch.tensor([x for group in done for c in group for x in c.logps])
     assert (logps - sampled).abs().max() <= 1e-5
 
 
 def test_rollout_does_not_depend_on_its_company(policy, prompts):
     tokens = prompts[1]
-    together = og.rollout(policy, tokens, 3, 1.0, 6, [1, 2, 3])
-    alone = [og.rollout(policy, [p], 3, 1.0, 6, [s])[0] for p, s in zip(tokens, [1, 2, 3])]
+    together = decode(policy, tokens, 3, 1.0, 6, [1, 2, 3])
+    alone = [decode(policy, [p], 3, 1.0, 6, [s])[0] for p, s in zip(tokens, [1, 2, 3])]
     assert [[c.ids for c in g] for g in together] == [[c.ids for c in g] for g in alone]
     assert len({tuple(c.ids) for g in together for c in g}) > 5  # and they are really drawn
 
 
 def test_every_sampled_token_has_its_own_draw(policy, prompts):
-    """All logits equal: 3 x 8 x 6 tokens are then independent and uniform over the vocabulary; repeats are rare."""
+    """All logits equal: 3 x 8 x 6 tokens are then independent and uniform over the vocabulary; repeats are
+    rare."""
     with torch.no_grad():
         policy.embed_tokens.weight.data = policy.embed_tokens.weight.data.clone()
         policy.head.weight.data = torch.zeros_like(policy.head.weight)
     policy.stop_ids.clear()
-    done = og.rollout(policy, prompts[1], 8, 1.0, 6, [1, 2, 3])
+    done = decode(policy, prompts[1], 8, 1.0, 6, [1, 2, 3])
     ids = [i for g in done for c in g for i in c.ids]
     assert len(ids) == 144 and len(set(ids)) > 100
     assert abs(sum(ids) / 144 / len(policy.head.weight) - 0.5) < 0.1
@@ -128,16 +150,20 @@ def test_every_sampled_token_has_its_own_draw(policy, prompts):
 
 @pytest.mark.parametrize("n_clips", [1, 2, 3])
 def test_greedy_rollout_is_the_library_s(policy, tiny, config, n_clips):
-    """Same tokens as generate() on input features, audio path of the library included; several clips keep their order."""
+    """Same tokens as generate() on input features, audio path of the library included; several clips keep
+    their order."""
     policy.stop_ids.clear()
     policy.model.get_base_model().generation_config.eos_token_id = None
     examples = list(data.Examples(tiny.questions))
     for i in range(3):
         example = dataclasses.replace(examples[i], audio=[e.audio for e in examples[i : i + n_clips]])
-        clips, _ = og.hear(policy, example, config())
-        prompt, mels = og.encode(policy, [example], [clips], config())[0], [clip.mel for clip in clips]
+        clips, _ = og.load_clips_of(policy, config(), example)
+        prompt, mels = (
+            og.encode_prompts(policy, config(), [example], [clips])[0],
+            [clip.mel for clip in clips],
+        )
         assert len(prompt.audio) == len(mels) == n_clips
-        ours = og.rollout(policy, [prompt], 1, 0.0, 8, [0])[0][0].ids
+        ours = decode(policy, [prompt], 1, 0.0, 8, [0])[0][0].ids
         ids, frames = torch.tensor([prompt.ids]), max(m.shape[1] for m in mels)
         theirs = (
             policy.model.get_base_model()
@@ -158,24 +184,25 @@ def test_greedy_rollout_is_the_library_s(policy, tiny, config, n_clips):
 
 
 def test_inserted_tokens_are_read_by_their_row(policy, prompts):
-    """A row that inserts goes on with what it was given while the others sample; its later tokens have heard it."""
+    """A row that inserts goes on with what it was given while the others sample; its later tokens have heard
+    it."""
     tokens = prompts[1]
     policy.stop_ids.clear()
     heard = tokens[2].audio[0][1][:3]
-    given = og.Tokens([7, policy.audio_id, policy.audio_id, policy.audio_id, 8], [(1, heard)])
+    given = Tokens([7, policy.audio_id, policy.audio_id, policy.audio_id, 8], [(1, heard)])
 
     def insert(which, rows):
         assert len(which) == len(rows)
         return [given if i == 1 and len(row.ids) == 2 else None for i, row in zip(which, rows)]
 
-    done = og.rollout(policy, tokens, 2, 1.0, 6, [1, 2, 3], insert)
-    plain = og.rollout(policy, tokens, 2, 1.0, 6, [1, 2, 3])
+    done = decode(policy, tokens, 2, 1.0, 6, [1, 2, 3], insert)
+    plain = decode(policy, tokens, 2, 1.0, 6, [1, 2, 3])
     assert [c.ids for c in done[0] + done[2]] == [c.ids for c in plain[0] + plain[2]]
     for c in done[1]:
         assert c.ids[2:7] == given.ids and c.sampled == [True] * 2 + [False] * 5 + [True] * 4
         assert [(start, len(audio)) for start, audio in c.audio] == [(3, 3)] and len(c.logps) == len(c.ids)
-    groups = [og.Group(None, p, c) for p, c in zip(tokens, done)]
-    logps, _ = og.token_logps(policy, og.make_pack(groups, [0, 2, 4]), 1.0)
+    groups = make_groups([None] * 3, tokens, done)
+    logps, _ = token_logps(policy, pack_of(groups), 1.0)
     sampled = torch.tensor([x for g in done for c in g for x, s in zip(c.logps, c.sampled) if s])
     assert (logps - sampled).abs().max() <= 1e-5
 
@@ -183,24 +210,25 @@ def test_inserted_tokens_are_read_by_their_row(policy, prompts):
 def test_audio_stays_with_its_prompt(policy, prompts):
     """Other audio under prompt A changes A's log-probabilities and leaves B's bit-identical."""
     groups = ragged_groups(policy, prompts)
-    before, _ = og.token_logps(policy, og.make_pack(groups, [0, 3, 6]), 1.0)
+    before, _ = token_logps(policy, pack_of(groups), 1.0)
     start, audio = groups[0].prompt.audio[0]
-    groups[0].prompt = og.Tokens(groups[0].prompt.ids, [(start, audio.flip(0))])
-    pack = og.make_pack(groups, [0, 3, 6])
-    after, _ = og.token_logps(policy, pack, 1.0)
+    groups[0].prompt.audio = [(start, audio.flip(0))]
+    pack = pack_of(groups)
+    after, _ = token_logps(policy, pack, 1.0)
     assert (after - before).abs()[pack.row < 3].min() > 0
     assert torch.equal(after[pack.row >= 3], before[pack.row >= 3])
 
 
 def test_batched_audio_is_each_clip_s_own(policy, tiny, config):
     """The tower over a batch gives each clip what it gives it alone, in order."""
-    mels = [og.hear(policy, e, config())[0][0].mel for e in list(data.Examples(tiny.questions))[:5]]
+    mels = [og.load_clips_of(policy, config(), e)[0][0].mel for e in list(data.Examples(tiny.questions))[:5]]
     for mel, batched in zip(mels, policy.encode_audio(mels)):
         torch.testing.assert_close(policy.encode_audio([mel])[0], batched, atol=1e-5, rtol=0)
 
 
 def test_no_padding_to_300_seconds(policy, tiny, config):
-    """Features of the short path equal those of the library's default, which pads every clip to the maximum."""
+    """Features of the short path equal those of the library's default, which pads every clip to the
+    maximum."""
     example = data.Examples(tiny.questions)[0]
     wave, _ = data.load_audio(example.audio)
     out = policy.extractor(
@@ -208,7 +236,7 @@ def test_no_padding_to_300_seconds(policy, tiny, config):
     )
     assert out["input_features"].shape[2] == 30_000
     valid = int(out["attention_mask"].sum())
-    ours = og.hear(policy, example, config())[0][0].mel
+    ours = og.load_clips_of(policy, config(), example)[0][0].mel
     torch.testing.assert_close(ours, out["input_features"][0, :, :valid], atol=1e-6, rtol=0)
 
 
@@ -216,7 +244,7 @@ def test_end_of_turn_is_trained(policy, prompts):
     """Finished completions keep the token that ended them, it is a target, and nothing follows it."""
     examples, tokens = prompts
     policy.stop_ids[:] = list(range(0, 392, 3))  # a third of the vocabulary ends a completion
-    done = og.rollout(policy, tokens, 8, 1.0, 6, [1, 2, 3])
+    done = decode(policy, tokens, 8, 1.0, 6, [1, 2, 3])
     finished = [c for g in done for c in g if c.finished]
     assert finished and len(finished) < 24
     for c in finished:
@@ -225,7 +253,7 @@ def test_end_of_turn_is_trained(policy, prompts):
             and c.sampled[-1]
             and not any(i in policy.stop_ids for i in c.ids[:-1])
         )
-    pack = og.make_pack([og.Group(e, p, c) for e, p, c in zip(examples, tokens, done)], [0, 8, 16])
+    pack = pack_of(make_groups(examples, tokens, done))
     assert sum(i in policy.stop_ids for i in pack.target.tolist()) == len(finished)
 
 
@@ -245,33 +273,31 @@ def test_lora_is_in_the_language_model_only(policy):
 
 def test_every_lora_weight_gets_a_gradient_with_checkpointing(policy, prompts):
     assert policy.lm.is_gradient_checkpointing
-    logps, _ = og.token_logps(policy, og.make_pack(ragged_groups(policy, prompts), [0, 3, 6]), 1.0)
+    logps, _ = token_logps(policy, pack_of(ragged_groups(policy, prompts)), 1.0)
     logps.sum().backward()
     for name, p in policy.trainable().items():
         assert p.grad is not None and p.grad.abs().max() > 0, name
 
 
 def test_checkpointing_changes_nothing(policy, prompts):
-    pack = og.make_pack(ragged_groups(policy, prompts), [0, 3, 6])
+    pack = pack_of(ragged_groups(policy, prompts))
     results = []
     for switch in (None, policy.lm.gradient_checkpointing_disable):
         if switch:
             switch()
         assert policy.lm.is_gradient_checkpointing == (not switch)
-        results.append(gradients(policy, og.token_logps(policy, pack, 1.0)[0].sum()))
+        results.append(gradients(policy, token_logps(policy, pack, 1.0)[0].sum()))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], atol=1e-6, rtol=1e-5)
 
 
-def test_fresh_adapter_has_no_kl(config, tiny):
-    cfg = config()
-    policy = og.load_policy(cfg)
-    example = data.Examples(tiny.questions)[0]
-    prompt = og.encode(policy, [example], [og.hear(policy, example, cfg)[0]], cfg)[0]
-    pack = og.make_pack([og.Group(example, prompt, og.rollout(policy, [prompt], 3, 1.0, 6, [1])[0])], [0])
-    logps, _ = og.token_logps(policy, pack, 1.0)
-    with og.reference(policy) as frozen:
-        ref, _ = og.token_logps(frozen, pack, 1.0)
+def test_fresh_adapter_has_no_kl(config, prompts):
+    policy = og.load_run_policy(config())
+    examples, tokens = prompts
+    pack = pack_of(make_groups(examples, tokens, decode(policy, tokens, 3, 1.0, 6, [1, 2, 3])))
+    logps, _ = token_logps(policy, pack, 1.0)
+    with model.reference(policy) as frozen:
+        ref, _ = token_logps(frozen, pack, 1.0)
     assert og.kl_k3(logps, ref).abs().max() == 0
 
 
@@ -279,20 +305,16 @@ def test_fresh_adapter_has_no_kl(config, tiny):
 def test_frozen_reference_stays(policy, prompts, config, lora_rank):
     """Training from an adapter (or all weights): the reference is a copy of the start and does not move."""
     if not lora_rank:
-        policy = og.load_policy(config(lora_rank=0))
-        prompts = (
-            prompts[0],
-            og.encode(policy, prompts[0], [og.hear(policy, e, config())[0] for e in prompts[0]], config()),
-        )
-    pack = og.make_pack(ragged_groups(policy, prompts), [0, 3, 6])
+        policy = og.load_run_policy(config(lora_rank=0))
+    pack = pack_of(ragged_groups(policy, prompts))
     with torch.no_grad():
-        start, _ = og.token_logps(policy, pack, 1.0)
-        og.freeze_reference(policy)
+        start, _ = token_logps(policy, pack, 1.0)
+        model.freeze_reference(policy)
         for p in policy.trainable().values():
             p.add_(0.05 * torch.randn_like(p))
-        with og.reference(policy) as frozen:
-            ref, _ = og.token_logps(frozen, pack, 1.0)
-        now, _ = og.token_logps(policy, pack, 1.0)
+        with model.reference(policy) as frozen:
+            ref, _ = token_logps(frozen, pack, 1.0)
+        now, _ = token_logps(policy, pack, 1.0)
     assert torch.equal(ref, start)
     assert (now - start).abs().max() > 1e-3
     assert not any("reference" in name for name in policy.trainable())
@@ -315,48 +337,56 @@ class Capture:
         self.steps.append({n: p.grad.clone() for n, p in self.policy.trainable().items()})
 
 
+@pytest.fixture
+def no_clipping(monkeypatch):
+    monkeypatch.setattr(og, "MAX_GRAD_NORM", math.inf)
+
+
 def step_gradient(policy, cfg, groups):
+    """-> (the gradient of one update, or None if there was no step; its log)"""
     optimizer = Capture(policy)
-    log = og.update(policy, optimizer, dataclasses.replace(cfg, max_grad_norm=0.0), groups, cold=False)
+    log = og.update(policy, optimizer, cfg, groups)
     return (optimizer.steps[0] if optimizer.steps else None), log
+
+
+def reward_groups(groups, rewards, scale="std"):
+    for group, of_group in zip(groups, rewards):
+        group.rewards = list(of_group)
+        group.advantages = og.group_advantages(torch.tensor([group.rewards]), scale)[0].tolist()
 
 
 @pytest.mark.parametrize("reduce", ["sequence", "token", "constant"])
 @pytest.mark.parametrize("importance", ["token", "sequence"])
-def test_gradient_does_not_depend_on_packs(policy, prompts, config, reduce, importance):
+def test_gradient_does_not_depend_on_packs(policy, prompts, config, no_clipping, reduce, importance):
     groups = ragged_groups(policy, prompts)
-    results = [
-        step_gradient(policy, config(reduce=reduce, importance=importance, pack_tokens=n), groups)
-        for n in (1, 150, 10_000)
-    ]
-    assert (
-        len(og.pack_groups(groups, [0, 1, 2], 1, "cpu")) == 3
-        and len(og.pack_groups(groups, [0, 1, 2], 10_000, "cpu")) == 1
-    )
+    results, sizes = [], []
+    for n in (1, 150, 10_000):
+        cfg = config(reduce=reduce, importance=importance, pack_tokens=n)
+        sizes.append(len(og.make_batch(policy, cfg, groups)[0].packs))
+        results.append(step_gradient(policy, cfg, groups))
+    assert sizes[0] == 3 and sizes[2] == 1
     for grads, log in results[1:]:
         assert log["policy/kl_ref"] == pytest.approx(results[0][1]["policy/kl_ref"], rel=1e-4)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, results[0][0][name], atol=1e-6, rtol=1e-4)
 
 
-def test_update_gradient_by_hand(policy, prompts, config):
+def test_update_gradient_by_hand(policy, prompts, config, no_clipping):
     """beta 0: the gradient is that of - sum over rows of A_row * mean over its tokens of logp / R."""
     groups = ragged_groups(policy, prompts)
     grads, _ = step_gradient(policy, config(beta=0.0), groups)
-    adv = og.group_advantages(torch.tensor([g.rewards for g in groups]))
-    loss = 0.0
-    for g, group_adv in zip(groups, adv):
-        for c, a in zip(g.completions, group_adv):
-            loss = loss - a * plain_logps(policy, g.prompt, c, 1.0).mean() / 9
+    adv = [a for group in groups for a in group.advantages]
+    lengths = [sum(c.sampled) for group in groups for c in group.completions]
+    of_row = plain_logps(policy, groups, 1.0).split(lengths)
+    loss = -sum(a * logps.mean() for a, logps in zip(adv, of_row)) / 9
     for name, grad in gradients(policy, loss).items():
         torch.testing.assert_close(grads[name], grad, atol=2e-6, rtol=1e-4)
 
 
-def test_kl_pulls_back(policy, prompts, config):
+def test_kl_pulls_back(policy, prompts, config, no_clipping):
     """Uniform rewards and beta > 0: only the KL is left, and a step along its gradient lowers it."""
     groups = ragged_groups(policy, prompts)
-    for g in groups:
-        g.rewards = [1.0, 1.0, 1.0]
+    reward_groups(groups, [[1.0] * 3] * 3)
     grads, log = step_gradient(policy, config(beta=1.0), groups)
     with torch.no_grad():
         for name, p in policy.trainable().items():
@@ -364,40 +394,30 @@ def test_kl_pulls_back(policy, prompts, config):
     assert 0 < step_gradient(policy, config(beta=1.0), groups)[1]["policy/kl_ref"] < log["policy/kl_ref"]
 
 
-def test_uniform_groups_are_not_scored_without_kl(policy, prompts, config):
-    groups = ragged_groups(policy, prompts)
-    for g in groups[:2]:
-        g.rewards = [1.0, 1.0, 1.0]
-    scored = []
-    original = og.token_logps
-    try:
-        og.token_logps = lambda policy, pack, t, *more: (
-            scored.append(len(pack.prompts)),
-            original(policy, pack, t, *more),
-        )[1]
-        assert step_gradient(policy, config(beta=0.0), groups)[1]["group/scored"] == pytest.approx(1 / 3)
-        assert scored == [1]
-        groups[2].rewards = [0.0, 0.0, 0.0]
-        assert step_gradient(policy, config(beta=0.0), groups)[0] is None
-        assert scored == [1]
-    finally:
-        og.token_logps = original
+def test_uniform_groups_are_not_scored_without_kl(policy, prompts, config, monkeypatch):
+    groups, scored = ragged_groups(policy, prompts), []
+
+    def count(policy, pack, *more):
+        scored.append(len(pack.prompts))
+        return token_logps(policy, pack, *more)
+
+    monkeypatch.setattr(og, "token_logps", count)
+    reward_groups(groups[:2], [[1.0] * 3] * 2)
+    assert step_gradient(policy, config(beta=0.0), groups)[1]["group/scored"] == pytest.approx(1 / 3)
+    assert scored == [1]
+    reward_groups(groups[2:], [[0.0] * 3])
+    assert step_gradient(policy, config(beta=0.0), groups)[0] is None
+    assert scored == [1]
 
 
 def test_second_update_on_a_rollout_is_off_policy(policy, prompts, config):
     """--updates_per_rollout 2: the ratio is 1 in the first update and not in the second."""
-    cfg = config(updates_per_rollout=2, beta=0.0, lr=0.5)
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.5)
-    log = og.update(policy, optimizer, cfg, ragged_groups(policy, prompts), cold=False)
-    assert log["policy/kl_old"] > 1e-6
-    again = og.update(
-        policy,
-        optimizer,
-        dataclasses.replace(cfg, updates_per_rollout=1),
-        ragged_groups(policy, prompts),
-        False,
-    )
-    assert again["policy/kl_old"] == 0 and again["policy/clip_frac"] == 0
+    for updates, off_policy in ((2, True), (1, False)):
+        cfg = config(updates_per_rollout=updates, beta=0.0)
+        log = og.update(policy, optimizer, cfg, ragged_groups(policy, prompts))
+        assert (log["policy/kl_old"] > 1e-6) == off_policy
+    assert log["policy/kl_old"] == 0 and log["policy/clip_frac"] == 0
 
 
 def test_non_finite_gradient_skips_the_update(policy, prompts, config):
@@ -410,72 +430,48 @@ def test_non_finite_gradient_skips_the_update(policy, prompts, config):
     assert all(torch.equal(p, before[n]) for n, p in policy.trainable().items())
 
 
-def test_cold_start_is_the_same_update(policy, prompts, config):
-    """Gradient = that of the mean negative log-likelihood of the targets' tokens."""
-    examples, tokens = prompts
-    examples = [
-        dataclasses.replace(e, target=t) for e, t in zip(examples, ["bell", ["hum", "roar"], "siren"])
-    ]
-    groups = og.teacher_groups(
-        policy, config(), [(i, e, og.hear(policy, e, config())[0], False) for i, e in enumerate(examples)]
-    )
+def drawn_from(policy, cfg, examples):
+    return [og.Drawn(i, e, *og.load_clips_of(policy, cfg, e)) for i, e in enumerate(examples)]
+
+
+def test_cold_start_is_the_same_update(policy, prompts, config, no_clipping):
+    """Gradient = that of the mean negative log-likelihood of the targets' tokens, the end of turn among
+    them."""
+    targets = ["bell", ["hum", "roar"], "siren"]
+    examples = [dataclasses.replace(e, target=t) for e, t in zip(prompts[0], targets)]
+    cfg = config(reduce="token", beta=0.0)
+    groups = og.teacher_groups(policy, cfg, drawn_from(policy, cfg, examples))
     assert [len(g.completions) for g in groups] == [1, 2, 1]
     assert all(c.ids[-1] == policy.tokenizer.eos_token_id for g in groups for c in g.completions)
-    optimizer = Capture(policy)
-    og.update(policy, optimizer, config(reduce="token", max_grad_norm=0.0), groups, cold=True)
-    logps = torch.cat([plain_logps(policy, g.prompt, c, 1.0) for g in groups for c in g.completions])
-    for name, grad in gradients(policy, -logps.mean()).items():
-        torch.testing.assert_close(optimizer.steps[0][name], grad, atol=2e-6, rtol=1e-4)
+    grads, _ = step_gradient(policy, cfg, groups)
+    for name, grad in gradients(policy, -plain_logps(policy, groups, 1.0).mean()).items():
+        torch.testing.assert_close(grads[name], grad, atol=2e-6, rtol=1e-4)
 
 
-def test_repeats_are_scored_once_and_count_as_often(policy, config, prompts):
+def test_repeats_are_scored_once_and_count_as_often(policy, config, prompts, no_clipping, monkeypatch):
     """The same step, in the log and in the weights, whether equal completions are merged or not."""
-    _, tokens = prompts
-    said = [
-        completion([5, 6, 7]),
-        completion([5, 6]),
-        completion([5, 6, 7]),
-        completion([5, 6, 7]),
-        completion([5, 6]),
-        completion([9], sampled=[False]),
-        completion([9], sampled=[False]),
-    ]
-    groups = [og.Group(None, tokens[0], said, None, [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])]
-    adv, weight = (
-        og.group_advantages(torch.tensor([groups[0].rewards]), "std").flatten(),
-        torch.full((7,), 0.1),
-    )
-    (merged,), new_adv, new_weight, times = og.merge_repeats(groups, adv, weight)
-    assert [c.ids for c in merged.completions] == [
-        [5, 6, 7],
-        [5, 6],
-        [5, 6, 7],
-        [9],
-        [9],
-    ]  # one of them with another reward
-    assert times.tolist() == [2, 2, 1, 1, 1] and torch.equal(new_adv, adv[[0, 1, 3, 5, 6]])
-    torch.testing.assert_close(new_weight, torch.tensor([0.2, 0.2, 0.1, 0.1, 0.1]))
+    ids = [[5, 6, 7], [5, 6], [5, 6, 7], [5, 6, 7], [5, 6]]
+    said = [completion(x) for x in ids] + [completion([9], sampled=[False]) for _ in range(2)]
+    rewards = [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]  # one of the equal ones has another reward
+
+    def groups(n):
+        return make_groups([None], prompts[1][:1], [said[:n]], rewards[:n])
+
+    (kept,), first, copies = og.merge_repeats(groups(7))
+    assert [c.ids for c in kept] == [[5, 6, 7], [5, 6], [5, 6, 7], [9], [9]]
+    assert first == [0, 1, 3, 5, 6] and copies == [2, 2, 1, 1, 1]
+
+    def do_not_merge(groups):
+        n = sum(len(group.completions) for group in groups)
+        return [group.completions for group in groups], list(range(n)), [1] * n
+
     records, weights = [], []
-    for merge in (True, False):
-        model = copy.deepcopy(policy)
-        optimizer = torch.optim.SGD(model.trainable().values(), lr=1e-2)
-        with pytest.MonkeyPatch.context() as patch:
-            if not merge:
-                patch.setattr(
-                    og,
-                    "merge_repeats",
-                    lambda groups, adv, weight: (groups, adv, weight, torch.ones_like(weight)),
-                )
-            records.append(
-                og.update(
-                    model,
-                    optimizer,
-                    config(beta=0.04, updates_per_rollout=2, max_grad_norm=0.0),
-                    [og.Group(None, tokens[0], said[:5], None, [1.0, 0.0, 1.0, 0.0, 0.0])],
-                    cold=False,
-                )
-            )
-        weights.append(torch.cat([p.detach().flatten() for p in model.trainable().values()]))
+    for merge in (og.merge_repeats, do_not_merge):
+        monkeypatch.setattr(og, "merge_repeats", merge)
+        trained = copy.deepcopy(policy)
+        optimizer = torch.optim.SGD(trained.trainable().values(), lr=1e-2)
+        records.append(og.update(trained, optimizer, config(updates_per_rollout=2), groups(5)))
+        weights.append(torch.cat([p.detach().flatten() for p in trained.trainable().values()]))
     assert records[0].keys() == records[1].keys()
     for key in records[0]:
         assert records[0][key] == pytest.approx(records[1][key], abs=1e-5), key
@@ -485,33 +481,31 @@ def test_repeats_are_scored_once_and_count_as_often(policy, config, prompts):
 def test_finished_rows_leave_the_batch(policy, prompts):
     """Rows that stop early change nothing for the others: the same tokens as one prompt at a time."""
     _, tokens = prompts
-    policy = dataclasses.replace(
-        policy, stop_ids=list(range(0, len(policy.head.weight), 8))
-    )  # one token in eight stops
-    together = og.rollout(policy, tokens, 4, 9.0, 40, [1, 2, 3])
-    alone = [og.rollout(policy, [t], 4, 9.0, 40, [i + 1])[0] for i, t in enumerate(tokens)]
+    policy.stop_ids = list(range(0, len(policy.head.weight), 8))  # one token in eight stops
+    together = decode(policy, tokens, 4, 9.0, 40, [1, 2, 3])
+    alone = [decode(policy, [t], 4, 9.0, 40, [i + 1])[0] for i, t in enumerate(tokens)]
     lengths = sorted(len(c.ids) for g in together for c in g)
     assert lengths[len(lengths) // 2] < lengths[-1]  # more than half of them had left
-    assert [[c.ids for c in g] for g in together] == [[c.ids for c in g] for g in alone]
-    for a, b in zip((c for g in together for c in g), (c for g in alone for c in g)):
+    for a, b in zip(sum(together, []), sum(alone, []), strict=True):
+        assert a.ids == b.ids
         assert a.logps == pytest.approx(b.logps, abs=1e-4) and len(a.logps) == len(a.ids)
 
 
 # ---- a prompt is read once a step
 
 
-def sampled(policy, tiny, cfg, n=3):
-    """Groups of a real rollout, with rewards of their own making.       -> [Group]"""
-    examples = list(data.Examples(tiny.questions))[:n]
-    groups = og.sampled_groups(
-        policy,
-        cfg,
-        [(i, e, og.hear(policy, e, cfg)[0], False) for i, e in enumerate(examples)],
-        {"accuracy": 1.0},
-    )
-    for g in groups:  # by what was said, so that equal completions have equal rewards
-        g.rewards = [float(c.ids == g.completions[0].ids) for c in g.completions]
-    assert all(len({tuple(c.ids) for c in g.completions}) > 1 for g in groups)
+def sampled_groups(policy, tiny, cfg, n=3):
+    """Groups of a real rollout; rewards by what was said, so that equal completions have equal ones."""
+    examples = data.Examples(tiny.questions)[:n]
+    groups = og.sample_groups(policy, cfg, drawn_from(policy, cfg, examples), {"accuracy": 1.0})
+    reward_groups(groups, [[float(c.ids == g.completions[0].ids) for c in g.completions] for g in groups])
+    assert all(g.has_spread for g in groups)
+    return groups
+
+
+def forget_reading(groups):
+    for group in groups:
+        group.prompt.read = None
     return groups
 
 
@@ -530,23 +524,22 @@ def tokens_through(policy, work):
 
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("beta", [0.0, 0.04])
-def test_learning_through_the_rollout_s_pass_is_the_same_step(policy, tiny, config, beta, updates):
-    """--reuse_prefix changes neither the gradient nor the log, however the step is cut into packs."""
+def test_learning_through_the_rollout_s_pass_is_the_same_step(
+    policy, tiny, config, no_clipping, beta, updates
+):
+    """Neither the gradient nor the log depends on whether prompts are read again, nor on how the step is
+    cut."""
     results = []
     for reuse, pack_tokens in ((False, 10_000), (True, 10_000), (True, 150), (True, 1)):
-        model = copy.deepcopy(policy)
-        cfg = config(
-            reuse_prefix=reuse,
-            beta=beta,
-            pack_tokens=pack_tokens,
-            updates_per_rollout=updates,
-            max_grad_norm=0.0,
-        )
-        groups = sampled(model, tiny, cfg)
-        assert all(bool(g.read) == reuse for g in groups)
-        log = og.update(model, torch.optim.SGD(model.trainable().values(), lr=0.1), cfg, groups, cold=False)
-        assert all(g.read is None for g in groups)
-        results.append((log, {n: p.detach() for n, p in model.trainable().items()}))
+        trained = copy.deepcopy(policy)
+        cfg = config(beta=beta, pack_tokens=pack_tokens, updates_per_rollout=updates)
+        groups = sampled_groups(trained, tiny, cfg)
+        assert all(g.prompt.read for g in groups)
+        if not reuse:
+            forget_reading(groups)
+        log = og.update(trained, torch.optim.SGD(trained.trainable().values(), lr=0.1), cfg, groups)
+        assert all(g.prompt.read is None for g in groups)
+        results.append((log, {n: p.detach() for n, p in trained.trainable().items()}))
     start = policy.trainable()
     assert all((p - start[n]).abs().max() > 1e-5 for n, p in results[0][1].items())
     for log, weights in results[1:]:
@@ -557,50 +550,57 @@ def test_learning_through_the_rollout_s_pass_is_the_same_step(policy, tiny, conf
 
 
 def test_a_prompt_is_read_once_a_step(policy, tiny, config):
-    """beta 0: the prompt's tokens go through the model once, in the rollout, and again only without --reuse_prefix."""
+    """beta 0: the prompt's tokens go through the model once, in the rollout, and again only if that pass was
+    not kept."""
+    cfg = config(beta=0.0)
     for reuse in (True, False):
-        cfg = config(reuse_prefix=reuse, beta=0.0)
-        groups, grad, plain = tokens_through(policy, lambda cfg=cfg: sampled(policy, tiny, cfg))
+        groups, grad, _ = tokens_through(policy, lambda: sampled_groups(policy, tiny, cfg))
         prompt = sum(len(g.prompt.ids) for g in groups)
-        assert grad == prompt * reuse
+        assert grad == prompt
+        if not reuse:
+            forget_reading(groups)
         fed = sum(len(ids) - 1 for g in groups for ids in {tuple(c.ids) for c in g.completions})
-        _, grad, plain = tokens_through(
-            policy, lambda cfg=cfg, groups=groups: step_gradient(policy, cfg, groups)
-        )
-        assert (grad, plain) == (fed + prompt * (not reuse), 0)
+        _, grad, no_grad = tokens_through(policy, lambda groups=groups: step_gradient(policy, cfg, groups))
+        assert (grad, no_grad) == (fed + prompt * (not reuse), 0)
 
 
-def test_few_scored_groups_are_read_again(policy, tiny, config):
+def test_few_scored_groups_are_read_again(policy, tiny, config, no_clipping):
     """Without a KL, a backward pass through prompts that need none must not cost more than it saves."""
     cfg = config(beta=0.0)
-    small, *large = sorted(range(3), key=lambda i: len(sampled(policy, tiny, cfg)[i].prompt.ids))
+    sizes = [len(g.prompt.ids) for g in sampled_groups(policy, tiny, cfg)]
+    small, *large = sorted(range(3), key=lambda i: sizes[i])
     for kept, through in (([0, 1, 2], True), (sorted(large), True), ([small], False)):
-        packs = og.pack_groups(sampled(policy, tiny, cfg), kept, 10_000, "cpu")
-        assert len(packs) == 1 and len(packs[0].prompts) == len(kept) and bool(packs[0].prefix) == through
-        assert not through or list(packs[0].places) == kept
-    reference = None
+        groups = sampled_groups(policy, tiny, cfg)
+        reward_groups([groups[i] for i in range(3) if i not in kept], [[1.0] * 3] * 3)
+        (pack,) = og.make_batch(policy, cfg, groups)[0].packs
+        assert len(pack.prompts) == len(kept) and bool(pack.prefix) == through
+        assert not through or list(pack.places) == kept
+    grads = []
     for reuse in (True, False):
-        groups = sampled(policy, tiny, config(beta=0.0, reuse_prefix=reuse))
-        groups[small].rewards = [1.0] * len(groups[small].rewards)
-        grads, log = step_gradient(policy, cfg, groups)
+        groups = sampled_groups(policy, tiny, cfg)
+        reward_groups([groups[small]], [[1.0] * 3])
+        gradient, log = step_gradient(policy, cfg, groups if reuse else forget_reading(groups))
         assert log["group/scored"] == pytest.approx(2 / 3)
-        reference = reference or grads
-        for name in grads:
-            torch.testing.assert_close(grads[name], reference[name], atol=1e-6, rtol=1e-4)
+        grads.append(gradient)
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], atol=1e-6, rtol=1e-4)
 
 
 def test_decoding_holds_a_prompt_once(policy, prompts):
-    """Keys and values of G rows: S + G * T slots a prompt, not G * (S + T); prompts without a live row leave."""
-    prefixes = og.read_in_parts(policy, prompts[1], part_tokens=1)
+    """Keys and values of G rows: S + G * T slots a prompt, not G * (S + T); prompts without a live row
+    leave."""
+    prefixes = model.read_prompts(policy, prompts[1], pack_tokens=1)
     assert [len(p.prompts) for p in prefixes] == [1, 1, 1]
-    cache = og.Decoding(prefixes, 4, 4 * 6)
+    decoder = model.Decoder(policy, prefixes, 4, 6)
     longest = max(len(p.ids) for p in prompts[1])
-    assert cache.kv[0][0].shape[:3] == (3, policy.lm.config.num_key_value_heads, longest + 4 * 6)
-    cache.keep(torch.tensor([1, 2, 8]))
-    assert cache.place.tolist() == [1, 2, 4] and len(cache.mask) == len(cache.kv[0][0]) == 2
+    kv_heads = policy.lm.config.num_key_value_heads
+    assert decoder.kv[0][0].shape[:3] == (3, kv_heads, longest + 4 * 6)
+    decoder.keep([1, 2, 8])
+    assert decoder.place.tolist() == [1, 2, 4] and len(decoder.mask) == len(decoder.kv[0][0]) == 2
 
 
-def test_unusual_attention_is_refused(policy, prompts):
+def test_unusual_attention_is_refused():
     """A sliding window would be ignored without a word."""
+    pattern = model.PromptAttention([])
     with pytest.raises(data.UserError, match="sliding window"):
-        og.packed_attention(None, None, None, None, None, pattern=og.Reading([]), sliding_window=4096)
+        model.packed_attention(None, None, None, None, None, pattern=pattern, sliding_window=4096)
