@@ -609,6 +609,11 @@ def attend(query, key, value, scaling, mask=None, causal=False):
     return fused_attention(query, key, value, scaling, mask, causal).reshape(1, -1, n, d)
 
 
+def between(x: Tensor, start: int, end: int) -> Tensor:
+    """Tokens start to end.       (1, heads, N, d) -> (1, heads, end - start, d)"""
+    return x[:, :, start:end]
+
+
 def fused_attention(query, key, value, scaling, mask=None, causal=False):
     if query.is_meta:  # there, the plain call would make a matrix of scores that no real device holds
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -660,10 +665,12 @@ class PromptAttention:
 
     def attend(self, layer: int, query, key, value, scaling):
         self.kv.setdefault(layer, (key, value))  # the backward pass runs a checkpointed layer a second time
-        parts = []
+        outs = []
         for a, b in self.ranges:
-            parts.append(attend(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, causal=True))
-        return torch.cat(parts, dim=2)
+            outs.append(
+                attend(between(query, a, b), between(key, a, b), between(value, a, b), scaling, causal=True)
+            )
+        return torch.cat(outs, dim=2)
 
 
 def read_prompts(policy: Policy, prompts: Sequence[Tokens], pack_tokens: int = 8192) -> list[Prefix]:
@@ -746,8 +753,10 @@ def make_pack(
         # its prompt, and what came before in its completion
         mask = torch.cat([sees_prompt, same.tril()], dim=1)
         blocks.append((start, n, mask.to(device)[None, None]))
-    read = [prompt.read for prompt in prompts]
-    prefix, places = (read[0][0], [place for _, place in read]) if read[0] else (None, range(len(prompts)))
+    prefix, places = None, range(len(prompts))
+    if prompts[0].read:
+        prefix, _ = prompts[0].read
+        places = [prompt.read[1] for prompt in prompts]
     positions, predictor, target, row = (torch.cat(x).to(device) for x in (positions, predictor, target, row))
     return Pack(prompts, prefix, places, inputs, positions, blocks, predictor, target, row)
 
@@ -798,13 +807,13 @@ class CompletionAttention:
         ]
 
     def attend(self, layer: int, query, key, value, scaling):
-        keys, values = self.kv[layer]
-        parts = []
+        prompt_key, prompt_value = self.kv[layer]
+        outs = []
         for p, q, a, b, mask in self.blocks:  # tokens p to q of the prompts, a to b of the completions
-            seen_keys = torch.cat([keys[:, :, p:q], key[:, :, a:b]], dim=2)
-            seen_values = torch.cat([values[:, :, p:q], value[:, :, a:b]], dim=2)
-            parts.append(attend(query[:, :, a:b], seen_keys, seen_values, scaling, mask))
-        return torch.cat(parts, dim=2)
+            keys = torch.cat([between(prompt_key, p, q), between(key, a, b)], dim=2)
+            values = torch.cat([between(prompt_value, p, q), between(value, a, b)], dim=2)
+            outs.append(attend(between(query, a, b), keys, values, scaling, mask))
+        return torch.cat(outs, dim=2)
 
 
 def token_logps(
@@ -953,7 +962,7 @@ class Decoder:
             keys, values = (x[line : line + 1, :, : start + size] for x in self.kv[layer])
             before = self.mask[line, row, :start].repeat(size, 1)
             mask = torch.cat([before, self.mask.new_ones(size, size).tril()], dim=1)
-            outs.append(attend(query[:, :, r : r + size], keys, values, scaling, mask))
+            outs.append(attend(between(query, r, r + size), keys, values, scaling, mask))
             r += size
         return torch.cat(outs, dim=2)
 

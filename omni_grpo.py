@@ -3,9 +3,10 @@
     python omni_grpo.py                          the demo: a tiny Qwen2.5-Omni learns to listen, on a CPU
     python omni_grpo.py --data avqa_gpt.jsonl    Qwen2.5-Omni-7B on your questions
 
-One step: sample G completions for each of P prompts, reward them, normalise the rewards within each group, and
-move the policy by the clipped surrogate with a KL penalty to a frozen reference (DeepSeekMath, 2402.03300). The
-setting is Omni-R1's (2505.09439): a direct answer and a correctness reward. What differs from the papers:
+One step: sample G completions for each of P prompts, reward them, normalise the rewards within each group,
+and move the policy by the clipped surrogate with a KL penalty to a frozen reference (DeepSeekMath,
+2402.03300). The setting is Omni-R1's (2505.09439): a direct answer and a correctness reward. What differs
+from the papers:
 
   - LoRA on the language model's linear layers; the reference is the adapter switched off.
   - A prompt is read once a step: its keys and values serve all G completions, in the rollout and in the loss,
@@ -246,6 +247,12 @@ def policy_loss(ratio: Tensor, adv: Tensor, weight: Tensor, clip_low: float, cli
     return -(weight * torch.minimum(ratio * adv, clipped * adv)).sum()
 
 
+def is_clipped(ratio: Tensor, adv: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """Tokens whose gradient the clip has removed.       all (M,) -> bool (M,)"""
+    too_low, too_high = ratio < 1 - clip_low, ratio > 1 + clip_high
+    return (too_low & (adv < 0)) | (too_high & (adv > 0))
+
+
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """k3 estimate of KL(policy || reference) per token: exp(d) - 1 - d, d = ref_logp - logp, never negative.
     (M,) -> (M,)
@@ -342,7 +349,7 @@ def teacher_groups(policy: Policy, cfg: Config, drawn: list[Drawn]) -> list[Grou
             ids = policy.tokenizer(target, add_special_tokens=False)["input_ids"]
             for token in [*ids, policy.tokenizer.eos_token_id]:
                 completion.append(token)
-                heard = insert([i], [completion])[0] if insert else None
+                (heard,) = insert([i], [completion])
                 if heard:
                     completion.insert(heard)
             completions.append(completion)
@@ -390,14 +397,16 @@ def rollout(
     return done
 
 
-def relistening(
-    policy: Policy, cfg: Config, prompts: list[Prompt], clips: list[list[Clip]]
-) -> Relistening | None:
+def relistening(policy: Policy, cfg: Config, prompts: list[Prompt], clips: list[list[Clip]]) -> Callable:
     """The hook of `decode` that lets completions hear parts of their clips again, where the run has any of
     that."""
     if not cfg.relistens or not any(clips):
-        return None
+        return insert_nothing
     return Relistening(policy, prompts, clips, cfg.relistens, cfg.relisten_from)
+
+
+def insert_nothing(which: list[int], rows: list[Completion]) -> list[None]:
+    return [None] * len(rows)
 
 
 @torch.no_grad()
@@ -408,7 +417,7 @@ def decode(
     temperature: float,
     max_new_tokens: int,
     seeds: list[int],
-    insert: Callable | None = None,
+    insert: Callable = insert_nothing,
 ) -> list[list[Completion]]:
     """G completions of every prompt that was read.       -> P lists of G
 
@@ -434,7 +443,7 @@ def decode(
         if not live or step + 1 == max_new_tokens:
             break
         going = [batch[place] for place in live]
-        heard = insert([r // g for r in going], [rows[r] for r in going]) if insert else [None] * len(going)
+        heard = insert([r // g for r in going], [rows[r] for r in going])
         if 2 * len(live) <= len(batch):
             decoder.keep(live)
             batch, ids, u = going, ids[live], u[live]
@@ -578,15 +587,17 @@ def backward(policy: Policy, cfg: Config, batch: Batch, through_rollout: bool) -
         loss, ratio = grpo_loss(logp, old_logp, ref_logp, adv, weight, pack.row, cfg)
         loss.backward()
         with torch.no_grad():
-            n = batch.copies[pack.row]
-            too_low, too_high = ratio < 1 - cfg.clip_low, ratio > 1 + cfg.clip_high
-            clipped = (too_low & (adv < 0)) | (too_high & (adv > 0))
-            sums.update({"tokens": n.sum(), "loss": loss.detach()})
-            sums.update({"policy/logp": (n * logp).sum(), "policy/entropy": (n * entropy).sum()})
-            sums.update({"policy/clip_frac": (n * clipped).sum()})
-            sums.update({"policy/kl_old": (n * kl_k3(logp, old_logp)).sum()})
+            of_token = {
+                "policy/logp": logp,
+                "policy/entropy": entropy,
+                "policy/clip_frac": is_clipped(ratio, adv, cfg.clip_low, cfg.clip_high),
+                "policy/kl_old": kl_k3(logp, old_logp),
+            }
             if cfg.beta:
-                sums.update({"policy/kl_ref": (n * kl_k3(logp, ref_logp)).sum()})
+                of_token["policy/kl_ref"] = kl_k3(logp, ref_logp)
+            n = batch.copies[pack.row]
+            sums.update({name: (n * x).sum() for name, x in of_token.items()})
+            sums.update({"tokens": n.sum(), "loss": loss.detach()})
     for key, prefix in prefixes.items():
         prefix.backward(copies[key])
     return sums
