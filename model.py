@@ -667,9 +667,8 @@ class PromptAttention:
         self.kv.setdefault(layer, (key, value))  # the backward pass runs a checkpointed layer a second time
         outs = []
         for a, b in self.ranges:
-            outs.append(
-                attend(between(query, a, b), between(key, a, b), between(value, a, b), scaling, causal=True)
-            )
+            own = [between(x, a, b) for x in (query, key, value)]
+            outs.append(attend(*own, scaling, causal=True))
         return torch.cat(outs, dim=2)
 
 

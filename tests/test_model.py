@@ -51,7 +51,7 @@ def pack_of(groups, device="cpu"):
     return make_pack([g.prompt for g in groups], [g.completions for g in groups], first_rows, device)
 
 
-def decode(policy, prompts, g, temperature, max_new_tokens, seeds, insert=None):
+def decode(policy, prompts, g, temperature, max_new_tokens, seeds, insert=og.insert_nothing):
     prefixes = model.read_prompts(policy, prompts)
     return og.decode(policy, prefixes, g, temperature, max_new_tokens, seeds, insert)
 
