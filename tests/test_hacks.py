@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 from test_families import family_folder  # noqa: F401 - a fixture
-from test_readme import README
+from texts import README
 
 import data
 import eval as eval_
+import model
 import omni_grpo as og
 import reward
 
@@ -53,8 +54,8 @@ def test_reward(hack):
     hack("reward", reward)
     weights = reward.parse_rewards("accuracy=1,brief=0.2")
     example = data.Example("", None, "?", ["a dog", "a cat"], 0)
-    assert reward.score("a dog", example, weights) == (1.2, {"accuracy": 1.0, "brief": 1.0})
-    assert reward.score("It is a dog, I think.", example, weights)[1]["brief"] == 0
+    assert reward.score(reward.Said("a dog"), example, weights) == (1.2, {"accuracy": 1.0, "brief": 1.0})
+    assert reward.score(reward.Said("It is a dog, I think."), example, weights)[1]["brief"] == 0
 
 
 def test_prompt(hack, config, policy):
@@ -62,7 +63,7 @@ def test_prompt(hack, config, policy):
     cfg = config(prompt="polite", audio="none", max_new_tokens=0)
     assert cfg.new_tokens == 16
     text = policy.tokenizer.decode(
-        og.prompt_tokens(policy, data.Example("", None, "Why?", ["a", "b"], 0), [], cfg).ids
+        model.encode_prompt(policy, data.Example("", None, "Why?", ["a", "b"], 0), [], cfg.prompt).ids
     )
     assert "You are polite." in text and "['a', 'b']. Please answer in one word." in text
 
@@ -89,9 +90,9 @@ def test_loss(hack, config, tmp_path):
 
 
 def test_model(hack, config, family_folder):  # noqa: F811
-    hack("model", og)
-    policy = og.load_policy(config(model=family_folder("qwen3"), audio="none"))
-    assert og.family_of(family_folder("qwen3"))[1].model_class == "Qwen3ForCausalLM"
+    hack("model", model)
+    policy = og.load_run_policy(config(model=family_folder("qwen3"), audio="none"))
+    assert model.read_family(family_folder("qwen3"))[1].model_class == "Qwen3ForCausalLM"
     assert all(name.startswith("base_model.model.model.layers") for name in policy.trainable())
 
 

@@ -1,71 +1,114 @@
-"""The README says what the code does: flags, commands, functions and tests that it names exist. So do the mutants' places."""
+"""README and docs say what the code does: flags, commands, functions, tests and numbers that they name exist."""
 
 import dataclasses
+import importlib
 import os
 import re
 import runpy
 import shlex
 
-import data
-import eval as eval_
+import torch
+from texts import ALL, DOCS, README, ROOT, read
+
 import omni_grpo as og
-from data import PROMPTS
 from reward import REWARDS
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-    README = f.read()
 FIELDS = {f.name: f for f in dataclasses.fields(og.Config)}
+SCRIPTS = ["omni_grpo.py", "model.py", "data.py", "reward.py", "eval.py"]
+TOOLS = [f"tools/{name}" for name in os.listdir(os.path.join(ROOT, "tools")) if name.endswith(".py")]
+CODE = "".join(map(read, SCRIPTS + TOOLS))
+TESTS = "".join(
+    read(f"tests/{name}") for name in os.listdir(os.path.join(ROOT, "tests")) if name.endswith(".py")
+)
+OTHERS = {"nproc_per_node", "no-deps"}  # torchrun's and pip's
 
 
-def source(*names):
-    return "".join(open(os.path.join(ROOT, n), encoding="utf-8").read() for n in names)
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 16_000
 
 
-def test_every_flag_is_in_the_readme_and_the_reverse():
-    named = set(re.findall(r"--(?:no-)?(\w+)", README)) - {
-        "nproc_per_node",
-        "deps",
-        "demo",
-    }  # torchrun's, pip's
-    assert set(FIELDS) <= named
-    other = set(re.findall(r'"--(\w+)"', source("tests/bench.py", "data.py", "eval.py")))
-    other |= set(
-        re.findall(r"python tests/bench.py --(\w+)", source("tests/bench.py"))
-    )  # its modes, in its docstring
-    assert named - set(FIELDS) <= other | {"help"}
+def test_every_flag_named_exists():
+    named = {flag.removeprefix("no-") for flag in re.findall(r"--([a-z][\w-]*)", ALL) if flag not in OTHERS}
+    known = set(re.findall(r'"--(\w+)"', CODE + read("tests/bench.py"))) | {"help"}
+    known |= set(re.findall(r"^    (\w+): (?:\w+|.*) = knob\(", CODE, re.MULTILINE))
+    assert named <= known | set(re.findall(r"bench\.py --(\w+)", read("tests/bench.py"))), named - known
+
+
+def test_every_ablation_is_in_the_readme():
+    block = read("omni_grpo.py").partition("# ablations:")[2].partition("# optimisation")[0]
+    ablations = re.findall(r"^    (\w+): \w+ = knob\(", block, re.MULTILINE)
+    assert len(ablations) >= 10
+    for name in ablations:
+        assert f"--{name}" in README.partition("\n## Ablations")[2].partition("\n## ")[0], name
+    for flag, options in re.findall(r"`--(\w+) (\w+(?:\\\|\w+)+)`", README):
+        assert set(options.split("\\|")) == set(FIELDS[flag].metadata["choices"]), flag
+    assert all(f"`{name}`" in ALL or f"{name}=" in ALL for name in REWARDS)
     assert all(f.metadata["help"] for f in FIELDS.values())
 
 
+def commands(start: str) -> list[list[str]]:
+    found = re.findall(rf"^    (?:.*&& )?{start}(.*)$", ALL, re.MULTILINE)
+    found += re.findall(rf"`{start}(.*?)`", ALL)
+    return [shlex.split(words) for words in found]
+
+
 def test_commands_parse():
-    commands = re.findall(r"^    .*?python omni_grpo\.py(.*)$", README, re.MULTILINE)
-    commands += re.findall(r"`python omni_grpo\.py(.*?)`", README)
-    assert len(commands) >= 4
-    for words in map(shlex.split, commands):
+    trainer = commands(r"python omni_grpo\.py")
+    assert len(trainer) > 15
+    for words in trainer:
         if "--help" not in words and "--resume" not in words:
             og.parse_config(words)
-    for module in (data, eval_):
-        commands = re.findall(rf"^    python {module.__name__}\.py(.*)$", README, re.MULTILINE)
-        assert len(commands) >= 3
-        for words in map(shlex.split, commands):
-            module.parse_args(words)
+    for name, least in (("data", 4), ("eval", 5)):
+        found = commands(rf"python {name}\.py")
+        assert len(found) >= least
+        for words in found:
+            if words and "..." not in words:
+                importlib.import_module(name).parse_args(words)
 
 
-def test_options_named_are_real():
-    for flag, options in re.findall(r"`--(\w+) (\w+(?:\\\|\w+)+)`", README):
-        allowed = set(FIELDS[flag].metadata["choices"] or PROMPTS)
-        assert set(options.split("\\|")) == allowed, flag
-    for name in REWARDS:
-        assert f"`{name}`" in README or f"{name}=" in README
+def test_tools_named_are_there():
+    named = set(re.findall(r"python -m tools\.(\w+)", ALL))
+    assert named >= {"generate", "events", "behaviours", "pages", "fits"}
+    for name in named:
+        assert f"tools/{name}.py" in TOOLS and 'if __name__ == "__main__":' in read(f"tools/{name}.py")
 
 
 def test_functions_and_tests_named_exist():
-    code = source("omni_grpo.py", "data.py", "reward.py", "eval.py")
-    tests = source(*(f"tests/{n}" for n in os.listdir(os.path.join(ROOT, "tests")) if n.endswith(".py")))
-    for name in re.findall(r"`(test_\w+)`", README):
-        assert f"def {name}(" in tests, name
-    for name in ("group_advantages", "importance_ratio", "policy_loss", "loss_weights", "kl_k3", "make_pack"):
-        assert f"`{name}`" in README and f"def {name}(" in code
+    for name in re.findall(r"`(test_\w+)`", ALL):
+        assert f"def {name}(" in TESTS, name
+    step = README.partition("\n## The step")[2].partition("\n## ")[0]
+    for name in re.findall(r"`([a-z_0-9]+)`", step):
+        if not name.startswith("test_") and name not in FIELDS["reduce"].metadata["choices"]:
+            assert f"def {name}(" in CODE, name
+    for name in re.findall(r"`(tests/\w+\.py)", ALL):
+        assert os.path.exists(os.path.join(ROOT, name))
+    for page, text in [("README.md", README), *((f"docs/{name}", text) for name, text in DOCS.items())]:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert os.path.exists(os.path.join(ROOT, os.path.dirname(page), link)), (page, link)
+
+
+def test_the_worked_group():
+    """The README's group of four: advantages, weights and losses, computed."""
+    section = README.partition("One group in numbers")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    lengths, rewards = (torch.tensor([float(row[i]) for row in rows]) for i in (1, 2))
+    adv = og.group_advantages(rewards[None])[0]
+    assert [f"{a:.4f}" for a in adv.tolist()] == [row[3] for row in rows]
+    for i, reduce in enumerate(("sequence", "token", "constant")):
+        weights = og.loss_weights(lengths, reduce, 32)
+        assert [f"{w:.4f}" for w in weights.tolist()] == [row[4 + i] for row in rows]
+    row = torch.repeat_interleave(torch.arange(4), lengths.long())
+    weight, zeros = og.loss_weights(lengths, "sequence", 32)[row], torch.zeros(len(row))
+    ratio = torch.where(row == 0, 1.3, 1.0).requires_grad_()
+    cfg = og.Config(beta=0.0)
+    first, _ = og.grpo_loss(zeros, zeros, None, adv[row], weight, row, cfg)
+    second, _ = og.grpo_loss(ratio.log(), zeros, None, adv[row], weight, row, cfg)
+    (gradient,) = torch.autograd.grad(second, ratio)
+    assert (gradient[row == 0] == 0).all() and (gradient[row == 1] != 0).all()
+    k3 = og.kl_k3(zeros, zeros - 0.1)
+    said = re.findall(r"-?\d\.\d{4}", section.partition("The policy that is updated")[2])
+    values = [first.item() + 0.0, second.item(), k3[0].item(), 0.04 * (weight * k3).sum().item()]
+    assert said == [f"{abs(values[0]):.4f}"] + [f"{x:.4f}" for x in values[1:]]
 
 
 def test_every_config_default_is_valid_and_parses_back():
@@ -75,26 +118,18 @@ def test_every_config_default_is_valid_and_parses_back():
     assert og.parse_config(["--data", "x", "--no-shuffle_choices"])[0].shuffle_choices is False
 
 
-def test_log_keys_in_the_readme():
-    written = set(
-        re.findall(
-            r'"((?:policy|group|len|optim|time|mem|audio|reward|eval|relisten)/\w+)"', source("omni_grpo.py")
-        )
-    )
-    missing = {k for k in written if f"`{k}`" not in README} - {
-        "policy/logp",
-        "group/scored",
-        "time/eval_s",
-        "optim/lr",
-    }
-    assert not missing
+def test_log_keys_are_explained():
+    keys = r'"((?:policy|group|len|optim|time|mem|audio|reward|eval|relisten)/\w+)"'
+    written = set(re.findall(keys, read("omni_grpo.py")))
+    untold = {"policy/logp", "group/scored", "time/eval_s", "optim/lr"}
+    assert len(written) > 20
+    assert not {key for key in written - untold if f"`{key}`" not in ALL}
 
 
 def test_every_mutant_still_finds_its_text():
     """A mutant whose text is gone breaks nothing, and proves nothing."""
-    code = source("omni_grpo.py")
-    assert not [
-        what
-        for what, old, *_ in runpy.run_path(os.path.join(ROOT, "tests", "mutants.py"))["MUTANTS"]
-        if code.count(old) != 1
-    ]
+    mutants = runpy.run_path(os.path.join(ROOT, "tests", "mutants.py"))
+    scripts = mutants["read_scripts"]()
+    lost = [what for what, old, *_ in mutants["MUTANTS"] if len(mutants["places_of"](old, scripts)) != 1]
+    assert not lost
+    assert f"breaks the scripts in {len(mutants['MUTANTS'])} ways" in README
