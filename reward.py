@@ -1,11 +1,11 @@
-"""Rewards: what a completion is worth. And the resolver that they and eval.py share: which choice a completion gives.
+"""Rewards: what a completion is worth; and the resolver: which choice a completion gives as its answer.
 
-A reward is a plain function (said, example) -> float in the table REWARDS. `--reward accuracy=1,format=0.5` weighs them,
-and the log holds each one before its weight. To add a reward, write the function and put its name into the table. A reward
-never raises on what a model wrote and never executes it.
+A reward is a plain function (said, example) -> float in the table REWARDS. `--reward accuracy=1,format=0.5`
+weighs them, and the log holds each one before its weight. To add a reward, write the function and enter it in the
+table. A reward never raises on what a model wrote and never executes it.
 
-The file reads from top to bottom: the rewards, `resolve` and its five passes, and last the word lists of the resolver.
-It needs no torch.
+`resolve` serves training and evaluation alike. It works in five passes; its word lists are at the end of the file.
+This file needs no torch.
 """
 
 import ast
@@ -20,31 +20,30 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rewards
 
 
 @dataclass
 class Said:
-    """What the policy said, and what is known about how it came to say it."""
+    """What the policy said, and what is known about how it said it."""
 
     text: str
     used: float = 0.0  # the share of --max_new_tokens that it took, 0 to 1
-    heard: tuple = ()  # the parts of the clip that it heard again: (start, end) in seconds
-    confidence: float | None = (
-        None  # the probability of its answer's least certain token, where that is known
-    )
+    heard: tuple = ()  # the parts of its clip that it heard again: (start, end) in seconds
+    confidence: float | None = None  # the probability of its answer's least certain token, if known
 
 
 def accuracy(said: Said, example) -> float:
     """1 if the completion gives the right choice, or solves its Countdown; else 0."""
     if example.is_countdown:
         return float(countdown(said, example) == 1)
-    return float(same_choice(example.choices, resolve(said.text, example.choices), example.answer))
+    index = resolve(said.text, example.choices)
+    return float(same_choice(example.choices, index, example.answer))
 
 
 def same_choice(choices: list[str], i: int | None, j: int | None) -> bool:
-    """Whether two indices stand for the same choice. They may differ, because a question may hold a choice twice."""
+    """Whether two indices mean the same choice. They may differ: a question may hold a choice twice."""
     if i is None or j is None:
         return False
     words = choice_words(choices[i])
@@ -57,43 +56,40 @@ def answer_format(said: Said, example) -> float:
 
 
 def think_format(said: Said, example) -> float:
-    """1 if the completion is one <think> block and one <answer> block (R1-AQA's thinking mode)."""
+    """1 if the completion is one <think> block, then one <answer> block (R1-AQA's thinking mode)."""
     rest = after_block("think", said.text.strip())
     return float(rest is not None and after_block("answer", rest.strip()) == "")
 
 
 def after_block(tag: str, text: str) -> str | None:
-    """What follows the one <tag>...</tag> at the start of the text; None if there is no such block. Takes linear time,
-    which a regular expression for the whole text would not."""
+    """What follows the one <tag>...</tag> that the text begins with; None if it does not begin with one."""
     block, closing, rest = text.partition(f"</{tag}>")
-    is_one_block = block.startswith(f"<{tag}>") and block.count(f"<{tag}>") == 1 and closing
-    return rest if is_one_block else None
+    is_block = closing and block.startswith(f"<{tag}>") and block.count(f"<{tag}>") == 1
+    return rest if is_block else None
 
 
-FILLED = "PLANNING CAPTION REASONING SUMMARY RESPONSE".split()  # the sections that must hold a word
-SECTIONS = (
-    "THINK PLANNING /PLANNING CAPTION /CAPTION REASONING /REASONING SUMMARY /SUMMARY /THINK RESPONSE /RESPONSE"
-).split()
-SECTION_TAG = re.compile(rf"<(/?(?:THINK|{'|'.join(FILLED)}))>", re.IGNORECASE)
+SECTIONS = "PLANNING CAPTION REASONING SUMMARY RESPONSE".split()
+SECTION_TAG = re.compile(rf"<(/?(?:THINK|{'|'.join(SECTIONS)}))>", re.IGNORECASE)
+TAGS_IN_ORDER = "THINK PLANNING /PLANNING CAPTION /CAPTION REASONING /REASONING SUMMARY /SUMMARY /THINK RESPONSE /RESPONSE"
 WORD = re.compile(r"[^\W_]")
 
 
 def structure(said: Said, example) -> float:
-    """1 if the completion is <THINK> with its four sections, in order and none empty, then <RESPONSE>, and nothing else
-    (Audio-Reasoner, arXiv 2503.02318; SARI, arXiv 2504.15900, has the same four sections)."""
+    """1 if the completion is <THINK> with its four sections, then <RESPONSE>: in order, none empty, and nothing
+    else (Audio-Reasoner, arXiv 2503.02318; SARI, arXiv 2504.15900, has the same sections)."""
     before, *rest = SECTION_TAG.split(said.text)
     tags = [tag.upper() for tag in rest[::2]]
-    if tags != SECTIONS or before.strip():
+    if tags != TAGS_IN_ORDER.split() or before.strip():
         return 0.0
     for tag, text in zip(tags, rest[1::2]):
-        is_right = WORD.search(text) if tag in FILLED else not text.strip()
+        is_right = WORD.search(text) if tag in SECTIONS else not text.strip()
         if not is_right:
             return 0.0
     return 1.0
 
 
 def split_trace(text: str) -> tuple[str, str] | None:
-    """(what stands in the one <think> block, what follows it); None if there is no such block, or more than one."""
+    """(what stands in the one <think> block, what follows it); None without a block, or with several."""
     tags = list(THINK.finditer(text))
     if [bool(tag[1]) for tag in tags] != [False, True]:
         return None
@@ -105,8 +101,10 @@ SHORT_TRACE, LONG_TRACE = 30, 50  # words
 
 
 def think_length(said: Said, example) -> float:
-    """1 for a trace of 30 to 50 words. A shorter one gets its n / 30, a longer one 2 - n / 50, and 0 from 100 words on:
-    longer traces that cost nothing answer worse (CESAR; Ke-Omni-R asks for less than 50 words)."""
+    """1 for a trace of n = 30 to 50 words; n / 30 for a shorter one; 2 - n / 50 for a longer one, at least 0.
+
+    Longer traces that cost nothing answer worse (CESAR); Ke-Omni-R asks for less than 50 words.
+    """
     found = split_trace(said.text)
     if found is None:
         return 0.0
@@ -117,34 +115,32 @@ def think_length(said: Said, example) -> float:
 
 
 def consistency(said: Said, example) -> float:
-    """1 if the trace ends at the choice that is then answered, or rules out all the others; 0 if it ends at another one,
-    at none, or if there is no answer. Needs no judge; stands in for the consistency reward of Audio-Thinker."""
+    """1 if the trace ends at the choice that is then answered, or rules out all others; 0 if it ends at another
+    one or at none, or if there is no answer. It needs no judge, unlike Audio-Thinker's consistency reward."""
     found, choices = split_trace(said.text), example.choices
     given = resolve(found[1], choices) if found else None
     if given is None:
         return 0.0
     sentences = [s for s in SENTENCE_END.split(found[0][-4000:]) if s.strip()]
     sentences = sentences[-40:]  # enough, and it bounds the time
+    denials = [s for s in sentences if NEGATION.search(s)]
     for sentence in reversed(sentences):
-        index = None if NEGATION.search(sentence) else resolve(sentence, choices)
+        index = None if sentence in denials else resolve(sentence, choices)
         if index is not None:
             return float(choice_words(choices[index]) == choice_words(choices[given]))
-    ruled_out = set()
-    for sentence in sentences:
-        if NEGATION.search(sentence):
-            ruled_out |= choices_named(sentence, choices)
+    ruled_out = set().union(*(named_choices(s, choices) for s in denials))
     others = set(range(len(choices))) - {given}
-    return float(ruled_out == others != set())
+    return float(len(others) > 0 and ruled_out == others)
 
 
-def choices_named(sentence: str, choices: list[str]) -> set[int]:
+def named_choices(sentence: str, choices: list[str]) -> set[int]:
     """The indices of the choices whose words stand side by side in the sentence."""
-    padded = [f" {' '.join(choice_words(text))} " for text in (sentence, *choices)]
-    return {i for i, choice in enumerate(padded[1:]) if choice in padded[0]}
+    words, *named = [f" {' '.join(choice_words(text))} " for text in (sentence, *choices)]
+    return {i for i, choice in enumerate(named) if choice in words}
 
 
 def overlong(said: Said, example) -> float:
-    """DAPO's soft punishment (arXiv 2503.14476 eq. 13): 0 up to 80 % of --max_new_tokens, then down to -1 at 100 %."""
+    """0 up to 80 % of --max_new_tokens, then down to -1 at 100 % (DAPO, arXiv 2503.14476 eq. 13)."""
     return -min(1.0, max(0.0, (said.used - 0.8) / 0.2))
 
 
@@ -152,20 +148,22 @@ def overlong(said: Said, example) -> float:
 
 
 def segment(said: Said, example) -> float:
-    """1 if the answer is right and at least one part of the clip was heard again on the way to it; else 0."""
+    """1 if the answer is right and the policy heard at least one part of the clip again on the way to it."""
     return float(len(said.heard) > 0 and accuracy(said, example) == 1)
 
 
 def segment_flow(said: Said, example) -> float:
-    """-0.1, five times at most, for every </seg> that a new sentence (an upper-case letter) or another tag follows: the
-    policy has to use what it heard again where it heard it. Echo's consistency penalty."""
+    """-0.1, five times at most, for every </seg> before a new sentence (an upper-case letter) or another tag:
+    the policy has to use what it heard again where it heard it. Echo's consistency penalty."""
     following = re.findall(r"</seg>\s*([^\W\d_]|<)", said.text)
     return -0.1 * min(5, sum(c == "<" or c.isupper() for c in following))
 
 
 def confident_accuracy(said: Said, example) -> float:
-    """Right: 1 - (1 - p)^2; wrong: -p^2; no answer: 0. p is the probability of the answer's least certain token, and 1
-    where it is not known (Echo's code, times 2)."""
+    """Right: 1 - (1 - p)^2; wrong: -p^2; no answer: 0 (Echo's code, times 2).
+
+    p is the probability of the answer's least certain token, and 1 where it is not known.
+    """
     p = 1.0 if said.confidence is None else said.confidence
     if accuracy(said, example) == 1:
         return 1 - (1 - p) ** 2
@@ -175,8 +173,10 @@ def confident_accuracy(said: Said, example) -> float:
 
 
 def grounding(said: Said, example) -> float:
-    """How well the parts heard again meet the true ones, meta["spans"]: [[start, end], ...] in seconds: the time in both
-    over the time in either (IoU). 0 where nothing was heard or no true span is known."""
+    """How well the parts heard again meet the true ones: the time in both over the time in either (IoU).
+
+    meta["spans"] holds the true ones: [[start, end], ...] in seconds. 0 if nothing was heard or none is known.
+    """
     spans = example.meta.get("spans")
     spans = spans if isinstance(spans, list | tuple) else []
     true = merge_spans(span for span in spans if is_span(span))
@@ -189,14 +189,14 @@ def grounding(said: Said, example) -> float:
 
 
 def is_span(span) -> bool:
-    """Whether this entry of meta["spans"], which may hold anything, is a pair of numbers (start, end), start < end."""
+    """Whether an entry of meta["spans"], which may hold anything, is a pair of numbers start < end."""
     if not isinstance(span, list | tuple) or len(span) != 2:
         return False
     return all(type(x) in (int, float) and abs(x) < 1e9 for x in span) and span[0] < span[1]
 
 
 def merge_spans(spans) -> list[list[float]]:
-    """(start, end) pairs -> the same time in order, as [start, end] lists that neither overlap nor touch."""
+    """(start, end) pairs -> the same time as [start, end] lists in order that neither overlap nor touch."""
     merged = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -206,12 +206,12 @@ def merge_spans(spans) -> list[list[float]]:
     return merged
 
 
-# ---- Countdown: make a number of given ones (TinyZero)
+# ---- Countdown: make a number out of given ones
 
 
 def countdown(said: Said, example) -> float:
-    """1 if the last <answer> uses every number of meta["nums"] exactly once and makes meta["target"]; 0.1 for any other
-    answer in its tags; else 0."""
+    """1 if the last <answer> uses every number of meta["nums"] exactly once and makes meta["target"]; 0.1 for any
+    other text in its tags; else 0 (TinyZero)."""
     answers = re.findall(r"<answer>([^<]*)</answer>", said.text)
     if not answers:
         return 0.0
@@ -230,7 +230,7 @@ def countdown_last_line(said: Said, example) -> float:
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
-    """An expression of integers and + - * / ( ) -> (its exact value, its integers); None if it is anything else.
+    """An expression of integers and + - * / ( ) -> (its exact value, its integers). Anything else -> None.
 
     Walks the syntax tree and executes nothing. A power such as 9**9**9 is refused, not computed.
     """
@@ -244,19 +244,20 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
 
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
-def node_value(node, numbers: list[int]) -> Fraction:
-    """The value of a node of the syntax tree. Appends its integers to `numbers`. Raises ValueError on any other node."""
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        numbers.append(node.value)
-        return Fraction(node.value)
-    if isinstance(node, ast.UnaryOp) and type(node.op) in SIGNS:
-        return SIGNS[type(node.op)](node_value(node.operand, numbers))
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = node_value(node.left, numbers), node_value(node.right, numbers)
-        return OPERATORS[type(node.op)](left, right)
+def node_value(node: ast.AST, numbers: list[int]) -> Fraction:
+    """The value of a node of the syntax tree; its integers are appended to `numbers`. Raises ValueError."""
+    match node:
+        case ast.Constant(int(n)):
+            numbers.append(n)
+            return Fraction(n)
+        case ast.UnaryOp(ast.UAdd(), operand):
+            return node_value(operand, numbers)
+        case ast.UnaryOp(ast.USub(), operand):
+            return -node_value(operand, numbers)
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](node_value(left, numbers), node_value(right, numbers))
     raise ValueError
 
 
@@ -295,7 +296,7 @@ def parse_rewards(spec: str) -> dict[str, float]:
 
 
 def nearest(name: str, known) -> str:
-    """The end of an error message about an unknown name: the known name nearest to it, and all of them."""
+    """How the message about an unknown name ends: the nearest known name, and all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (known: {', '.join(known)})"
@@ -307,20 +308,25 @@ def score(said: Said, example, weights: dict[str, float]) -> tuple[float, dict[s
     return sum(weights[name] * part for name, part in parts.items()), parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The resolver. Its data: `items` are the tokens of a text; `keys` maps the words of each choice to its index; `letters`
-# holds the index that each letter A, B, ... stands for. Where a choice is named, the token is its symbol: "<2>".
+# ------------------------------------------------------------------------------------------------------------
+# The resolver. Names that mean the same in all its passes:
+#   items    the tokens of a text. Where choice 2 is named, its words are replaced by one token, the symbol "<2>"
+#   low      the same tokens in lower case
+#   keys     {the words of a choice: its index}
+#   letters  the indices that A, B, ... stand for: of equal choices, the first one's
+#   i, at    the place of a token; `end` is the place behind the last one
 
-UNCLEAR = -1  # the index of words that more than one choice consists of
-SYMBOL = "<"  # only a symbol begins with it
+UNCLEAR = -1  # the index where one spelling stands for several choices
+SYMBOL = "<"  # how a symbol begins, and no other token
 
 
 def resolve(text: str, choices: list[str]) -> int | None:
     """The index of the one choice that a completion gives as its answer, or None: never a guess, never a fallback.
 
-    What counts, in this order: only what follows </think>; only what stands in <answer>, <response> or \\boxed{}; then what
-    is given as the answer, what stands alone, what is concluded, and last what is mentioned at all; by the text of a choice
-    or by its letter, unless it is denied. Two different answers are none. Choices that read the same are one, the first.
+    What counts, in this order: only what follows </think>; only what stands in <answer>, <response> or \\boxed{};
+    then what is given as the answer, what stands alone, what is concluded, and last what is mentioned at all. A
+    choice is named by its text or by its letter, and does not count where it is denied. Two different answers are
+    none. Choices that read the same are one (the first index).
     """
     given = {resolve_part(part, choices) for part in set(answer_parts(text))}
     return given.pop() if len(given) == 1 else None
@@ -331,9 +337,10 @@ def resolve_part(text: str, choices: list[str]) -> int | None:
     texts, keys, letters = index_choices(choices)
     boxed = [m[2] for m in ANSWER.finditer(text) if m[2] is not None]
     text = boxed[0] if len(boxed) == 1 else text
-    for stripped in (text.strip(), text.strip().strip("\"'`*_.“”‘’ \n")):
-        if stripped.casefold() in texts:
-            return texts[stripped.casefold()]
+    whole = text.strip().casefold()
+    for raw in (whole, whole.strip("\"'`*_.“”‘’ \n")):
+        if raw in texts:
+            return texts[raw]
     items = lex(text)
     index = resolve_alone(items, keys, letters)
     if index is None:
@@ -343,8 +350,8 @@ def resolve_part(text: str, choices: list[str]) -> int | None:
     return None if index == UNCLEAR else index
 
 
-def index_choices(choices: list[str]) -> tuple[dict[str, int], dict[tuple, int], list[int]]:
-    """-> (the index of each text, of the words of each choice, and of each letter). Equal texts share the first index."""
+def index_choices(choices: list[str]) -> tuple[dict, dict, list[int]]:
+    """-> ({text: index}, keys, letters)"""
     texts, keys, letters = {}, {}, []
     for i, choice in enumerate(choices):
         first = texts.setdefault(choice.strip().casefold(), i)
@@ -356,9 +363,9 @@ def index_choices(choices: list[str]) -> tuple[dict[str, int], dict[tuple, int],
     return texts, keys, letters
 
 
-def resolve_alone(items: list[str], keys: dict, letters: list[int]) -> int | None:
-    """The choice that is all there is: its words, or its letter."""
-    words = words_of(items)
+def resolve_alone(items, keys, letters) -> int | None:
+    """The choice whose words, or whose letter, are all that there is."""
+    words = drop_marks(fold(t) for t in items)
     if words in keys and items[0] not in OPENING:  # "(A)" is a letter
         return keys[words]
     return label_of(words[0], letters) if len(words) == 1 else None
@@ -371,20 +378,19 @@ def answer_parts(text: str) -> list[str]:
     """What follows the thinking; of that, what stands in <answer> or <response>, or else in \\boxed{}, or else all."""
     thinks = list(THINK.finditer(text))
     if thinks:
-        last = thinks[-1]
-        is_closed = last[1]
-        text = text[last.end() :] if is_closed else text[: last.start()]  # <think> hides all that follows it
+        last, is_closing = thinks[-1], thinks[-1][1]
+        text = text[last.end() :] if is_closing else text[: last.start()]  # <think> hides what follows it
     text = UNWRAP.sub(r"\1", text)  # \boxed{\text{B}}
     parts, boxed, start = [], [], None
-    for m in ANSWER.finditer(text):
-        is_closing, in_box = m.groups()
+    for tag in ANSWER.finditer(text):
+        is_closing, in_box = tag.groups()
         if in_box is not None:
             boxed.append(in_box)
             continue
         if start is not None:
-            parts.append(text[start : m.start()])
-        start = None if is_closing else m.end()
-    if start is not None:  # cut off before </answer>; or <answer> in its place
+            parts.append(text[start : tag.start()])
+        start = None if is_closing else tag.end()
+    if start is not None:  # cut off before </answer>; or it says <answer> for </answer>
         rest = text[start:]
         if rest.strip() or not parts:
             parts.append(rest)
@@ -395,12 +401,12 @@ def answer_parts(text: str) -> list[str]:
 
 
 def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]:
-    """Every mention of the text of a choice becomes its symbol; the longest text wins. Other tokens are folded, except that
-    single characters keep their case, because they may be letters of choices."""
+    """Every mention of the text of a choice becomes its symbol; the longest text wins. Other tokens become lower
+    case, except for single characters, which may be letters of choices."""
     low = [fold(t) for t in items]
     names = {
         key[1:]: i for key, i in keys.items() if key[0] in ARTICLES and len(key) > 2
-    }  # without its article
+    }  # without the article
     names |= keys
     by_first = {}
     for key in sorted(names, key=len, reverse=True):
@@ -409,11 +415,11 @@ def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]
     out, at = [], 0
     while at < len(low):
         key, end = find_choice(low, at, by_first)
-        is_in_cut = end > cut and not LISTING.issuperset(low[cut:at] + low[end:])
-        if key and not is_in_cut and is_mention(items, low, at, end, keys, letters):
-            for other in joined_choices(out, low, end, key, keys, by_first):
-                out += [symbol(other), "or"]
-            out.append(symbol(names[key]))
+        is_cut = end > cut and not LISTING.issuperset(low[cut:at] + low[end:])
+        if key and not is_cut and is_mention(items, low, at, end, keys, letters):
+            for index in joined_choices(out, low, end, key, keys, by_first):
+                out += [f"<{index}>", "or"]
+            out.append(f"<{names[key]}>")
             at = end
             continue
         if len(items[at]) > 1:
@@ -424,12 +430,8 @@ def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]
     return out
 
 
-def symbol(index: int) -> str:
-    return f"{SYMBOL}{index}>"
-
-
-def find_choice(low: list[str], at: int, by_first: dict[str, list[tuple]]) -> tuple[tuple, int]:
-    """-> (the words of the longest choice that starts at token `at`, where it ends); ((), 0) if there is none"""
+def find_choice(low, at, by_first) -> tuple[tuple, int]:
+    """-> (the words of the longest choice that stands at token `at`, its end); ((), 0) if there is none"""
     for key in by_first.get(token_at(low, at), ()):
         end = match_choice(low, at, key)
         if end:
@@ -437,55 +439,44 @@ def find_choice(low: list[str], at: int, by_first: dict[str, list[tuple]]) -> tu
     return (), 0
 
 
-def match_choice(low: list[str], at: int, key: tuple) -> int:
-    """Where `key` ends if it starts at token `at`; else 0. Between two of its words may stand marks and one light word."""
-    previous = None
-    for word in key:
-        if previous is not None:
-            at = skip_to(word, low, at, previous)
+def match_choice(low, at, key) -> int:
+    """The end of the words `key` if they stand at token `at`, else 0. Marks may stand between them, and between
+    any two of them one light word: "A man is speaking" is "A man speaking"."""
+    for k, word in enumerate(key):
+        has_light = False
+        while k and token_at(low, at) not in (word, "\n"):
+            if key[k - 1] in ARTICLES and low[at] in {".", "a"}:  # "A. A dog"
+                return 0
+            if low[at] not in PUNCT:
+                if has_light or low[at] not in LIGHT:
+                    return 0
+                has_light = True
+            at += 1
         if token_at(low, at) != word:
             return 0
         at += 1
-        previous = word
     return at
 
 
-def skip_to(word: str, low: list[str], at: int, previous: str) -> int:
-    """The place of `word` behind marks and at most one light word; the place that it cannot be behind, if there is none."""
-    has_skipped = False
-    while at < len(low) and low[at] != word and low[at] != "\n":
-        if previous in ARTICLES and low[at] in {".", "a"}:  # "A. A dog"
-            break
-        if low[at] not in PUNCT:
-            if has_skipped or low[at] not in LIGHT:
-                break
-            has_skipped = True
-        at += 1
-    return at
-
-
-def find_cut(low: list[str], keys: dict) -> int:
-    """Where a choice begins that the end of the text breaks off. A choice mentioned within it is not meant by itself."""
+def find_cut(low, keys) -> int:
+    """Where a choice begins that the end of the text breaks off. What is mentioned within it does not count."""
     if not low or low[-1] in PUNCT:
         return len(low)
     for start in range(max(0, len(low) - 80), len(low) - 1):
-        if low[start] in PUNCT:
-            continue
-        words = tuple(t for t in low[start:] if t not in PUNCT)
-        if any(is_beginning(words, key) for key in keys):
+        words = drop_marks(low[start:])
+        if low[start] not in PUNCT and any(is_broken_off(words, key) for key in keys):
             return start
     return len(low)
 
 
-def is_beginning(words: tuple, key: tuple) -> bool:
-    """Whether a text that ends in `words` breaks off within `key`: between two words or inside of one."""
+def is_broken_off(words, key) -> bool:
+    """Whether `words` are the first ones of `key`, the last of them perhaps only in part."""
     n = len(words) - 1
     return len(key) > n and key[:n] == words[:n] and key[n].startswith(words[n]) and key != words
 
 
-def is_mention(items: list[str], low: list[str], at: int, end: int, keys: dict, letters: list[int]) -> bool:
-    """Whether the text of a choice, found from token `at` to `end`, is a mention of it. "No" and "one" have other uses, a
-    single letter may be a label, and "over 10" is not 10."""
+def is_mention(items, low, at, end, keys, letters) -> bool:
+    """Whether a choice's text means the choice. "No" and "one" have other uses, and "over 10" is not 10."""
     word, before, after = low[at], token_at(low, at - 1), token_at(low, end)
     if word[0].isdigit() and (before in LIMITS or low[at - 2 : at] == ["up", "to"]):
         return False
@@ -500,42 +491,38 @@ def is_mention(items: list[str], low: list[str], at: int, end: int, keys: dict, 
     return True
 
 
-def is_letter_text(items: list[str], low: list[str], at: int, keys: dict, letters: list[int]) -> bool:
-    """Whether a single letter is the text of a choice, as the note A is, and neither a label nor an article."""
+def is_letter_text(items, low, at, keys, letters) -> bool:
+    """Whether a letter is the text of a choice, as the note A is, and neither a label nor an article."""
     word, before, after = low[at], token_at(low, at - 1), token_at(low, at + 1)
     label = label_of(word, letters)
-    for t in low[at + 1 : at + 5]:
-        if t not in PUNCT:
-            if (
-                label is not None and after in PUNCT and keys.get((t,)) == label
-            ):  # "D. A": A is the fourth choice
-                return False
-            break
+    following = drop_marks(low[at + 1 : at + 5])[:1]
+    if (
+        after in PUNCT and label is not None and keys.get(following) == label
+    ):  # "D. A", and A is the fourth choice
+        return False
     if before in OPTIONS or (before in OPENING and after in CLOSING):
         return False
     return items[at].isupper() and (word not in "ai" or after in PUNCT or after in {"or", "and"})
 
 
-def joined_choices(
-    out: list[str], low: list[str], end: int, key: tuple, keys: dict, by_first: dict
-) -> list[int]:
-    """The choices that share words with `key` and are named by the one word that differs: "acoustic or electric guitar"
-    names both guitars, "10 to 20 seconds" both lengths."""
-    words = []
+def joined_choices(out, low, end, key, keys, by_first) -> list[int]:
+    """The choices that end or begin like `key` and are named by the one word that differs: "acoustic or electric
+    guitar" names both guitars, "10 to 20 seconds" both lengths."""
+    differing = []
     before, after = out[-5:][::-1], low[end : end + 5]
     gap = joint_length(before, {"or", "and", "to", "nor", "/", ","})
     if gap:
-        words.append(before[gap].lower())
+        differing.append(before[gap].lower())
     gap = joint_length(after, {"or", "nor", "/"})
     if gap and not find_choice(low, end + gap, by_first)[0]:
-        words.append(after[gap].lower())
-    words = [word for word in words if word not in key]
+        differing.append(after[gap].lower())
+    differing = set(differing) - set(key)
     shared = set(key) - LISTING
-    return [i for other, i in keys.items() if shared & set(other) and any(word in other for word in words)]
+    return [index for other, index in keys.items() if shared & set(other) and differing & set(other)]
 
 
-def joint_length(tokens: list[str], joints: set[str]) -> int:
-    """How many tokens, with a joint such as "or" among them, stand before the first word; 0 without a joint or a word."""
+def joint_length(tokens, joints) -> int:
+    """How many tokens, with a joint such as "or" among them, stand before the first word; 0 if there is none."""
     for n, t in enumerate(tokens):
         if t not in joints and t not in ARTICLES and t != ",":
             return n if joints.intersection(tokens[:n]) else 0
@@ -547,16 +534,13 @@ def joint_length(tokens: list[str], joints: set[str]) -> int:
 
 def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
     """Every letter that labels a choice, and is no article, note or initial, becomes its symbol."""
-    low = [t.lower() for t in items] + ["\n", "\n"]
+    low = [t.lower() for t in items] + ["\n", "\n"]  # low[-1] also stands for what is before the beginning
     out = []
-    clear, cued = (
-        True,
-        False,
-    )  # clear: nothing but filler since the sentence or a cue began; cued: by "the answer is"
+    clear, cued = True, False  # only filler since the sentence or a cue began; the cue is "the answer is"
     for i, t in enumerate(items):
         index = label_of(t, letters)
         if index is not None and is_label(items, low, i, clear, cued):
-            out.append(symbol(read_label(low, i, index, keys)))
+            out.append(f"<{read_label(low, i, index, keys)}>")
             continue
         if t in {".", ")", "]", ":"} and is_after_label(items, low, i, out):
             continue  # the mark belongs to the label
@@ -569,14 +553,13 @@ def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
     return out
 
 
-def is_label(items: list[str], low: list[str], i: int, clear: bool, cued: bool) -> bool:
+def is_label(items, low, i, clear, cued) -> bool:
     """Whether the letter at token `i` labels a choice."""
-    before, after = token_at(low, i - 1), low[i + 1]
+    before, after, is_capital = low[i - 1], low[i + 1], items[i].isupper()
     rest = " ".join(low[i + 1 : i + 11])
-    is_capital = items[i].isupper()
-    if before in OPTIONS or (before in OPENING and after in CLOSING):
+    if is_marked(low, i):
         return True
-    if before == ":" and token_at(low, i - 2) in OPTIONS and (is_capital or after in PUNCT):
+    if before == ":" and low[i - 2] in OPTIONS and (is_capital or after in PUNCT):
         return True
     if before in ARTICLES or NOTE.match(rest):
         return False
@@ -586,23 +569,22 @@ def is_label(items: list[str], low: list[str], i: int, clear: bool, cued: bool) 
         return False  # "A dog", "it is a"
     if not is_capital and not cued:  # "b." alone, "b) cat", "a. and b."
         return clear and after in {")", "]", ".", ":"} and before in LISTING and before not in ARTICLES
-    if not clear:
-        return False
-    if after in PUNCT or after in CLOSERS or after[0] == SYMBOL:
-        return True
-    if cued and re.match(f"[{CJK}]", after):
-        return True
-    return (
-        before in {"and", "or", "nor", "/"} and len(items[i - 2]) == 1 and items[i - 2].isupper()
-    )  # "A and B are"
+    is_closed = after in PUNCT or after in CLOSERS or after[0] == SYMBOL
+    if is_closed or (cued and re.match(f"[{CJK}]", after)):
+        return clear
+    is_second = before in {"and", "or", "nor", "/"} and len(items[i - 2]) == 1 and items[i - 2].isupper()
+    return clear and is_second  # "A and B are"
 
 
-def read_label(low: list[str], i: int, index: int, keys: dict) -> int:
-    """The index that the label at token `i` means: the letter's own, unless the letter is the text of another choice. It is
-    unclear where it may be all that is left of a text cut off, such as "A" of "A dog"."""
-    if next_word(low, i) == symbol(index) or token_at(low, i - 1) in OPTIONS:
-        return index
-    if token_at(low, i - 1) in OPENING and low[i + 1] in CLOSING:
+def is_marked(low, i) -> bool:
+    """Whether a letter is marked as a label: "option B", "(B)"."""
+    return low[i - 1] in OPTIONS or (low[i - 1] in OPENING and low[i + 1] in CLOSING)
+
+
+def read_label(low, i, index, keys) -> int:
+    """The index that the label at token `i` means: its letter's, unless the letter is another choice's text. It is
+    unclear if it may be all that is left of a text, as "A" of "A dog" at the end."""
+    if is_marked(low, i) or next_word(low, i) == f"<{index}>":
         return index
     is_last = i == len(low) - 3
     if is_last and any(len(key) == 2 and key[0] == low[i] and keys[key] != index for key in keys):
@@ -610,24 +592,24 @@ def read_label(low: list[str], i: int, index: int, keys: dict) -> int:
     return keys.get((low[i],), index)
 
 
-def is_after_label(items: list[str], low: list[str], i: int, out: list[str]) -> bool:
+def is_after_label(items, low, i, out) -> bool:
     """Whether the mark at token `i` stands between a label and what is said of it: "B. cat", "B. Incorrect"."""
     if not out or out[-1][0] != SYMBOL or items[i - 1][0] == SYMBOL:
         return False
     return next_word(low, i)[:1] == SYMBOL or AFTER.match(" ".join(low[i + 1 : i + 10])) is not None
 
 
-def next_word(low: list[str], i: int) -> str:
-    """The next of three tokens that is no mark and no article; a line's end counts as one. "" if there is none."""
+def next_word(low, i) -> str:
+    """The first of the next three tokens that is a line's end, or neither a mark nor an article; "" without one."""
     for t in low[i + 1 : i + 4]:
         if t == "\n" or (t not in PUNCT and t not in ARTICLES):
             return t
     return ""
 
 
-def cue_level(low: list[str], i: int) -> int:
-    """How a choice is given after the word at token `i`: EXPLICIT after "answer", CLAIM after "so"; MENTION for a word that
-    is no cue, as in "to answer this question"."""
+def cue_level(low, i) -> int:
+    """How a choice is given behind this word: EXPLICIT behind "answer", CLAIM behind "so", MENTION behind a word
+    that is no cue, such as "answer" in "to answer this question"."""
     before, after = token_at(low, i - 1), token_at(low, i + 1)
     if low[i] in ANSWERS and before not in BEFORE_VERB and after not in AFTER_VERB:
         return EXPLICIT
@@ -649,174 +631,160 @@ class Signal:
     index: int
     level: int
     denied: bool
-    first: int  # its first and last token
+    first: int  # where it begins and ends: the places of two symbols, or of the same one
     last: int
-    turn: int  # where the last word of TURNS before it stands, or -1
+    turn: int  # the place of the last word of TURNS before it, or -1
 
 
 def signals(items: list[str]) -> list[Signal]:
-    """Every symbol, with how it is given and whether it is denied: by a negation before it, by what follows, or because the
-    sentence is a question."""
+    """How every symbol is given, and whether it is denied: by a negation before it, by what follows it, or because
+    its sentence is a question."""
     found = []
     level, turn = MENTION, -1
-    bare = False  # the text since an explicit cue is nothing but filler; then the cue holds in the next line, too
+    open_cue = False  # only filler since an explicit cue: then the cue holds on the next line, too
     for start, end in split_sentences(items):
-        sentence, mark = items[start:end], items[end : end + 1]
-        asked = mark == ["?"] and token_at(items, end + 1) not in {"yes", "yeah", "correct"}
-        terse = is_terse(sentence)
+        sentence, mark = items[start:end], token_at(items, end)
+        is_question = mark == "?" and token_at(items, end + 1) not in {"yes", "yeah", "correct"}
+        least = TERSE if is_terse(sentence) else MENTION
         negated = find_negated(items, start, end)
-        level = level if bare else MENTION
-        clear = True
+        level = level if open_cue else MENTION
+        clear = True  # only filler so far
         for i, t in enumerate(sentence, start):
             if t[0] == SYMBOL:
                 after = " ".join(items[i + 1 : i + 10])
-                denied_after = AFTER.match(after) is not None
-                if denied_after:
+                is_denied = AFTER.match(after) is not None
+                if is_denied:
                     deny_listed(found, items, i)
-                rank = max(level, TERSE if terse else MENTION)
-                if CHOSEN.match(after):
-                    rank = EXPLICIT
-                denied = i in negated or asked or denied_after
+                rank = EXPLICIT if CHOSEN.match(after) else max(level, least)
+                denied = is_denied or is_question or i in negated
                 found.append(Signal(int(t[1:-1]), rank, denied, i, i, turn))
-                clear = bare = False
+                clear = open_cue = False
                 continue
             cue = cue_level(items, i)
             level = max(level, cue, CLAIM if clear and t in VERBS else MENTION)
             if t in REASONS or (level == EXPLICIT and is_negator(items, i)):
                 level = MENTION
-            bare = cue == EXPLICIT or (bare and t in FILLER)
+            open_cue = cue == EXPLICIT or (open_cue and t in FILLER)
             clear = t == "," or (clear and t in FILLER)
             turn = i if t in TURNS else turn
-        bare = bare and mark == ["\n"]
+        open_cue = open_cue and mark == "\n"
     return found
 
 
-def split_sentences(items: list[str]) -> list[tuple[int, int]]:
-    """(start, end) of every sentence; the mark that ends it stands at `end`. One goes on after "dog. Or cat."."""
-    sentences, start = [], 0
-    for i, t in enumerate(items):
-        if t in ENDS and token_at(items, i + 1) not in {"or", "and", ")"}:
-            sentences.append((start, i))
-            start = i + 1
-    return [*sentences, (start, len(items))]
+def split_sentences(items) -> list[tuple[int, int]]:
+    """(start, end) of each sentence, with its mark at `end`. "Dog. Or cat." is one sentence."""
+    ends = [i for i, t in enumerate(items) if t in ENDS and token_at(items, i + 1) not in {"or", "and", ")"}]
+    starts = [0] + [end + 1 for end in ends]
+    return list(zip(starts, ends + [len(items)]))
 
 
-def is_terse(sentence: list[str]) -> bool:
-    """Whether a sentence holds nothing but symbols and filler, without a verb."""
-    if any(t in VERBS or t in HEDGES for t in sentence):
-        return False
-    return all(t[0] == SYMBOL or t in FILLER for t in sentence)
+def is_terse(sentence) -> bool:
+    """Whether there is nothing but symbols and filler, and no verb."""
+    return all(t[0] == SYMBOL or t in VERBLESS for t in sentence)
 
 
-def find_negated(items: list[str], start: int, end: int) -> set[int]:
-    """The tokens of a sentence that a negation before them reaches: up to a word of RESETS, or a comma that does not go on
-    with the list."""
-    reached, negated = set(), False
-    listing = False  # "or" and the like came after the negation
+def find_negated(items, start, end) -> set[int]:
+    """The places in a sentence that a negation reaches. It ends at a word of RESETS: "not a dog but a cat"."""
+    reached = set()
+    negated = in_list = False  # in_list: "or" and the like came behind the negation
     for i in range(start, end):
         t = items[i]
         if negated:
             reached.add(i)
         if is_negator(items, i):
-            negated, listing = True, t == "nor"
-        elif t in LISTING and t not in PUNCT and t not in ARTICLES:
-            listing = True
-        elif t in RESETS and not (negated and not listing and goes_on_listing(items, i)):
+            negated, in_list = True, t == "nor"
+        elif t in JOINTS:
+            in_list = True
+        elif t in RESETS and (in_list or not continues_list(items, i)):
             negated = negated and t == "as"  # "not ... such as"
     return reached
 
 
-def is_negator(items: list[str], i: int) -> bool:
+def is_negator(items, i) -> bool:
+    """Whether the token is a negation, and not that of "not only"."""
     is_negation = items[i] in NEGATORS or items[i].endswith("n't")
     return is_negation and token_at(items, i + 1) not in {"only", "just", "merely"}
 
 
-def goes_on_listing(items: list[str], i: int) -> bool:
-    """Whether token `i` is a comma between two symbols: "not happy, sad, or angry"."""
-    if items[i] != "," or items[i - 1][0] != SYMBOL:
+def continues_list(items, i) -> bool:
+    """Whether the token is a comma between two symbols: "not happy, sad, or angry"."""
+    if items[i] != "," or token_at(items, i - 1)[0] != SYMBOL:
         return False
     return re.match(r"(?:(?:or|nor|and|a|an|the) )*<", " ".join(items[i + 1 : i + 6])) is not None
 
 
-def deny_listed(found: list[Signal], items: list[str], here: int) -> None:
-    """Deny every symbol that is listed with the denied one at token `here`: "dog and cat are wrong"."""
+def deny_listed(found, items, at) -> None:
+    """Deny every signal that is listed with the denied symbol at `at`: "dog and cat are wrong"."""
     for signal in reversed(found):
-        if not is_near(signal.last, here, items, LISTING - ENDS):
+        if not BESIDE.issuperset(items[signal.last + 1 : at]):
             break
         signal.denied = True
-        here = signal.first
-
-
-def is_near(last: int, first: int, items: list[str], allowed: set[str]) -> bool:
-    """Whether only allowed tokens stand between two signals, of which one ends at `last` and the other begins at `first`."""
-    return allowed.issuperset(items[last + 1 : first])
+        at = signal.first
 
 
 # ---- pass 5: the strongest signal decides
 
 
 def decide(found: list[Signal], items: list[str], letters: list[int]) -> int | None:
-    """The index that is given in the strongest way, if it is only one and nothing later takes it back."""
-    found = [s for s in drop_options(merge_signals(found, items), items, letters) if not s.denied]
-    level = max((s.level for s in found), default=MENTION)
-    if not found or (level < TERSE and REFUSAL.search(" ".join(items))):
+    """The index that is given in the strongest way, if it is one, and nothing later takes it back."""
+    found = drop_options(merge_signals(found, items), items, letters)
+    found = [s for s in found if not s.denied]
+    if not found:
+        return None
+    level = max(s.level for s in found)
+    if level < TERSE and REFUSAL.search(" ".join(items)):
         return None
     given = [s for s in found if s.level == level]
+    last = given[-1].first
+    given += [s for s in found if s.first > last and (s.level >= CLAIM or s.turn > last)]
     chosen = {s.index for s in given}
-    end = given[-1].first
-    for s in found:
-        if s.first > end and (s.level >= CLAIM or s.turn > end):
-            chosen.add(s.index)
     alone = {s.index for s in found if s.level == TERSE}
-    if len(alone) == 1:  # one stands by itself, and another is the answer. More of them are an analysis
+    if len(alone) == 1:  # if one stands alone and another is the answer, it is none; several are an analysis
         chosen |= alone
     return chosen.pop() if len(chosen) == 1 else None
 
 
-def merge_signals(found: list[Signal], items: list[str]) -> list[Signal]:
-    """Signals of the same choice side by side become one: "B. cat"."""
+def merge_signals(found, items) -> list[Signal]:
+    """Signals of one choice side by side become one: "B. cat"."""
     merged = []
     for s in found:
-        last = merged[-1] if merged else None
-        if last and last.index == s.index and is_near(last.last, s.first, items, LISTING - ENDS):
-            last.level = max(last.level, s.level)
-            last.denied = last.denied or s.denied
-            last.last = s.last
+        before = merged[-1] if merged else None
+        if before and before.index == s.index and BESIDE.issuperset(items[before.last + 1 : s.first]):
+            before.level = max(before.level, s.level)
+            before.denied = before.denied or s.denied
+            before.last = s.last
         else:
             merged.append(s)
     return merged
 
 
-def drop_options(found: list[Signal], items: list[str], letters: list[int]) -> list[Signal]:
-    """Without the options as the question gave them: all, each once, and nothing but commas and the like between them."""
-    every = sorted(letters)
-    distinct = sorted(
-        index for index, _ in itertools.groupby(letters)
-    )  # equal choices side by side may be one
+def drop_options(found, items, letters) -> list[Signal]:
+    """Drop the options where they are listed as the question gave them: all of them, each once, with nothing but
+    commas and the like between them."""
+    distinct = [index for index, _ in itertools.groupby(letters)]  # equal choices side by side may be one
     kept, i = [], 0
     while i < len(found):
-        for options in (every, distinct):
-            run = found[i : i + len(options)]
-            if len(run) > 1 and is_list_of(options, run, items):
-                i += len(run)
-                break
-        else:
+        listed = listed_options(letters, found, i, items) or listed_options(distinct, found, i, items)
+        if not listed:
             kept.append(found[i])
-            i += 1
+        i += listed or 1
     return kept
 
 
-def is_list_of(options: list[int], run: list[Signal], items: list[str]) -> bool:
-    if any(s.denied for s in run) or sorted(s.index for s in run) != options:
-        return False
-    return all(is_near(a.last, b.first, items, LISTING) for a, b in zip(run, run[1:]))
+def listed_options(options, found, i, items) -> int:
+    """How many signals, from signal `i` on, list all the options in any order; 0 if they do not."""
+    run = found[i : i + len(options)]
+    if len(run) < 2 or any(s.denied for s in run) or sorted(s.index for s in run) != sorted(options):
+        return 0
+    are_close = all(LISTING.issuperset(items[a.last + 1 : b.first]) for a, b in zip(run, run[1:]))
+    return len(run) if are_close else 0
 
 
 # ---- tokens
 
 
 def lex(text: str) -> list[str]:
-    """The tokens of a text, in their own case. Spellings that mean the same become one first."""
+    """The tokens of a text in their own case. Spellings that mean the same become one first."""
     text = unicodedata.normalize("NFKC", text)
     for pattern, plain in SPELLINGS:
         text = re.sub(pattern, plain, text, flags=re.IGNORECASE)
@@ -829,30 +797,28 @@ def fold(token: str) -> str:
     return token if token in FILLER else token.removesuffix("'s")
 
 
-def words_of(items: list[str]) -> tuple[str, ...]:
-    return tuple(fold(t) for t in items if t not in PUNCT)
+def drop_marks(items) -> tuple[str, ...]:
+    return tuple(t for t in items if t not in PUNCT)
 
 
 @functools.lru_cache(4096)
 def choice_words(text: str) -> tuple[str, ...]:
-    """A choice as the resolver compares it: its folded tokens without punctuation."""
-    return words_of(lex(text))
+    """A choice as the resolver compares it: its tokens, folded and without punctuation."""
+    return drop_marks(fold(t) for t in lex(text))
 
 
 def label_of(token: str, letters: list[int]) -> int | None:
     """The index of the choice that a letter stands for, or None."""
-    if len(token) != 1:
-        return None
-    i = string.ascii_lowercase.find(token.lower())
+    i = string.ascii_lowercase.find(token.lower()) if len(token) == 1 else -1
     return letters[i] if 0 <= i < len(letters) else None
 
 
-def token_at(items: list[str], i: int) -> str:
-    """The token at `i`; before the beginning and behind the end there is a line's end."""
+def token_at(items, i) -> str:
+    """The token at `i`; before the beginning and behind the end stands a line's end."""
     return items[i] if 0 <= i < len(items) else "\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The resolver's regular expressions
 
 THINK = re.compile(r"<\s*(?:(/)\s*)?think(?:ing)?\s*>", re.IGNORECASE)
@@ -1009,7 +975,7 @@ NEGATION = re.compile(
     re.IGNORECASE,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The resolver's words
 
 
@@ -1020,56 +986,72 @@ def word_set(text: str) -> set[str]:
 PUNCT, ENDS = set(".,;:!?()[]/=—。、\n"), set(".!?;\n。")
 OPENING, CLOSING = {"(", "["}, {")", "]"}
 ARTICLES = {"a", "an", "the"}
-LIGHT = {"is", "are", "was", "were", "a", "an", "the"}  # "a man is speaking" is "A man speaking"
-ANSWERS = word_set(
-    "answer ans antwort ответ respuesta réponse risposta resposta cevap jawaban उत्तर 答 选 選 답"
-)
+LIGHT = ARTICLES | word_set("is are was were")  # may stand within the text of a choice: "A man is speaking"
+
+# Words before an answer.
+ANSWERS = word_set("""
+    answer ans antwort ответ respuesta réponse risposta resposta cevap jawaban उत्तर 答 选 選 답
+""")
 OPTIONS = word_set("option choice letter opción opcion opção opzione вариант 项 項 肢")
 BEST = word_set("best top correct right final my likely appropriate suitable accurate matching chosen")
-# "Answer" and "option" are verbs, or of the question, beside these.
+# Beside these, "answer" is a verb or the question's: "to answer", "answer this".
 BEFORE_VERB = word_set("to can cannot can't not no")
 AFTER_VERB = word_set("this that the your question options choices")
-CONCLUDE = word_set(
-    "so therefore thus hence must choose chose choosing chosen select selected pick picked go going conclude "
-    "conclusion guess think believe"
-)
+CONCLUDE = word_set("""
+    so therefore thus hence must choose chose choosing chosen select selected pick picked go going
+    conclude conclusion guess think believe
+""")
 VERBS = CONCLUDE | word_set("is it's that's are was say sounds seems")
 HEDGES = word_set("be could might may would maybe perhaps possibly potentially presumably")
-# Tokens that may stand between the choices of a list.
-LISTING = PUNCT | word_set("a an the and or nor to vs option options choice choices 或 和 oder und o y ou et")
-# Words that may stand around an answer and add nothing to it.
-FILLER = LISTING | HEDGES | ANSWERS | OPTIONS | BEST | VERBS
-FILLER |= word_set(
-    "answers should could will it its i i'd i'll i'm we this that most more probably definitely clearly surely "
-    "certainly simply just in with for on sound heard hear clip audio like as appears here there's okay ok well "
-    "sure yes no wait actually hmm but not sorry rather instead finally overall summary edit second now "
-    "案 应 該 该 是 为 択 择 え は 我 正 确 解 で す 은 는 정 ist lautet die der das richtige korrekte "
-    "la el es correcta una est bonne correcte правильный это é è correta"
+
+# What may stand between the choices of a list; of that, the words; of that, what does not end a sentence.
+LISTING = (
+    PUNCT | ARTICLES | word_set("and or nor to vs option options choice choices 或 和 oder und o y ou et")
 )
-# No answer follows these.
+JOINTS = LISTING - PUNCT - ARTICLES
+BESIDE = LISTING - ENDS
+# What may stand around an answer and adds nothing to it; of that, what is not part of a statement.
+FILLER = (
+    LISTING
+    | HEDGES
+    | ANSWERS
+    | OPTIONS
+    | BEST
+    | VERBS
+    | word_set("""
+    answers should could will it its i i'd i'll i'm we this that most more probably definitely clearly
+    surely certainly simply just in with for on sound heard hear clip audio like as appears here there's
+    okay ok well sure yes no wait actually hmm but not sorry rather instead finally overall summary edit
+    second now 案 应 該 该 是 为 択 择 え は 我 正 确 解 で す 은 는 정 ist lautet die der das richtige
+    korrekte la el es correcta una est bonne correcte правильный это é è correta
+""")
+)
+VERBLESS = FILLER - VERBS - HEDGES
+
+# Words behind which there is no answer any more; behind which an answer may be taken back.
 REASONS = word_set("because since as given due while whereas although though 因 weil porque")
-# After these an answer may be taken back.
-TURNS = word_set(
-    "wait actually hmm however but no sorry correction scratch reconsider alternatively although though maybe perhaps "
-    "possibly potentially oops hold initially edit second now"
-)
-NEGATORS = word_set(
-    "not no never neither nor none non nothing nowhere nobody without except excluding unlike than cannot isnt "
-    "doesnt dont cant wont didnt wasnt arent hardly barely rarely scarcely less unlikely impossible doubt doubtful "
-    "fails lacks lacking hard difficult it'd worst wrong incorrect false whether if unable unclear unsure avoid "
-    "refuse disagree opposite opposed against zero rule ruled ruling rules eliminate eliminated eliminating "
-    "eliminates exclude excluded reject rejected rejecting discard discarded dismiss dismissed "
-    "不 没 非 無 无 未 nicht kein keine keinen weder pas ni ne не нет não nem नहीं ✗ ✘ ❌"
-)
-# A negation reaches no further than these.
-RESETS = REASONS | word_set(
-    ", ) — 、 but so therefore thus hence however then 而 但 所 sondern sino mais pero aber mas а"
-)
-LIMITS = word_set("over under above below least most beyond")  # "over 10 seconds"
-# "No" is an answer before these ("no it is not"), and "one" is none behind those.
+TURNS = word_set("""
+    wait actually hmm however but no sorry correction scratch reconsider alternatively although though
+    maybe perhaps possibly potentially oops hold initially edit second now
+""")
+# Negations, and how far they reach.
+NEGATORS = word_set("""
+    not no never neither nor none non nothing nowhere nobody without except excluding unlike than cannot
+    isnt doesnt dont cant wont didnt wasnt arent hardly barely rarely scarcely less unlikely impossible
+    doubt doubtful fails lacks lacking hard difficult it'd worst wrong incorrect false whether if unable
+    unclear unsure avoid refuse disagree opposite opposed against zero rule ruled ruling rules eliminate
+    eliminated eliminating eliminates exclude excluded reject rejected rejecting discard discarded dismiss
+    dismissed 不 没 非 無 无 未 nicht kein keine keinen weder pas ni ne не нет não nem नहीं ✗ ✘ ❌
+""")
+RESETS = REASONS | word_set("""
+    , ) — 、 but so therefore thus hence however then 而 但 所 sondern sino mais pero aber mas а
+""")
+
+# What stands beside a word that names no choice, or a choice's letter: "over 10 seconds", "no, it is not",
+# "the first one", "B because".
+LIMITS = word_set("over under above below least most beyond")
 AFTER_NO = PUNCT | REASONS | word_set("i it there he she they this that we the or and")
-BEFORE_ONE = ARTICLES | word_set(
-    "this that which no any first second third last only each every other another correct"
-)
-# A label may stand before these: "B or", "B because".
+BEFORE_ONE = ARTICLES | word_set("""
+    this that which no any first second third last only each every other another correct
+""")
 CLOSERS = REASONS | word_set("or and nor but not for with which over rather except unlike than ✓ ✔ ✅ ✗ ✘ ❌")
