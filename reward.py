@@ -1,11 +1,11 @@
 """Rewards: what a completion is worth; and the resolver: which choice a completion gives as its answer.
 
 A reward is a plain function (said, example) -> float in the table REWARDS. `--reward accuracy=1,format=0.5`
-weighs them, and the log holds each one before its weight. To add a reward, write the function and enter it in the
-table. A reward never raises on what a model wrote and never executes it.
+weighs them, and the log holds each one before its weight. To add a reward, write the function and enter it in
+the table. A reward never raises on what a model wrote and never executes it.
 
-`resolve` serves training and evaluation alike. It works in five passes; its word lists are at the end of the file.
-This file needs no torch.
+`resolve` serves training and evaluation alike. It works in five passes; its word lists stand at the end of the
+file, which needs no torch.
 """
 
 import ast
@@ -57,8 +57,8 @@ def answer_format(said: Said, example) -> float:
 
 def think_format(said: Said, example) -> float:
     """1 if the completion is one <think> block, then one <answer> block (R1-AQA's thinking mode)."""
-    rest = after_block("think", said.text.strip())
-    return float(rest is not None and after_block("answer", rest.strip()) == "")
+    rest = after_block("think", said.text.strip()) or ""
+    return float(after_block("answer", rest.strip()) == "")
 
 
 def after_block(tag: str, text: str) -> str | None:
@@ -70,16 +70,20 @@ def after_block(tag: str, text: str) -> str | None:
 
 SECTIONS = "PLANNING CAPTION REASONING SUMMARY RESPONSE".split()
 SECTION_TAG = re.compile(rf"<(/?(?:THINK|{'|'.join(SECTIONS)}))>", re.IGNORECASE)
-TAGS_IN_ORDER = "THINK PLANNING /PLANNING CAPTION /CAPTION REASONING /REASONING SUMMARY /SUMMARY /THINK RESPONSE /RESPONSE"
+TAGS_IN_ORDER = """
+    THINK PLANNING /PLANNING CAPTION /CAPTION REASONING /REASONING SUMMARY /SUMMARY /THINK RESPONSE /RESPONSE
+""".split()
 WORD = re.compile(r"[^\W_]")
 
 
 def structure(said: Said, example) -> float:
-    """1 if the completion is <THINK> with its four sections, then <RESPONSE>: in order, none empty, and nothing
-    else (Audio-Reasoner, arXiv 2503.02318; SARI, arXiv 2504.15900, has the same sections)."""
+    """1 if the completion is <THINK> with its four sections, in order and none empty, then <RESPONSE>.
+
+    Audio-Reasoner (arXiv 2503.02318); SARI (arXiv 2504.15900) plans, describes, reasons and sums up alike.
+    """
     before, *rest = SECTION_TAG.split(said.text)
     tags = [tag.upper() for tag in rest[::2]]
-    if tags != TAGS_IN_ORDER.split() or before.strip():
+    if tags != TAGS_IN_ORDER or before.strip():
         return 0.0
     for tag, text in zip(tags, rest[1::2]):
         is_right = WORD.search(text) if tag in SECTIONS else not text.strip()
@@ -115,28 +119,29 @@ def think_length(said: Said, example) -> float:
 
 
 def consistency(said: Said, example) -> float:
-    """1 if the trace ends at the choice that is then answered, or rules out all others; 0 if it ends at another
-    one or at none, or if there is no answer. It needs no judge, unlike Audio-Thinker's consistency reward."""
+    """1 if the trace ends at the choice that is then answered, or rules out every other one; else 0.
+
+    Stands in for the consistency reward of Audio-Thinker, and needs no judge.
+    """
     found, choices = split_trace(said.text), example.choices
     given = resolve(found[1], choices) if found else None
     if given is None:
         return 0.0
     sentences = [s for s in SENTENCE_END.split(found[0][-4000:]) if s.strip()]
     sentences = sentences[-40:]  # enough, and it bounds the time
-    denials = [s for s in sentences if NEGATION.search(s)]
     for sentence in reversed(sentences):
-        index = None if sentence in denials else resolve(sentence, choices)
+        index = None if NEGATION.search(sentence) else resolve(sentence, choices)
         if index is not None:
             return float(choice_words(choices[index]) == choice_words(choices[given]))
-    ruled_out = set().union(*(named_choices(s, choices) for s in denials))
-    others = set(range(len(choices))) - {given}
+    denials = "\n".join(spaced_words(s) for s in sentences if NEGATION.search(s))
+    ruled_out = [i for i, choice in enumerate(choices) if spaced_words(choice) in denials]
+    others = [i for i in range(len(choices)) if i != given]
     return float(len(others) > 0 and ruled_out == others)
 
 
-def named_choices(sentence: str, choices: list[str]) -> set[int]:
-    """The indices of the choices whose words stand side by side in the sentence."""
-    words, *named = [f" {' '.join(choice_words(text))} " for text in (sentence, *choices)]
-    return {i for i, choice in enumerate(named) if choice in words}
+def spaced_words(text: str) -> str:
+    """The words of a text with a space before and behind each: then a search finds no parts of words."""
+    return f" {' '.join(choice_words(text))} "
 
 
 def overlong(said: Said, example) -> float:
@@ -175,10 +180,11 @@ def confident_accuracy(said: Said, example) -> float:
 def grounding(said: Said, example) -> float:
     """How well the parts heard again meet the true ones: the time in both over the time in either (IoU).
 
-    meta["spans"] holds the true ones: [[start, end], ...] in seconds. 0 if nothing was heard or none is known.
+    meta["spans"] holds the true ones: [[start, end], ...] in seconds. 0 without any, or if nothing was heard.
     """
     spans = example.meta.get("spans")
-    spans = spans if isinstance(spans, list | tuple) else []
+    if not isinstance(spans, list | tuple):
+        return 0.0
     true = merge_spans(span for span in spans if is_span(span))
     heard = merge_spans(said.heard)
     if not heard or not true:
@@ -210,8 +216,8 @@ def merge_spans(spans) -> list[list[float]]:
 
 
 def countdown(said: Said, example) -> float:
-    """1 if the last <answer> uses every number of meta["nums"] exactly once and makes meta["target"]; 0.1 for any
-    other text in its tags; else 0 (TinyZero)."""
+    """1 if the last <answer> uses every number of meta["nums"] exactly once and makes meta["target"]; 0.1 if
+    it holds anything else; 0 without one (TinyZero)."""
     answers = re.findall(r"<answer>([^<]*)</answer>", said.text)
     if not answers:
         return 0.0
@@ -279,7 +285,7 @@ REWARDS = {
 
 
 def parse_rewards(spec: str) -> dict[str, float]:
-    """ "accuracy=1,format=0.5" -> {"accuracy": 1.0, "format": 0.5}. Raises ValueError, naming the nearest reward."""
+    """ "accuracy=1,format=0.5" -> {"accuracy": 1.0, "format": 0.5}. Raises ValueError with the nearest name."""
     weights = {}
     for part in spec.split(","):
         name, _, weight = part.partition("=")
@@ -309,11 +315,12 @@ def score(said: Said, example, weights: dict[str, float]) -> tuple[float, dict[s
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The resolver. Names that mean the same in all its passes:
-#   items    the tokens of a text. Where choice 2 is named, its words are replaced by one token, the symbol "<2>"
+# The resolver. It turns every mention of choice i, by its text or by its letter, into one token, the symbol "<i>";
+# then it weighs the symbols by what stands around them. These names mean the same in all passes:
+#   items    the tokens of a text
 #   low      the same tokens in lower case
 #   keys     {the words of a choice: its index}
-#   letters  the indices that A, B, ... stand for: of equal choices, the first one's
+#   letters  the indices that A, B, ... stand for: of equal choices, that of the first
 #   i, at    the place of a token; `end` is the place behind the last one
 
 UNCLEAR = -1  # the index where one spelling stands for several choices
@@ -321,12 +328,12 @@ SYMBOL = "<"  # how a symbol begins, and no other token
 
 
 def resolve(text: str, choices: list[str]) -> int | None:
-    """The index of the one choice that a completion gives as its answer, or None: never a guess, never a fallback.
+    """The index of the one choice that a completion gives as its answer, or None. It never guesses.
 
-    What counts, in this order: only what follows </think>; only what stands in <answer>, <response> or \\boxed{};
-    then what is given as the answer, what stands alone, what is concluded, and last what is mentioned at all. A
-    choice is named by its text or by its letter, and does not count where it is denied. Two different answers are
-    none. Choices that read the same are one (the first index).
+    What counts, in this order: only what follows </think>; only what stands in <answer>, <response> or
+    \\boxed{}; then what is given as the answer, what stands alone, what is concluded, and last what is mentioned
+    at all. A choice is named by its text or by its letter, and does not count where it is denied. Two different
+    answers are none. Choices that read the same are one, the first.
     """
     given = {resolve_part(part, choices) for part in set(answer_parts(text))}
     return given.pop() if len(given) == 1 else None
@@ -335,15 +342,20 @@ def resolve(text: str, choices: list[str]) -> int | None:
 def resolve_part(text: str, choices: list[str]) -> int | None:
     """The choice that one part of a completion gives, or None."""
     texts, keys, letters = index_choices(choices)
-    boxed = [m[2] for m in ANSWER.finditer(text) if m[2] is not None]
+    boxed = find_boxed(text)
     text = boxed[0] if len(boxed) == 1 else text
     whole = text.strip().casefold()
     for raw in (whole, whole.strip("\"'`*_.“”‘’ \n")):
         if raw in texts:
             return texts[raw]
     items = lex(text)
-    index = resolve_alone(items, keys, letters)
-    if index is None:
+    words = drop_marks(fold(t) for t in items)
+    letter = label_of(words[0], letters) if len(words) == 1 else None
+    if words in keys and items[0] not in OPENING:  # "(A)" is a letter
+        index = keys[words]
+    elif letter is not None:
+        index = letter
+    else:
         items = with_mentions(items, keys, letters)
         items = with_letters(items, letters, keys)
         index = decide(signals(items), items, letters)
@@ -363,29 +375,21 @@ def index_choices(choices: list[str]) -> tuple[dict, dict, list[int]]:
     return texts, keys, letters
 
 
-def resolve_alone(items, keys, letters) -> int | None:
-    """The choice whose words, or whose letter, are all that there is."""
-    words = drop_marks(fold(t) for t in items)
-    if words in keys and items[0] not in OPENING:  # "(A)" is a letter
-        return keys[words]
-    return label_of(words[0], letters) if len(words) == 1 else None
-
-
 # ---- pass 1: the parts of the text that may hold the answer
 
 
 def answer_parts(text: str) -> list[str]:
-    """What follows the thinking; of that, what stands in <answer> or <response>, or else in \\boxed{}, or else all."""
+    """What follows the thinking. Of that: what stands in <answer> or <response>, or else in \\boxed{}, or all."""
     thinks = list(THINK.finditer(text))
     if thinks:
-        last, is_closing = thinks[-1], thinks[-1][1]
+        last = thinks[-1]
+        is_closing = last[1]
         text = text[last.end() :] if is_closing else text[: last.start()]  # <think> hides what follows it
     text = UNWRAP.sub(r"\1", text)  # \boxed{\text{B}}
-    parts, boxed, start = [], [], None
+    parts, start = [], None
     for tag in ANSWER.finditer(text):
-        is_closing, in_box = tag.groups()
-        if in_box is not None:
-            boxed.append(in_box)
+        is_closing, boxed = tag.groups()
+        if boxed is not None:
             continue
         if start is not None:
             parts.append(text[start : tag.start()])
@@ -394,20 +398,25 @@ def answer_parts(text: str) -> list[str]:
         rest = text[start:]
         if rest.strip() or not parts:
             parts.append(rest)
-    return parts or boxed or [text]
+    return parts or find_boxed(text) or [text]
+
+
+def find_boxed(text: str) -> list[str]:
+    """What stands in each \\boxed{}."""
+    return [tag[2] for tag in ANSWER.finditer(text) if tag[2] is not None]
 
 
 # ---- pass 2: the texts of choices become symbols
 
 
 def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]:
-    """Every mention of the text of a choice becomes its symbol; the longest text wins. Other tokens become lower
-    case, except for single characters, which may be letters of choices."""
+    """Replace every mention of the text of a choice by its symbol; the longest text wins.
+
+    Other tokens become lower case, but for single characters: they may be the letters of choices.
+    """
     low = [fold(t) for t in items]
-    names = {
-        key[1:]: i for key, i in keys.items() if key[0] in ARTICLES and len(key) > 2
-    }  # without the article
-    names |= keys
+    # the texts of choices, also without their articles
+    names = {key[1:]: i for key, i in keys.items() if key[0] in ARTICLES and len(key) > 2} | keys
     by_first = {}
     for key in sorted(names, key=len, reverse=True):
         by_first.setdefault(key[0], []).append(key)
@@ -440,8 +449,10 @@ def find_choice(low, at, by_first) -> tuple[tuple, int]:
 
 
 def match_choice(low, at, key) -> int:
-    """The end of the words `key` if they stand at token `at`, else 0. Marks may stand between them, and between
-    any two of them one light word: "A man is speaking" is "A man speaking"."""
+    """The end of the words `key` if they stand at token `at`, else 0.
+
+    Marks may stand between two of them, and one light word: "A man is speaking" is "A man speaking".
+    """
     for k, word in enumerate(key):
         has_light = False
         while k and token_at(low, at) not in (word, "\n"):
@@ -459,7 +470,7 @@ def match_choice(low, at, key) -> int:
 
 
 def find_cut(low, keys) -> int:
-    """Where a choice begins that the end of the text breaks off. What is mentioned within it does not count."""
+    """Where a choice begins that the end of the text breaks off. What it mentions itself does not count."""
     if not low or low[-1] in PUNCT:
         return len(low)
     for start in range(max(0, len(low) - 80), len(low) - 1):
@@ -493,21 +504,19 @@ def is_mention(items, low, at, end, keys, letters) -> bool:
 
 def is_letter_text(items, low, at, keys, letters) -> bool:
     """Whether a letter is the text of a choice, as the note A is, and neither a label nor an article."""
-    word, before, after = low[at], token_at(low, at - 1), token_at(low, at + 1)
+    word, after = low[at], token_at(low, at + 1)
     label = label_of(word, letters)
     following = drop_marks(low[at + 1 : at + 5])[:1]
-    if (
-        after in PUNCT and label is not None and keys.get(following) == label
-    ):  # "D. A", and A is the fourth choice
+    if label is not None and after in PUNCT and keys.get(following) == label:
+        return False  # "D. A", and A is the fourth choice
+    if is_marked(low, at):
         return False
-    if before in OPTIONS or (before in OPENING and after in CLOSING):
-        return False
-    return items[at].isupper() and (word not in "ai" or after in PUNCT or after in {"or", "and"})
+    return items[at].isupper() and (word not in "ai" or after in PUNCT | {"or", "and"})
 
 
 def joined_choices(out, low, end, key, keys, by_first) -> list[int]:
-    """The choices that end or begin like `key` and are named by the one word that differs: "acoustic or electric
-    guitar" names both guitars, "10 to 20 seconds" both lengths."""
+    """The choices that share words with `key`, and of which only a word that differs is said beside it:
+    "acoustic or electric guitar" names both guitars, "10 to 20 seconds" both lengths."""
     differing = []
     before, after = out[-5:][::-1], low[end : end + 5]
     gap = joint_length(before, {"or", "and", "to", "nor", "/", ","})
@@ -522,7 +531,7 @@ def joined_choices(out, low, end, key, keys, by_first) -> list[int]:
 
 
 def joint_length(tokens, joints) -> int:
-    """How many tokens, with a joint such as "or" among them, stand before the first word; 0 if there is none."""
+    """How many tokens stand before the first word, if a joint such as "or" is among them; else 0."""
     for n, t in enumerate(tokens):
         if t not in joints and t not in ARTICLES and t != ",":
             return n if joints.intersection(tokens[:n]) else 0
@@ -533,7 +542,7 @@ def joint_length(tokens, joints) -> int:
 
 
 def with_letters(items: list[str], letters: list[int], keys: dict) -> list[str]:
-    """Every letter that labels a choice, and is no article, note or initial, becomes its symbol."""
+    """Replace every letter that labels a choice, and is no article, note or initial, by its symbol."""
     low = [t.lower() for t in items] + ["\n", "\n"]  # low[-1] also stands for what is before the beginning
     out = []
     clear, cued = True, False  # only filler since the sentence or a cue began; the cue is "the answer is"
@@ -578,12 +587,15 @@ def is_label(items, low, i, clear, cued) -> bool:
 
 def is_marked(low, i) -> bool:
     """Whether a letter is marked as a label: "option B", "(B)"."""
-    return low[i - 1] in OPTIONS or (low[i - 1] in OPENING and low[i + 1] in CLOSING)
+    before, after = token_at(low, i - 1), token_at(low, i + 1)
+    return before in OPTIONS or (before in OPENING and after in CLOSING)
 
 
 def read_label(low, i, index, keys) -> int:
-    """The index that the label at token `i` means: its letter's, unless the letter is another choice's text. It is
-    unclear if it may be all that is left of a text, as "A" of "A dog" at the end."""
+    """The index that the label at token `i` means: its letter's, unless the letter is the text of a choice.
+
+    At the end of the text it is unclear if it may be all that is left of a choice, as "A" of "A dog".
+    """
     if is_marked(low, i) or next_word(low, i) == f"<{index}>":
         return index
     is_last = i == len(low) - 3
@@ -593,14 +605,14 @@ def read_label(low, i, index, keys) -> int:
 
 
 def is_after_label(items, low, i, out) -> bool:
-    """Whether the mark at token `i` stands between a label and what is said of it: "B. cat", "B. Incorrect"."""
+    """Whether the mark at token `i` stands between a label and what is said of it: "B. cat", "B. Wrong"."""
     if not out or out[-1][0] != SYMBOL or items[i - 1][0] == SYMBOL:
         return False
     return next_word(low, i)[:1] == SYMBOL or AFTER.match(" ".join(low[i + 1 : i + 10])) is not None
 
 
 def next_word(low, i) -> str:
-    """The first of the next three tokens that is a line's end, or neither a mark nor an article; "" without one."""
+    """The first of the next three tokens that is a line's end, or neither a mark nor an article; or ""."""
     for t in low[i + 1 : i + 4]:
         if t == "\n" or (t not in PUNCT and t not in ARTICLES):
             return t
@@ -608,8 +620,10 @@ def next_word(low, i) -> str:
 
 
 def cue_level(low, i) -> int:
-    """How a choice is given behind this word: EXPLICIT behind "answer", CLAIM behind "so", MENTION behind a word
-    that is no cue, such as "answer" in "to answer this question"."""
+    """How this word gives the choice behind it: EXPLICIT for "answer", CLAIM for "so", MENTION for no cue.
+
+    "Answer" in "to answer this question" is no cue.
+    """
     before, after = token_at(low, i - 1), token_at(low, i + 1)
     if low[i] in ANSWERS and before not in BEFORE_VERB and after not in AFTER_VERB:
         return EXPLICIT
@@ -637,8 +651,8 @@ class Signal:
 
 
 def signals(items: list[str]) -> list[Signal]:
-    """How every symbol is given, and whether it is denied: by a negation before it, by what follows it, or because
-    its sentence is a question."""
+    """How every symbol is given, and whether it is denied: by a negation before it, by what follows it, or by
+    a question mark."""
     found = []
     level, turn = MENTION, -1
     open_cue = False  # only filler since an explicit cue: then the cue holds on the next line, too
@@ -673,9 +687,9 @@ def signals(items: list[str]) -> list[Signal]:
 
 def split_sentences(items) -> list[tuple[int, int]]:
     """(start, end) of each sentence, with its mark at `end`. "Dog. Or cat." is one sentence."""
-    ends = [i for i, t in enumerate(items) if t in ENDS and token_at(items, i + 1) not in {"or", "and", ")"}]
-    starts = [0] + [end + 1 for end in ends]
-    return list(zip(starts, ends + [len(items)]))
+    glue = {"or", "and", ")"}
+    ends = [i for i, t in enumerate(items) if t in ENDS and token_at(items, i + 1) not in glue]
+    return [(before + 1, end) for before, end in itertools.pairwise([-1, *ends, len(items)])]
 
 
 def is_terse(sentence) -> bool:
@@ -684,7 +698,7 @@ def is_terse(sentence) -> bool:
 
 
 def find_negated(items, start, end) -> set[int]:
-    """The places in a sentence that a negation reaches. It ends at a word of RESETS: "not a dog but a cat"."""
+    """The places in a sentence that a negation reaches, up to a word of RESETS: "not a dog but a cat"."""
     reached = set()
     negated = in_list = False  # in_list: "or" and the like came behind the negation
     for i in range(start, end):
@@ -759,7 +773,7 @@ def merge_signals(found, items) -> list[Signal]:
 
 
 def drop_options(found, items, letters) -> list[Signal]:
-    """Drop the options where they are listed as the question gave them: all of them, each once, with nothing but
+    """Drop the options where they are listed as the question lists them: all, each once, with nothing but
     commas and the like between them."""
     distinct = [index for index, _ in itertools.groupby(letters)]  # equal choices side by side may be one
     kept, i = [], 0
@@ -786,9 +800,9 @@ def listed_options(options, found, i, items) -> int:
 def lex(text: str) -> list[str]:
     """The tokens of a text in their own case. Spellings that mean the same become one first."""
     text = unicodedata.normalize("NFKC", text)
-    for pattern, plain in SPELLINGS:
+    for pattern, plain in SPELLINGS.items():
         text = re.sub(pattern, plain, text, flags=re.IGNORECASE)
-    return ["\n" if t[0] == "\n" else t for t in TOKEN.findall(text)]
+    return TOKEN.findall(text)
 
 
 def fold(token: str) -> str:
@@ -833,7 +847,7 @@ TOKEN = re.compile(
     [{CJK}]                                           # one character
     | (?<!\w)-?\d+(?:[.,:/]\d+)*%?(?![^\W\d_])        # a number with its sign, decimals and percent
     | (?:[^\W{CJK}]|[{MARKS}])+(?:'[^\W\d_]+)?\#?     # a word: "C#" is one, "isn't" is one
-    | \n\s*
+    | \n
     | [.,;:!?()\[\]/=—。、✓✔✅✗✘❌]
     """,
     re.VERBOSE,
@@ -841,28 +855,29 @@ TOKEN = re.compile(
 
 # "A sharp" is a note only before "major" and the like: "a sharp sound" is none.
 NOTE_A = r"a(?=-|\s(?:sharp|flat)\s(?:major|minor|maj|min)\b)"
-# Spellings made one before the tokens: "10-20" is "10 to 20", "C sharp" is "C#", a dash between words is a mark, and
-# "non-vocal" and "dog-like" are one word, which mentions neither vocals nor a dog.
-SPELLINGS = (
-    (r"\b(?:far from|(?:anything|everything|all) but|instead of|least likely)\b", "except"),
-    (r"\b(?:no|without|beyond)(?: any| a| all)? (?:doubt|question)\b", "surely"),
-    (r"<[|/]{0,2}\w+[|/]?>", " "),
-    (UNWRAP.pattern, r"\1"),
-    (r"\[ \]", "✗"),
-    (r"\[x\]", "✓"),
-    ("[’`´]", "'"),
-    ("_", " "),
-    ("♯", "#"),
-    ("♭", "b"),
-    (r"(?<=\d)\s*[-–—~]\s*(?=\d)", " to "),
-    (r"(?<!\S)[-–—]+(?!\S)|[–—]|-{2,}|[-=]>|→", " — "),
-    (rf"\b([b-g]|{NOTE_A})[\s-]sharp\b", r"\1#"),
-    (rf"\b([b-g]|{NOTE_A})[\s-]flat\b", r"\1b"),
-    (r"\b(non|un|anti|counter|dis|semi|pseudo|quasi)-(?=\w)", r"\1"),
-    (r"-(?=(?:like|free|less|ish)\b)", ""),
-)
+# Spellings made one before the tokens: "10-20" is "10 to 20", "C sharp" is "C#", a dash between words is a mark,
+# and "non-vocal" and "dog-like" are one word, which mentions neither vocals nor a dog.
+SPELLINGS = {
+    r"\b(?:far from|(?:anything|everything|all) but|instead of|least likely)\b": "except",
+    r"\b(?:no|without|beyond)(?: any| a| all)? (?:doubt|question)\b": "surely",
+    r"<[|/]{0,2}\w+[|/]?>": " ",
+    UNWRAP.pattern: r"\1",
+    r"\[ \]": "✗",
+    r"\[x\]": "✓",
+    "[’`´]": "'",
+    "_": " ",
+    "♯": "#",
+    "♭": "b",
+    r"(?<=\d)\s*[-–—~]\s*(?=\d)": " to ",
+    r"(?<!\S)[-–—]+(?!\S)|[–—]|-{2,}|[-=]>|→": " — ",
+    rf"\b([b-g]|{NOTE_A})[\s-]sharp\b": r"\1#",
+    rf"\b([b-g]|{NOTE_A})[\s-]flat\b": r"\1b",
+    r"\b(non|un|anti|counter|dis|semi|pseudo|quasi)-(?=\w)": r"\1",
+    r"-(?=(?:like|free|less|ish)\b)": "",
+    r"\n\s*": "\n",
+}
 
-# The next three read the tokens that follow a letter or a symbol, joined by spaces. VERBOSE ignores a plain space.
+# The next three read the tokens that follow a letter or a symbol, joined by spaces. In VERBOSE, [ ] is a space.
 NOTE = re.compile(
     r"(?:: )?(?:maj|min|dim|aug|sus|flat|sharp|dorian|phrygian|lydian|mixolydian|aeolian|locrian)"
 )
