@@ -4,8 +4,8 @@ A reward is a plain function (said, example) -> float in the table REWARDS. `--r
 weighs them, and the log holds each one before its weight. To add a reward, write the function and enter it in
 the table. A reward never raises on what a model wrote and never executes it.
 
-`resolve` serves training and evaluation alike. It works in five passes; its word lists stand at the end of the
-file, which needs no torch.
+`resolve` serves training and evaluation alike. It works in five passes; its word lists stand at the end.
+This file needs no torch.
 """
 
 import ast
@@ -240,7 +240,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
 
     Walks the syntax tree and executes nothing. A power such as 9**9**9 is refused, not computed.
     """
-    if len(expression) > 200 or not re.fullmatch(r"[\d+\-*/() ]+", expression):  # short: no deep nesting
+    if not re.fullmatch(r"[\d+\-*/() ]{1,200}", expression):  # short: no deep nesting, no long division
         return None
     numbers = []
     try:
@@ -285,7 +285,7 @@ REWARDS = {
 
 
 def parse_rewards(spec: str) -> dict[str, float]:
-    """ "accuracy=1,format=0.5" -> {"accuracy": 1.0, "format": 0.5}. Raises ValueError with the nearest name."""
+    """ "accuracy=1,format=0.5" -> {"accuracy": 1.0, "format": 0.5}. Raises ValueError on what is wrong."""
     weights = {}
     for part in spec.split(","):
         name, _, weight = part.partition("=")
@@ -315,8 +315,8 @@ def score(said: Said, example, weights: dict[str, float]) -> tuple[float, dict[s
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The resolver. It turns every mention of choice i, by its text or by its letter, into one token, the symbol "<i>";
-# then it weighs the symbols by what stands around them. These names mean the same in all passes:
+# The resolver. It replaces every mention of choice i, by its text or by its letter, by one token, the symbol
+# "<i>"; then it weighs the symbols by what stands around them. These names mean the same in all passes:
 #   items    the tokens of a text
 #   low      the same tokens in lower case
 #   keys     {the words of a choice: its index}
@@ -331,9 +331,9 @@ def resolve(text: str, choices: list[str]) -> int | None:
     """The index of the one choice that a completion gives as its answer, or None. It never guesses.
 
     What counts, in this order: only what follows </think>; only what stands in <answer>, <response> or
-    \\boxed{}; then what is given as the answer, what stands alone, what is concluded, and last what is mentioned
-    at all. A choice is named by its text or by its letter, and does not count where it is denied. Two different
-    answers are none. Choices that read the same are one, the first.
+    \\boxed{}; then what is given as the answer, what stands alone, what is concluded, and last what is
+    mentioned at all. A choice is named by its text or by its letter, and does not count where it is denied.
+    Two different answers are none. Choices that read the same are one, the first.
     """
     given = {resolve_part(part, choices) for part in set(answer_parts(text))}
     return given.pop() if len(given) == 1 else None
@@ -379,7 +379,7 @@ def index_choices(choices: list[str]) -> tuple[dict, dict, list[int]]:
 
 
 def answer_parts(text: str) -> list[str]:
-    """What follows the thinking. Of that: what stands in <answer> or <response>, or else in \\boxed{}, or all."""
+    """What stands in <answer> or <response> behind the thinking; or else in \\boxed{}; or else all of it."""
     thinks = list(THINK.finditer(text))
     if thinks:
         last = thinks[-1]
@@ -417,16 +417,14 @@ def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]
     low = [fold(t) for t in items]
     # the texts of choices, also without their articles
     names = {key[1:]: i for key, i in keys.items() if key[0] in ARTICLES and len(key) > 2} | keys
-    by_first = {}
-    for key in sorted(names, key=len, reverse=True):
-        by_first.setdefault(key[0], []).append(key)
+    longest_first = sorted(names, key=len, reverse=True)
     cut = find_cut(low, keys)
     out, at = [], 0
     while at < len(low):
-        key, end = find_choice(low, at, by_first)
+        key, end = find_choice(low, at, longest_first)
         is_cut = end > cut and not LISTING.issuperset(low[cut:at] + low[end:])
         if key and not is_cut and is_mention(items, low, at, end, keys, letters):
-            for index in joined_choices(out, low, end, key, keys, by_first):
+            for index in joined_choices(out, low, end, key, keys, longest_first):
                 out += [f"<{index}>", "or"]
             out.append(f"<{names[key]}>")
             at = end
@@ -439,9 +437,9 @@ def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]
     return out
 
 
-def find_choice(low, at, by_first) -> tuple[tuple, int]:
+def find_choice(low, at, longest_first) -> tuple[tuple, int]:
     """-> (the words of the longest choice that stands at token `at`, its end); ((), 0) if there is none"""
-    for key in by_first.get(token_at(low, at), ()):
+    for key in longest_first:
         end = match_choice(low, at, key)
         if end:
             return key, end
@@ -514,7 +512,7 @@ def is_letter_text(items, low, at, keys, letters) -> bool:
     return items[at].isupper() and (word not in "ai" or after in PUNCT | {"or", "and"})
 
 
-def joined_choices(out, low, end, key, keys, by_first) -> list[int]:
+def joined_choices(out, low, end, key, keys, longest_first) -> list[int]:
     """The choices that share words with `key`, and of which only a word that differs is said beside it:
     "acoustic or electric guitar" names both guitars, "10 to 20 seconds" both lengths."""
     differing = []
@@ -523,7 +521,7 @@ def joined_choices(out, low, end, key, keys, by_first) -> list[int]:
     if gap:
         differing.append(before[gap].lower())
     gap = joint_length(after, {"or", "nor", "/"})
-    if gap and not find_choice(low, end + gap, by_first)[0]:
+    if gap and not find_choice(low, end + gap, longest_first)[0]:
         differing.append(after[gap].lower())
     differing = set(differing) - set(key)
     shared = set(key) - LISTING
@@ -855,8 +853,8 @@ TOKEN = re.compile(
 
 # "A sharp" is a note only before "major" and the like: "a sharp sound" is none.
 NOTE_A = r"a(?=-|\s(?:sharp|flat)\s(?:major|minor|maj|min)\b)"
-# Spellings made one before the tokens: "10-20" is "10 to 20", "C sharp" is "C#", a dash between words is a mark,
-# and "non-vocal" and "dog-like" are one word, which mentions neither vocals nor a dog.
+# Spellings made one before the tokens: "10-20" is "10 to 20", "C sharp" is "C#", a dash between words is a
+# mark, and "non-vocal" and "dog-like" are one word, which mentions neither vocals nor a dog.
 SPELLINGS = {
     r"\b(?:far from|(?:anything|everything|all) but|instead of|least likely)\b": "except",
     r"\b(?:no|without|beyond)(?: any| a| all)? (?:doubt|question)\b": "surely",
@@ -877,7 +875,7 @@ SPELLINGS = {
     r"\n\s*": "\n",
 }
 
-# The next three read the tokens that follow a letter or a symbol, joined by spaces. In VERBOSE, [ ] is a space.
+# The next three read the tokens that follow a letter or a symbol, joined by spaces. In VERBOSE [ ] is one.
 NOTE = re.compile(
     r"(?:: )?(?:maj|min|dim|aug|sus|flat|sharp|dorian|phrygian|lydian|mixolydian|aeolian|locrian)"
 )
