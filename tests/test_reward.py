@@ -1,6 +1,7 @@
 """The resolver on a table of completions and on forms with any choices; the closed forms of the rewards."""
 
 import json
+import math
 import pathlib
 import random
 import subprocess
@@ -367,6 +368,97 @@ def test_countdown_is_exact():
     assert value_of("countdown", "<answer>1/3*3</answer>", FOUR) == 0.1  # no Countdown question
 
 
+# ---- the rewards of re-listening
+
+
+@pytest.mark.parametrize(
+    "text, heard, value",
+    [
+        ("dog", [(0, 1)], 1),
+        ("<think><seg>0, 1</seg></think><answer>dog</answer>", [(0, 1), (1, 2)], 1),
+        ("dog", (), 0),
+        ("<seg>0, 1</seg> dog", (), 0),
+        ("cat", [(0, 1)], 0),
+        ("", [(0, 1)], 0),
+    ],
+)
+def test_segment_is_what_was_heard_on_the_way_to_the_right_answer(text, heard, value):
+    assert value_of("segment", text, heard=heard) == value
+
+
+FLOWS = {  # how many </seg> something new follows: texts
+    0: ["", "Seg A", "</seg>", "</seg> a bell", "</seg>. A bell", "</seg>é", "</seg>日", "</seg>3"],
+    1: ["</seg> A bell", "</seg></think>", "</seg>\n\n<answer>", "</seg><seg>1, 2</seg> rings", "</seg>É"],
+    3: ["</seg>A" * 3],
+    5: ["</seg>A" * 5, "</seg>A" * 6, "</seg>" * 10_000],
+}
+
+
+@pytest.mark.parametrize("n", FLOWS)
+def test_segment_flow_is_minus_a_tenth_for_each(n):
+    for text in FLOWS[n]:
+        assert value_of("segment_flow", text) == pytest.approx(-0.1 * n), text
+
+
+@pytest.mark.parametrize(
+    "text, p, value",
+    [
+        ("dog", 0.5, 0.75),
+        ("dog", 1.0, 1),
+        ("dog", 0.0, 0),
+        ("dog", None, 1),
+        ("cat", 0.5, -0.25),
+        ("cat", 0.9, -0.81),
+        ("cat", 0.0, 0),
+        ("cat", None, -1),
+        ("nothing", 0.9, 0),
+        ("", None, 0),
+        ("dog or cat", 0.9, 0),
+    ],
+)
+def test_confident_accuracy(text, p, value):
+    """1 - (1 - p)^2 if it is right, -p^2 if it is wrong, 0 without an answer; p is 1 if it is not known."""
+    assert value_of("confident_accuracy", text, confidence=p) == pytest.approx(value)
+
+
+def ground(heard, spans):
+    return value_of("grounding", "", Example("", None, "?", ["dog"], 0, meta={"spans": spans}), heard=heard)
+
+
+@pytest.mark.parametrize(
+    "heard, spans, value",
+    [
+        ([(0, 1), (2, 3)], [[0.5, 2.5]], 1 / 3),
+        ([(0, 1)], [[0, 1]], 1),
+        ([(0, 1)], [[1, 2]], 0),
+        ([(0, 2)], [[0, 1], [3, 4]], 1 / 3),
+        ([(0, 1), (0, 1), (0.5, 2)], [[0, 2]], 1),
+        ([(0, 4)], [[3, 4], [0, 1], [0.5, 2]], 3 / 4),
+        ([(1, 2)], [[0, 1.5], [1, 2]], 0.5),
+        ([], [[0, 1]], 0),
+        ([(0, 1)], [], 0),
+        ([(0, 1)], ((0, 2),), 0.5),
+    ],
+)
+def test_grounding(heard, spans, value):
+    """Time in both over time in either, whatever overlaps among the parts or among the true spans."""
+    assert ground(heard, spans) == pytest.approx(value)
+
+
+NO_SPANS = [
+    *(5, "01", [], [1], [0, 1, 2], ["0", "1"], [True, 2], [2, 1], [1, 1], [None, None], [[0], [1]]),
+    *([math.nan, 1], [0, math.nan], [0, math.inf], [-math.inf, math.inf], [0, 10**400]),
+]
+
+
+def test_grounding_takes_any_data():
+    """A file's meta may hold anything: what is no span is none, and a true one beside it counts."""
+    for spans in (None, 5, "0, 1", {}, {"0": 1}, NO_SPANS):
+        assert ground([(0, 1)], spans) == 0
+    for span in NO_SPANS:
+        assert ground([(0, 1)], [span, [0, 2]]) == 0.5, span
+
+
 def test_score_weighs_and_keeps_the_parts():
     weights = reward.parse_rewards("accuracy=2, format=0.5")
     assert weights == {"accuracy": 2.0, "format": 0.5}
@@ -430,6 +522,9 @@ REPEATED = [
     "<PLANNING>",
     CHAIN,
     "n't ",
+    "<seg>0, 1",
+    "</seg> ",
+    "</seg>\n\u0301",
 ]
 LONG = [
     *(text * (100_000 // len(text)) for text in REPEATED),
@@ -450,9 +545,9 @@ LONG = [
 ]
 
 
-def assert_bounded(text, example):
+def assert_bounded(text, example, **known):
     for name in REWARDS:
-        value = value_of(name, text, example)
+        value = value_of(name, text, example, **known)
         assert isinstance(value, float) and -1 <= value <= 1, name
 
 
@@ -474,3 +569,4 @@ def test_rewards_are_bounded_and_never_raise():
     ]:
         for example in (FOUR, COUNTDOWN, Example("", None, "?", ["a", "b"]), Example("", None, "?")):
             assert_bounded(text, example)
+    assert_bounded("</seg> " * 20_000, FOUR, heard=[(0.0, 1.0)] * 1000, confidence=0.5)
