@@ -94,7 +94,7 @@ class Example:
 
 
 def is_list_of(kind: type, value) -> bool:
-    return isinstance(value, list) and all(type(v) is kind for v in value)
+    return isinstance(value, list) and {*map(type, value)} <= {kind}
 
 
 class Embedded:
@@ -164,7 +164,7 @@ def make_example(fields: dict, columns: dict) -> Example:
     question, choices, answer, target = example.question, example.choices, example.answer, example.target
     if not isinstance(question, str) or not question.strip():
         bad("question", f"expected a text, found {fields.get('question')!r:.60}")
-    if not is_list_of(str, choices) or not all(c.strip() for c in choices):
+    if not is_list_of(str, choices) or not all(map(str.strip, choices)):
         bad("choices", f"expected a list of texts, found {choices!r:.80}")
     if len(choices) == 1:
         bad("choices", f"only one choice, {choices[0]!r:.80}: a question needs at least two")
@@ -184,14 +184,16 @@ def make_example(fields: dict, columns: dict) -> Example:
         targets = []
     elif not targets or not is_list_of(str, targets):
         bad("target", f"expected a text or a list of texts, found {target!r:.60}")
-    for name, texts in dict(question=[question], choices=choices, target=targets).items():
-        if half := HALF_CHARACTER.search(" ".join(texts)):
-            bad(name, f"holds {half[0]!a}, which is half a character; mend or drop the line")
+    if half := HALF_CHARACTER.search(" ".join([question, *choices, *targets])):
+        texts = dict(question=question, choices="".join(choices), target="".join(targets))
+        name = next(name for name, text in texts.items() if half[0] in text)
+        bad(name, f"holds {half[0]!a}, which is half a character; mend or drop the line")
     if isinstance(example.audio, Embedded) and not example.audio:  # neither bytes nor a path
         example.audio = None
-    if example.audio in ("", []) or "" in example.clips:
+    clips = example.clips
+    if example.audio == [] or "" in clips:
         bad("audio", "an empty path or list; give a file, or null for a text-only question")
-    if not all(isinstance(clip, str | bytes | Embedded) for clip in example.clips):
+    if not all(isinstance(clip, (str, bytes, Embedded)) for clip in clips):
         bad("audio", f"expected a path, found {example.audio!r:.60}")
     return example
 
@@ -234,23 +236,33 @@ class Format:
         for name, column in self.fields.items():
             if name not in fields:
                 fields[name] = take(rows[0], column)
-        if fields.get("choices") is not None and not self.verbatim:
-            fields["choices"], fields["answer"] = tidy_choices(fields["choices"], fields.get("answer"))
+        if "choices" in self.fields and not self.verbatim:
+            fields["choices"], fields["answer"] = tidy_choices(fields["choices"], fields["answer"])
         return fields | dict(meta=rest_of(rows))
 
 
 def take(row: dict, column: str):
     """Take a value out of a row; of "a|b" the first that is there and not null."""
+    if "|" not in column:
+        return row.pop(column, None)
     for key in column.split("|"):
-        value = row.pop(key, None)
-        if value is not None:
-            return value
+        if row.get(key) is not None:
+            return row.pop(key)
     return None
 
 
 def first_key(row: dict, keys: str) -> str | None:
     """The first of "a|b|c" that the row has."""
-    return next((key for key in keys.split("|") if key in row), None)
+    return find_columns(tuple(row), keys)[0]
+
+
+@functools.lru_cache(1000)  # most rows of a file have the same columns
+def find_columns(columns: tuple, keys: str) -> list[str | None]:
+    """ "a|b c" -> the first of a and b that is among the columns or None, and the same of c."""
+    found = []
+    for either in keys.split():
+        found.append(next((key for key in either.split("|") if key in columns), None))
+    return found
 
 
 def rest_of(rows: list[dict]) -> dict:
@@ -661,14 +673,20 @@ def check_row(row, known: Format) -> None:
     """Raises DataError if a row is no object, lacks a column of its format, or has no text where it must have one."""
     if not isinstance(row, dict):
         raise DataError(f"expected a JSON object, found {row!r:.60}")
-    may_be_withheld = known.fields.get("answer")
-    for either in known.keys.split():
-        if first_key(row, either) is None and either != may_be_withheld:
-            raise DataError(f'field "{either}": missing; found only {sorted(map(str, row))!r:.300}')
-    for either in known.texts.split():
-        key = first_key(row, either)
+    columns = tuple(row)
+    if None in find_columns(columns, known.keys):
+        check_columns(row, known)
+    for key in find_columns(columns, known.texts):
         if not isinstance(row[key], str):
             raise DataError(f'field "{key}": expected a text, found {row[key]!r:.60}')
+
+
+def check_columns(row: dict, known: Format) -> None:
+    """The answer may be withheld, where no function needs it."""
+    may_be_withheld = {known.fields.get("answer")} - {*known.texts.split()}
+    for either in known.keys.split():
+        if first_key(row, either) is None and either not in may_be_withheld:
+            raise DataError(f'field "{either}": missing; found only {sorted(map(str, row))!r:.300}')
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1087,7 +1105,8 @@ class Examples(collections.abc.Sequence):
     def draw_choices(self, i: int, rows: list[dict]) -> list[str]:
         """The right answer among wrong ones of its first kind, then of the next, in a random order that i fixes."""
         kinds, right = self.known.pool(rows)
-        rng, choices, n = random.Random(f"{i} {right[0]}"), [right[0]], self.n_choices
+        seed = f"{i} {right[0]}".encode("utf-8", "replace")
+        rng, choices, n = random.Random(seed), [right[0]], self.n_choices
         for kind in kinds:
             pool = self.pools.get(kind, [])
             others = rng.sample(pool, min(len(pool), n + len(choices) + len(right) - 1))

@@ -114,7 +114,9 @@ def test_the_layout_of_the_file_does_not_matter(read, layout):
 
 def test_lines_are_counted_as_an_editor_counts_them(refusal):
     bad = ROW | {"answer": 3}
-    assert refusal(b"\n\n" + lines(ROW) + b"\r\n" + lines(bad)).startswith('questions.jsonl:5: field "answer"')
+    assert refusal(b"\n\n" + lines(ROW) + b"\r\n" + lines(bad)).startswith(
+        'questions.jsonl:5: field "answer"'
+    )
     assert refusal(json.dumps([ROW, bad]).encode()).startswith('questions.jsonl:entry 2: field "answer"')
 
 
@@ -186,7 +188,9 @@ BAD_FIELDS = [
 ]
 
 
-@pytest.mark.parametrize("change, name", BAD_FIELDS, ids=lambda x: f"{x!r:.40}" if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    "change, name", BAD_FIELDS, ids=lambda x: f"{x!r:.40}" if isinstance(x, dict) else ""
+)
 def test_bad_field(refusal, change, name):
     assert refusal(lines(ROW, ROW | change)).startswith(f'questions.jsonl:2: field "{name}": ')
 
@@ -196,7 +200,10 @@ def test_the_message_says_what_was_found_and_what_to_do(refusal):
         ({"answer": 3}, 'field "answer": 3 is not among the 3 choices; give an index from 0 to 2'),
         ({"answer": "Dog"}, "field \"answer\": 'Dog' is not among the choices ['dog', 'cat', 'rain']"),
         ({"choices": None}, 'field "choices": missing, but there is an answer, 1'),
-        ({"question": "\ud800"}, "field \"question\": holds '\\ud800', which is half a character; mend or drop"),
+        (
+            {"question": "\ud800"},
+            "field \"question\": holds '\\ud800', which is half a character; mend or drop",
+        ),
         ({"audio": "none.wav"}, "none.wav: no such file"),
     ):
         assert message in refusal(lines(ROW | change))
@@ -233,7 +240,9 @@ BAD_FILES = [
 ]
 
 
-@pytest.mark.parametrize("content, message", BAD_FILES, ids=lambda x: f"{x!r:.25}" if isinstance(x, bytes) else "")
+@pytest.mark.parametrize(
+    "content, message", BAD_FILES, ids=lambda x: f"{x!r:.25}" if isinstance(x, bytes) else ""
+)
 def test_bad_file(refusal, content, message):
     assert message in refusal(content)
 
