@@ -93,17 +93,17 @@ class Example:
         return self.answer is not None or self.is_countdown
 
 
-def is_list_of(kind: type, value) -> bool:
+def is_list_of(kind, value):
     return isinstance(value, list) and {*map(type, value)} <= {kind}
 
 
 class Embedded:
     """A clip inside a parquet or Hub data set. Its bytes are read when they are asked for, and not before."""
 
-    def __init__(self, rows: "TableRows", row: int, column: str, place: int | None = None):
+    def __init__(self, rows, row, column, place=None):
         self.rows, self.row, self.column, self.place = rows, row, column, place
 
-    def child(self, name: str):
+    def child(self, name):
         """`bytes` (a view of the memory map: nothing is copied) or `path`; None if there is none."""
         value = self.rows.table[self.row].column(self.column)[0]
         if self.place is not None:
@@ -117,11 +117,11 @@ class Embedded:
         return value.as_py() if name == "path" else value.as_buffer()
 
     @property
-    def path(self) -> str:
+    def path(self):
         return self.child("path") or ""
 
     @functools.cached_property
-    def key(self) -> str:
+    def key(self):
         """The same for the same clip: a hash of three samples, since reading all bytes of a set takes hours."""
         content = self.child("bytes")
         if not content:
@@ -139,7 +139,7 @@ class Embedded:
     def __hash__(self):
         return hash(self.key)
 
-    def read(self) -> str | bytes:
+    def read(self):
         content = self.child("bytes")
         return content.to_pybytes() if content else locate(self.path, self.rows.folder)
 
@@ -150,14 +150,14 @@ class Embedded:
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can write it, no tokenizer can read it
 
 
-def make_example(fields: dict, columns: dict) -> Example:
+def make_example(fields, known):
     """The fields of one question -> a valid Example. Null is the same as missing.
 
-    columns: what the file calls the fields. Raises DataError with the column and what to do.
+    known: the Format, which tells what the file calls the fields. Raises DataError with the column and what to do.
     """
 
     def bad(name, problem):
-        raise DataError(f'field "{columns.get(name, name)}": {problem}')
+        raise DataError(f'field "{known.fields.get(name, name)}": {problem}')
 
     example = Example(**{k: v for k, v in fields.items() if v is not None})
     example.id = str(example.id)
@@ -184,13 +184,15 @@ def make_example(fields: dict, columns: dict) -> Example:
         targets = []
     elif not targets or not is_list_of(str, targets):
         bad("target", f"expected a text or a list of texts, found {target!r:.60}")
-    if half := HALF_CHARACTER.search(" ".join([question, *choices, *targets])):
-        texts = dict(question=question, choices="".join(choices), target="".join(targets))
-        name = next(name for name, text in texts.items() if half[0] in text)
-        bad(name, f"holds {half[0]!a}, which is half a character; mend or drop the line")
+    texts = dict(question=question, choices=" ".join(choices), target=" ".join(targets))
+    for name, text in texts.items():
+        if half := HALF_CHARACTER.search(text):
+            bad(name, f"holds {half[0]!a}, which is half a character; mend or drop the line")
     if isinstance(example.audio, Embedded) and not example.audio:  # neither bytes nor a path
         example.audio = None
     clips = example.clips
+    if example.audio is None and not known.text_only:
+        bad("audio", "missing, and this format is about sound; name it or drop the line")
     if example.audio == [] or "" in clips:
         bad("audio", "an empty path or list; give a file, or null for a text-only question")
     if not all(isinstance(clip, (str, bytes, Embedded)) for clip in clips):
@@ -230,7 +232,7 @@ class Format:
     verbatim: bool = False  # choices and paths mean what they say: our own format
     text_only: bool = False  # may a question be without sound?
 
-    def read(self, rows: list[dict]) -> dict:
+    def read(self, rows):
         """The rows of one question -> the fields of an Example. The rows are used up."""
         fields = self.convert(rows) if self.convert else {}
         for name, column in self.fields.items():
@@ -241,7 +243,7 @@ class Format:
         return fields | dict(meta=rest_of(rows))
 
 
-def take(row: dict, column: str):
+def take(row, column):
     """Take a value out of a row; of "a|b" the first that is there and not null."""
     if "|" not in column:
         return row.pop(column, None)
@@ -251,13 +253,13 @@ def take(row: dict, column: str):
     return None
 
 
-def first_key(row: dict, keys: str) -> str | None:
+def first_key(row, keys):
     """The first of "a|b|c" that the row has."""
     return find_columns(tuple(row), keys)[0]
 
 
 @functools.lru_cache(1000)  # most rows of a file have the same columns
-def find_columns(columns: tuple, keys: str) -> list[str | None]:
+def find_columns(columns, keys):
     """ "a|b c" -> the first of a and b that is among the columns or None, and the same of c."""
     found = []
     for either in keys.split():
@@ -265,7 +267,7 @@ def find_columns(columns: tuple, keys: str) -> list[str | None]:
     return found
 
 
-def rest_of(rows: list[dict]) -> dict:
+def rest_of(rows):
     """What is left of the rows of one question, for `meta`: all of the first row, with what its own `meta` holds.
 
     Where a key stands inside and outside of that `meta`, the inner value is in ["meta"]. The other rows are in ["rows"].
@@ -283,7 +285,7 @@ def rest_of(rows: list[dict]) -> dict:
     return rest
 
 
-def read_json(row: dict, key: str, kind: type):
+def read_json(row, key, kind):
     """A column that holds a list or an object, or the JSON of one. Raises DataError."""
     value = row[key]
     if isinstance(value, str):
@@ -325,18 +327,20 @@ def tidy_choices(choices, answer):
 
 def own_fields(rows):
     """`audio` must be there, or null on purpose: a misspelt key must not become training on text alone."""
-    if "audio" not in rows[0]:
+    (row,) = rows
+    if "audio" not in row:
         raise DataError('field "audio": missing; give a path, or null for a question without sound')
-    if not isinstance(rows[0].get("meta"), dict | None):
-        raise DataError(f'field "meta": expected an object, found {rows[0]["meta"]!r:.60}')
+    if not isinstance(row.get("meta"), dict | None):
+        raise DataError(f'field "meta": expected an object, found {row["meta"]!r:.60}')
     return {}
 
 
 def avqa(rows):
     """AVQA asks about videos, of which we have the sound (R1-AQA, arXiv 2503.11197)."""
-    asked = rows[0]["question_text"]
+    (row,) = rows
+    asked = row["question_text"]
     if "video" not in asked:
-        del rows[0]["question_text"]
+        del row["question_text"]
     return dict(question=asked.replace("video", "audio"))
 
 
@@ -348,16 +352,18 @@ def avqa_processed(rows):
 
 def mmau(rows):
     """A row without an id has the name of its clip."""
-    name = os.path.splitext(os.path.basename(rows[0]["audio_id"]))[0]
-    given = take(rows[0], "id")
+    (row,) = rows
+    name = os.path.splitext(os.path.basename(row["audio_id"]))[0]
+    given = take(row, "id")
     return dict(id=name if given is None else given)
 
 
 def unpack(rows):
     """MMAU's parquet packs most columns into other_attributes."""
-    if rows[0].get("other_attributes") is not None:
-        rows[0] |= read_json(rows[0], "other_attributes", dict)
-    rows[0].pop("other_attributes", None)
+    (row,) = rows
+    if row.get("other_attributes") is not None:
+        row |= read_json(row, "other_attributes", dict)
+    row.pop("other_attributes", None)
     return {}
 
 
@@ -393,8 +399,9 @@ def mmau_pro_skip(rows):
 
 def choice_columns(rows):
     """MMSU and AIR-Bench: one column a choice, null or blank where there are fewer."""
-    keys = [f"choice_{letter}" for letter in "abcdefgh" if f"choice_{letter}" in rows[0]]
-    return dict(choices=[rows[0].pop(key) or None for key in keys])
+    (row,) = rows
+    keys = [f"choice_{letter}" for letter in "abcdefgh" if f"choice_{letter}" in row]
+    return dict(choices=[row.pop(key) or None for key in keys])
 
 
 def air_bench(rows):
@@ -405,17 +412,20 @@ def air_bench(rows):
 
 def arc(rows):
     """ARC in the Hub's columns or in AI2's nesting; the labels are letters or numbers."""
-    question, choices = rows[0].pop("question"), rows[0].get("choices")
+    (row,) = rows
+    question, choices = row.pop("question"), row.get("choices")
     if isinstance(question, dict):
-        rows[0]["question"] = question  # there may be more in it
+        row["question"] = question  # there may be more in it
         question, choices = question.get("stem"), question.get("choices")
     if is_list_of(dict, choices):
         choices = {key: [choice.get(key) for choice in choices] for key in ("label", "text")}
     if not isinstance(choices, dict):
-        raise DataError(f'field "choices": expected labels and texts, found {choices!r:.80}')
-    labels, texts, answer = choices.get("label"), choices.get("text"), rows[0].pop("answerKey")
+        choices = {}
+    labels, texts, answer = choices.get("label"), choices.get("text"), row.pop("answerKey")
     if not is_list_of(str, labels) or not is_list_of(str, texts) or len(labels) != len(texts):
-        raise DataError(f'field "choices": expected as many labels as texts, found {choices!r:.80}')
+        raise DataError(
+            f'field "choices": expected as many labels as texts, found {labels!r:.40}, {texts!r:.40}'
+        )
     if answer and answer not in labels:
         raise DataError(f'field "answerKey": {answer!r:.40} is not among the labels {labels!r:.80}')
     return dict(question=question, choices=texts, answer=labels.index(answer) if answer else None)
@@ -518,10 +528,9 @@ def clip_of(rows):
     starts = [rows[0][k] for k in START_KEYS.split("|") if rows[0].get(k) not in (None, "")]
     if clip is None or key not in ("youtube_id", "ytid") or not starts:
         return clip
-    try:
-        return f"{clip}_{int(float(starts[0])):06d}"
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(f"expected the second at which the clip starts, found {starts[0]!r:.60}") from None
+    if not re.fullmatch(r"\d{1,7}(\.\d*)?", str(starts[0])):
+        raise DataError(f"expected the second at which the clip starts, found {starts[0]!r:.60}")
+    return f"{clip}_{int(float(starts[0])):06d}"
 
 
 def clip_fields(rows):
@@ -656,7 +665,7 @@ FORMATS = {
 }
 
 
-def format_of(row: dict, where: str) -> str:
+def format_of(row, where):
     """The name of the first format that the row fits. Raises DataError listing the known ones."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {row!r:.60}")
@@ -669,24 +678,18 @@ def format_of(row: dict, where: str) -> str:
     )
 
 
-def check_row(row, known: Format) -> None:
+def check_row(row, known):
     """Raises DataError if a row is no object, lacks a column of its format, or has no text where it must have one."""
     if not isinstance(row, dict):
         raise DataError(f"expected a JSON object, found {row!r:.60}")
     columns = tuple(row)
-    if None in find_columns(columns, known.keys):
-        check_columns(row, known)
+    found = find_columns(columns, known.keys)
+    if None in found:
+        missing = known.keys.split()[found.index(None)]
+        raise DataError(f'field "{missing}": missing; found only {sorted(map(str, row))!r:.300}')
     for key in find_columns(columns, known.texts):
         if not isinstance(row[key], str):
             raise DataError(f'field "{key}": expected a text, found {row[key]!r:.60}')
-
-
-def check_columns(row: dict, known: Format) -> None:
-    """The answer may be withheld, where no function needs it."""
-    may_be_withheld = {known.fields.get("answer")} - {*known.texts.split()}
-    for either in known.keys.split():
-        if first_key(row, either) is None and either not in may_be_withheld:
-            raise DataError(f'field "{either}": missing; found only {sorted(map(str, row))!r:.300}')
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -716,18 +719,37 @@ def file_problem(path: str) -> str:
     return f"{path:.1000}: {what}"
 
 
-class TextRows:
-    """Rows of a text file. JSON lines are read when they are asked for, and cost 16 bytes each until then; a JSON list
-    or a table (CSV, TSV) is read whole. Raises DataError for the file, or for a row that is asked for."""
+class Rows:
+    """The rows of a data set, by rows[i]. Each call gives a fresh one, or raises DataError that names its place."""
+
+    def __init__(self, path, unit=""):
+        self.path, self.unit = path, unit
+        self.places = array("q")  # of each row: its line or number
+        self.folder = ""  # where the paths of clips start
+
+    def __len__(self):
+        return len(self.places)
+
+    def where(self, i: int) -> str:
+        """ "file:line" of row i."""
+        return f"{self.path}:{self.unit}{self.places[i]}"
+
+
+class TextRows(Rows):
+    """Rows of a text file. JSON lines are read when they are asked for; a JSON list or a table (CSV, TSV) is read whole.
+
+    JSON lines cost 16 bytes each until then. Raises DataError.
+    """
 
     def __init__(self, path: str):
-        self.path, self.unit, self.header, self.rows = path, "", [], []
-        self.numbers = array("q")  # of each row: its line, or its entry in a list
+        super().__init__(path)
         self.starts = array("q")  # of each row of JSON lines: where it begins in the file
+        self.rows, self.header = [], []  # of the others: entries as JSON, or the cells of a record
         if problem := file_problem(path):
             raise DataError(f"{problem}; expected a file of questions (JSONL)")
         self.file = open(path, "rb")
-        first = next(filter(None, map(clean_line, self.file)), b"")
+        blanks = b" \t\r\n\xef\xbb\xbf"  # with the bytes of a byte order mark
+        first = next(filter(None, (line.strip(blanks) for line in self.file)), b"")
         self.file.seek(0)
         if not first:
             raise DataError(f"{path}: is empty; expected a file of questions (JSONL)")
@@ -745,18 +767,17 @@ class TextRows:
         for number, line in enumerate(self.file, 1):
             if not line.isspace():
                 self.starts.append(at)
-                self.numbers.append(number)
+                self.places.append(number)
             at += len(line)
         self.starts.append(at)
 
     def read_list(self):
         """Entries are kept as JSON: it takes less memory, and whoever gets a row may change it."""
-        self.unit, self.rows = "entry ", parse_json(self.file.read(), self.path)
-        self.numbers.extend(range(1, len(self.rows) + 1))
-        for i, row in enumerate(self.rows):
-            self.rows[i] = json.dumps(row).encode()
+        rows = parse_json(self.file.read(), self.path)
+        self.rows = [json.dumps(row).encode() for row in rows]
+        self.places, self.unit = range(1, len(rows) + 1), "entry "
 
-    def read_table(self, delimiter: str):
+    def read_table(self, delimiter):
         """A record may span lines."""
         raw = self.file.read()
         try:
@@ -771,14 +792,14 @@ class TextRows:
             for record in reader:
                 if any(cell.strip() for cell in record):
                     self.rows.append(record)
-                    self.numbers.append(reader.line_num)
+                    self.places.append(reader.line_num)
         except csv.Error as e:
             reason = f"not a CSV record ({e}); is a quote left open?"
             raise DataError(f"{self.path}:{reader.line_num}: {reason}") from None
         if self.rows:
             self.read_header([cell.strip() for cell in self.rows[0]])
 
-    def read_header(self, first: list[str]):
+    def read_header(self, first):
         """Usually the first record; VGGSound's files have none."""
         if len(first) == 4 and first[1].isdigit() and first[3] in ("train", "test", "validation", "val"):
             self.header = ["youtube_id", "start_s", "label", "split"]
@@ -791,18 +812,10 @@ class TextRows:
             if column in self.header:
                 raise DataError(f"{self.where(0)}: two columns are called {column!r:.80}")
             self.header.append(column)
-        del self.rows[0], self.numbers[0]
+        del self.rows[0], self.places[0]
 
-    def __len__(self):
-        return len(self.numbers)
-
-    def where(self, i: int) -> str:
-        return f"{self.path}:{self.unit}{self.numbers[i]}"
-
-    def __getitem__(self, i: int):
-        if (
-            self.starts
-        ):  # pread: threads may share it, and a file that shrank meanwhile is an error and no crash
+    def __getitem__(self, i):
+        if self.starts:  # pread: threads may share it, and a file that shrank is an error and no crash
             raw = os.pread(self.file.fileno(), self.starts[i + 1] - self.starts[i], self.starts[i])
             return parse_json(raw, self.where(i))
         row = self.rows[i]
@@ -812,11 +825,6 @@ class TextRows:
             expected = f"expected the {len(self.header)} columns {self.header!r:.300}"
             raise DataError(f"{self.where(i)}: {len(row)} fields, {expected}")
         return dict(zip(self.header, row))
-
-
-def clean_line(raw: bytes) -> bytes:
-    """Without blanks and a byte order mark."""
-    return raw.strip().removeprefix(b"\xef\xbb\xbf").strip()
 
 
 OTHER_COLUMNS = f"{START_KEYS} id family confidence caption_2 caption_3 caption_4 caption_5"
@@ -829,11 +837,11 @@ SOUND_FILES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff")
 VIDEO_FILES = (".mp4", ".mkv", ".webm", ".m4a")
 
 
-class TableRows:
+class TableRows(Rows):
     """Rows of a parquet file, a saved data set or a Hub id ("org/name[/config][:split]"), through `datasets`."""
 
     def __init__(self, source: str):
-        self.path, self.folder = source, ""  # where the paths of clips start
+        super().__init__(source, "row ")
         try:
             import datasets
         except ImportError:
@@ -846,7 +854,7 @@ class TableRows:
             expected = "expected a file, or a Hub id as org/name[/config][:split]"
             reason = f"{type(e).__name__}: {e!s:.300}"
             raise DataError(f"{source}: could not be loaded ({reason}); {expected}") from None
-        self.table = rows.with_format("arrow")
+        self.table, self.places = rows.with_format("arrow"), range(1, len(rows) + 1)
         self.lists, self.clips = set(), set()  # columns that hold lists, and clips
         for name, kind in rows.features.items():
             if hasattr(kind, "feature"):
@@ -857,13 +865,7 @@ class TableRows:
             if is_struct or is_bytes or isinstance(kind, datasets.Audio):
                 self.clips.add(name)
 
-    def __len__(self):
-        return len(self.table)
-
-    def where(self, i: int) -> str:
-        return f"{self.path}:row {i + 1}"
-
-    def __getitem__(self, i: int) -> dict:
+    def __getitem__(self, i):
         row = self.table[i]
         return {name: self.cell(i, name, row.column(name)[0]) for name in row.column_names}
 
@@ -887,34 +889,30 @@ def load_table(source, datasets):
     return datasets.load_dataset(f"{org}/{name}", *config, split=split or "train")
 
 
-class FolderRows:
+class FolderRows(Rows):
     """Sounds in folders named after what is heard: "animals/dog/1.wav" is labelled "dog", of the family "animals"."""
 
     def __init__(self, path: str):
-        self.path, names = path, []
+        super().__init__(path)
+        names = []
         for folder, folders, files in os.walk(path):
             folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
             sounds = [name for name in files if name.lower().endswith(SOUND_FILES) and name[0] != "."]
             names += [os.path.relpath(os.path.join(folder, name), path) for name in sounds]
+        self.places = sorted(names)
         if not names:
             expected = f"neither sounds ({', '.join(SOUND_FILES)}) nor a data set"
             raise DataError(f"{path}: is a directory, and holds {expected}")
-        self.rows = [folder_row(name) for name in sorted(names)]
-        unnamed = [row["audio"] for row in self.rows if not row["label"]]
-        if unnamed or len({row["label"] for row in self.rows}) < 2:
+        labels = {row["label"]: row["audio"] for row in self}
+        if len(labels) < 2 or "" in labels:
+            found = labels.get("", names[0])
             raise DataError(
-                f"{path}: expected sounds in two or more folders named after what is heard, found "
-                f"{(unnamed or names)[0]}; sort them in such folders, or write a CSV with the columns audio,label"
+                f"{path}: expected sounds in two or more folders named after what is heard, found {found}; "
+                "sort them in such folders, or write a CSV with the columns audio,label"
             )
 
-    def __len__(self):
-        return len(self.rows)
-
-    def where(self, i: int) -> str:
-        return f"{self.path}:{self.rows[i]['audio']}"
-
-    def __getitem__(self, i: int) -> dict:
-        return dict(self.rows[i])
+    def __getitem__(self, i):
+        return folder_row(self.places[i])
 
 
 NOT_A_LABEL = set("audio audios clips data sounds samples wav wavs train test val validation".split())
@@ -937,8 +935,9 @@ def stem_of(name: str) -> str:
     AVQA says "-HG3Omg_89c_000030" (a YouTube id and its start second) and the file is "-HG3Omg_89c_30.wav". In other
     names zeros count: take_1 and take_001 are two.
     """
-    endings = "|".join(SOUND_FILES + VIDEO_FILES).replace(".", r"\.")
-    stem = re.sub(f"({endings})$", "", os.path.basename(name), flags=re.IGNORECASE)
+    stem, ending = os.path.splitext(os.path.basename(name))
+    if ending.lower() not in SOUND_FILES + VIDEO_FILES:
+        stem += ending
     return re.sub(r"^([\w-]{11}_)(?=\d{6}$)0{1,5}", r"\1", stem)
 
 
@@ -947,7 +946,7 @@ is_id = re.compile(r"(?=.*[a-z])(?=.*[A-Z])[\w-]{11}_(0|[1-9]\d*)|(?=.*\d)(?=.*[
 
 
 @functools.cache
-def folders_in(folder: str) -> list[str]:
+def folders_in(folder):
     with contextlib.suppress(OSError, ValueError):  # no such folder; no such name
         return sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
     return []
@@ -965,7 +964,7 @@ def sounds_in(folder: str, deep: bool = False) -> dict[str, list[str]]:
     return found
 
 
-def below(name: str, folder: str) -> str:
+def below(name, folder):
     return os.path.join(folder, os.path.expanduser(name) if name.startswith("~/") else name)
 
 
@@ -1055,7 +1054,7 @@ class Examples(collections.abc.Sequence):
         """The rows of question i, as the file has them."""
         return [self.rows[k] for k in self.items[i]]
 
-    def ask(self, function: Callable, item: tuple):
+    def ask(self, function, item):
         """function(rows), after they were checked. A DataError gets file and line; other errors are faults of ours."""
         rows = [self.rows[k] for k in item]
         line = item[0]
@@ -1075,7 +1074,7 @@ class Examples(collections.abc.Sequence):
         version = f" {self.version}" if self.version else ""
         return f"{self.path}: {self.format} format{version}, {len(self)} examples{skipped}"
 
-    def where(self, i: int) -> str:
+    def where(self, i):
         """ "file:line" of question i."""
         return self.rows.where(self.items[i][0])
 
@@ -1085,30 +1084,26 @@ class Examples(collections.abc.Sequence):
         i = range(len(self))[i]
         return self.ask(lambda rows: self.make(i, rows), self.items[i])
 
-    def make(self, i: int, rows: list[dict]) -> Example:
+    def make(self, i, rows):
         drawn = self.draw_choices(i, rows) if self.pools else None  # before the rows are used up
         fields = self.known.read(rows)
         fields["choices"] = fields.get("choices") or drawn
         if fields.get("id") is None:
             fields["id"] = re.split(":| ", self.where(i))[-1]
-        example = make_example(fields, self.known.fields)
-        if example.audio is None and not self.known.text_only:
-            column = self.known.fields.get("audio", "audio")
-            remedy = f"{self.format} format is about sound: name it or drop the line"
-            raise DataError(f'field "{column}": missing; {remedy}')
+        example = make_example(fields, self.known)
         find = below if self.known.verbatim else locate
         clips = [find(clip, self.folder) if isinstance(clip, str) else clip for clip in example.clips]
         if clips:
             example.audio = clips if isinstance(example.audio, list) else clips[0]
         return example
 
-    def draw_choices(self, i: int, rows: list[dict]) -> list[str]:
+    def draw_choices(self, i, rows):
         """The right answer among wrong ones of its first kind, then of the next, in a random order that i fixes."""
         kinds, right = self.known.pool(rows)
         seed = f"{i} {right[0]}".encode("utf-8", "replace")
         rng, choices, n = random.Random(seed), [right[0]], self.n_choices
         for kind in kinds:
-            pool = self.pools.get(kind, [])
+            pool = self.pools[kind]
             others = rng.sample(pool, min(len(pool), n + len(choices) + len(right) - 1))
             others = [c for c in others if c not in choices and c not in right]
             choices += others[: n - len(choices)]
@@ -1118,20 +1113,21 @@ class Examples(collections.abc.Sequence):
 
 def open_rows(source: str):
     """A file, a folder or a Hub id -> its rows, by len(rows), rows[i] and rows.where(i). Raises DataError."""
+    kind = TextRows  # which also says what is wrong
     if os.path.isdir(source):
         names = [name for _, _, files in os.walk(source) for name in files]
         is_table = any(name == "state.json" or name.endswith(".parquet") for name in names)
-        return TableRows(source) if is_table else FolderRows(source)
-    if os.path.isfile(source):
+        kind = TableRows if is_table else FolderRows
+    elif os.path.isfile(source):
         with open(source, "rb") as f:
-            is_table = f.read(4) == b"PAR1"
-        return TableRows(source) if is_table else TextRows(source)
-    name = source.partition(":")[0]
-    file_endings = r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zip|wav|flac|mp3|ogg)$"
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.%+:\[\]-]+)?", source)
-    if is_hub_id and not os.path.isdir(name.split("/")[0]) and not re.search(file_endings, name):
-        return TableRows(source)
-    return TextRows(source)  # which says what is wrong
+            if f.read(4) == b"PAR1":
+                kind = TableRows
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.%+:\[\]-]+)?", source):
+        name = source.partition(":")[0]
+        file_endings = r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zip|wav|flac|mp3|ogg)$"
+        if not os.path.isdir(name.split("/")[0]) and not re.search(file_endings, name):
+            kind = TableRows
+    return kind(source)
 
 
 def scan(examples: Examples, purpose="train", most=10) -> array:
@@ -1179,10 +1175,8 @@ def clip_key(example: Example) -> int:
 def held_out(keys: array, n: int):
     """Split by clip: -> (train indices, about n held-out indices). All questions on one clip fall on one side."""
     n = min(n, len(keys) // 5)
-    if not n:
-        return list(range(len(keys))), []
     mixed = [zlib.crc32(k.to_bytes(8, "little")) for k in keys]
-    limit = sorted(mixed)[n - 1]
+    limit = sorted(mixed)[n - 1] if n else -1
     train = [i for i, h in enumerate(mixed) if h > limit]
     held = [i for i, h in enumerate(mixed) if h <= limit]
     return (train, held) if train else (held, [])  # one clip cannot be split
@@ -1266,7 +1260,7 @@ def decode(f, max_s, name):
     return np.concatenate(parts), n
 
 
-def video_hint(path: str) -> str:
+def video_hint(path):
     """What to do if the sound that should be at `path` lies in a video, "" if it does not."""
     stem, ending = os.path.splitext(path)
     for video_ending in (ending, *VIDEO_FILES):
@@ -1283,11 +1277,8 @@ def probe_audio(examples: Examples, max_s: float, budget_s: float = 2.0):
     edge = sorted({*places[:32], *places[-32:]})
     clips = ((i, clip) for i in [*edge, *places[32:-32]] for clip in examples[i].clips)
     problems, count, deadline = [], 0, time.monotonic() + budget_s
-
-    def length(clip):
-        return len(load_audio(clip[1], max_s)[0])
-
-    for (i, _), result in ahead(clips, length, os.cpu_count() or 1, 16):
+    waves = ahead(clips, lambda clip: load_audio(clip[1], max_s), os.cpu_count() or 1, 16)
+    for (i, _), result in waves:
         count += 1
         if isinstance(result, DataError):
             problems.append(f'{examples.where(i)}: field "audio": {result}')
@@ -1403,7 +1394,7 @@ def knob(default, help, choices=None, low=0, high=2**31 - 1, above=None, **flag)
     return field(default=default, metadata=metadata)
 
 
-def check_knobs(options) -> None:
+def check_knobs(options):
     """Raises UserError, naming the flag, for the first knob whose value is not among its choices or not in its range."""
     for f in dataclasses.fields(options):
         value, m = getattr(options, f.name), f.metadata
@@ -1636,27 +1627,42 @@ def progress(items, total: int, what: str):
 # check
 
 
-@dataclass
 class Survey:
-    """What is in a data set, as `survey` finds it."""
+    """What is in a data set. A "line" is its "file:line"; a question is known by a hash, a clip by its name.
 
-    findings: list  # (where, "problem" or "note", text); where is "file:line"
-    clips: dict  # name -> clip
-    lines: dict  # name of a clip -> the lines that have it
-    asked: dict  # question with its choices -> the lines that ask it
-    heard: dict  # name of a clip that can be heard -> seconds, rate_hz, channels and sound: a hash, None for silence
-    facts: dict  # counts, for the screen and the report
-    unread: int  # lines that could not be read
+    findings: (line, "problem" or "note", text). heard: name -> seconds, rate_hz, channels, and sound: a hash, None if silent.
+    """
+
+    def __init__(self):
+        self.findings, self.clips, self.heard, self.unread = [], {}, {}, 0
+        self.lines = collections.defaultdict(list)  # of a clip
+        self.asked = collections.defaultdict(list)  # the lines of a question
+        self.choices, self.answers = collections.Counter(), collections.Counter()
+
+    def problem(self, where, text):
+        self.findings.append((where, "problem", text))
+
+    def note(self, where, text):
+        self.findings.append((where, "note", text))
+
+    def facts(self, max_s):
+        """Counts, for the screen and the report."""
+        heard = list(self.heard.values())
+        seconds = sorted(h["seconds"] for h in heard)
+        facts = dict(clips=len(heard), hours=round(sum(seconds) / 3600, 4))
+        if seconds:
+            facts["seconds"] = dict(
+                shortest=seconds[0], median=seconds[len(seconds) // 2], longest=seconds[-1]
+            )
+        facts["cut"] = sum(s > max_s for s in seconds)
+        for key in ("rate_hz", "channels"):
+            facts[key] = collections.Counter(h[key] for h in heard)
+        return facts | dict(choices=self.choices, answers=self.answers)
 
 
-def survey(examples: Examples, max_s: float) -> Survey:
+def survey(examples, max_s):
     """Read every line, and decode every clip with all cores."""
-    findings, first, unanswered, clips, heard = [], {}, [], {}, {}
-    lines, asked = collections.defaultdict(list), collections.defaultdict(list)
-    n_choices, answers = collections.Counter(), collections.Counter()
-
-    def add(where, kind, text):
-        findings.append((where, kind, text))
+    found, first, unanswered = Survey(), {}, []
 
     def earlier(kind, value, where):
         """The line that had this value before, or "" """
@@ -1669,64 +1675,55 @@ def survey(examples: Examples, max_s: float) -> Survey:
             example = examples[i]
         except DataError as e:
             where, _, text = str(e).partition(": ")
-            add(where, "problem", text)
+            found.problem(where, text)
+            found.unread += 1
             continue
         options, answer = [normal_text(c) for c in example.choices], example.answer
-        n_choices[len(options)] += 1
-        answers[str(answer)] += 1
+        found.choices[len(options)] += 1
+        found.answers[str(answer)] += 1
         if answer is None:
             unanswered.append(where)
         elif options.count(options[answer]) > 1:
-            add(where, "problem", f'field "choices": the answer {example.choices[answer]!r:.80} {TWICE}')
+            gold = f"the answer {example.choices[answer]!r:.80} stands among them twice"
+            remedy = "so a right answer can be counted as wrong; drop one or the line"
+            found.problem(where, f'field "choices": {gold}, {remedy}')
         elif len(set(options)) < len(options):
-            add(where, "note", f'field "choices": two are the same, {example.choices!r:.200}')
+            found.note(where, f'field "choices": two are the same, {example.choices!r:.200}')
         if line := earlier("id", example.id, where):
-            add(
-                where,
-                "problem",
-                f'field "id": {example.id!r:.80} is also the id of {line}; give each its own',
+            found.problem(
+                where, f'field "id": {example.id!r:.80} is also the id of {line}; give each its own'
             )
         names = [str(clip) for clip in example.clips]
         question = hash((normal_words(example.question), *sorted(options)))
         if line := earlier("question", (question, *names), where):
-            add(where, "note", f"the same clip and question as {line}")
-        asked[question].append(where)
+            found.note(where, f"the same clip and question as {line}")
+        found.asked[question].append(where)
         for name, clip in zip(names, example.clips):
-            clips[name] = clip
-            lines[name].append(where)
-    if len(unanswered) < n_choices.total():
+            found.clips[name] = clip
+            found.lines[name].append(where)
+    if len(unanswered) < found.choices.total():
         for where in unanswered:
-            add(where, "problem", f'field "answer": missing, while other lines have one; {DROP}')
+            found.problem(
+                where, 'field "answer": missing, while other lines have one; give it or drop the line'
+            )
 
-    results = ahead(clips, lambda name: listen(clips[name], max_s), os.cpu_count() or 1, 64)
-    for name, result in progress(results, len(clips), "clips"):
-        where = lines[name][0]
+    results = ahead(found.clips.items(), lambda item: listen(item[1], max_s), os.cpu_count() or 1, 64)
+    for (name, _), result in progress(results, len(found.clips), "clips"):
+        where = found.lines[name][0]
         if isinstance(result, DataError):
             is_missing = "no such file" in str(result)
             remedy = "mend the path, or give --audio_dir" if is_missing else "replace it or drop the line"
-            for where in lines[name]:
-                add(where, "problem", f'field "audio": {result}; {remedy}')
+            for where in found.lines[name]:
+                found.problem(where, f'field "audio": {result}; {remedy}')
             continue
-        heard[name], seconds = result, result["seconds"]
+        found.heard[name], seconds = result, result["seconds"]
         if seconds > max_s:
-            add(where, "note", f'field "audio": lasts {seconds:.1f} s, cut at {max_s:g} s; --max_audio_s')
+            found.note(where, f'field "audio": lasts {seconds:.1f} s, cut at {max_s:g} s; --max_audio_s')
         if not result["sound"]:
-            add(where, "note", 'field "audio": is silent')
+            found.note(where, 'field "audio": is silent')
         elif line := earlier("sound", result["sound"], where):
-            add(where, "note", f'field "audio": the same sound as {line}, under another name')
-
-    seconds = sorted(h["seconds"] for h in heard.values())
-    facts = dict(clips=len(heard), hours=round(sum(seconds) / 3600, 4), cut=sum(s > max_s for s in seconds))
-    if seconds:
-        facts["seconds"] = dict(shortest=seconds[0], median=seconds[len(seconds) // 2], longest=seconds[-1])
-    for key in ("rate_hz", "channels"):
-        facts[key] = collections.Counter(h[key] for h in heard.values())
-    facts |= dict(choices=n_choices, answers=answers)
-    return Survey(findings, clips, lines, asked, heard, facts, len(examples) - n_choices.total())
-
-
-TWICE = "stands among them twice, so a right answer can be counted as wrong; drop one or the line"
-DROP = "give it or drop the line"
+            found.note(where, f'field "audio": the same sound as {line}, under another name')
+    return found
 
 
 def listen(clip, max_s):
@@ -1735,48 +1732,47 @@ def listen(clip, max_s):
     return dict(seconds=seconds, rate_hz=rate_hz, channels=channels, sound=sound if wave.any() else None)
 
 
-def find_shared(ours: Survey, theirs: Survey, path: str) -> None:
-    """Add to ours which clips and questions it shares with theirs, at `path`."""
+def find_shared(ours, theirs, path):
+    """Add to our findings which clips and questions are also in their data set, at `path`.      -> counts"""
     sounds = {h["sound"] for h in theirs.heard.values()} - {None}
     absent = [clip for name, clip in theirs.clips.items() if name not in theirs.heard]
     ids = set(filter(is_id, map(clip_stem, absent)))
-    shared = collections.Counter(clips=0, questions=0)
+    clips = questions = 0
     for name, clip in ours.clips.items():
         same_sound = name in ours.heard and ours.heard[name]["sound"] in sounds
         if same_sound or clip_stem(clip) in ids:
+            clips += len(ours.lines[name])
             for where in ours.lines[name]:
-                shared["clips"] += 1
-                remedy = "drop the line, or the score will mean little"
-                ours.findings.append((where, "problem", f"its clip is also in {path}; {remedy}"))
+                ours.problem(
+                    where, f"its clip is also in {path}; drop the line, or the score will mean little"
+                )
     for question, lines in ours.asked.items():
-        for where in lines if question in theirs.asked else ():
-            shared["questions"] += 1
-            ours.findings.append((where, "note", f"the same question and choices as in {path}"))
-    ours.facts["shared"] = shared
-    if theirs.unread or absent:
-        ours.facts["not compared"] = (
-            f"{len(absent)} of {len(theirs.clips)} clips of {path} could not be heard: compared by name or not at all; "
-            f"{theirs.unread} of its lines could not be read"
-        )
+        if question in theirs.asked:
+            questions += len(lines)
+            for where in lines:
+                ours.note(where, f"the same question and choices as in {path}")
+    by_name = f"{len(absent)} of {len(theirs.clips)} clips and {theirs.unread} lines of {path}"
+    return {"shared": dict(clips=clips, questions=questions), "compared by name, or not": by_name}
 
 
-def clip_stem(clip) -> str:
+def clip_stem(clip):
     return stem_of(clip.path if isinstance(clip, Embedded) else clip)
 
 
-def check_file(path, max_audio_s, audio_dir, against, report) -> int:
+def check_file(path, max_audio_s, audio_dir, against, report):
     """Say what is in a data file and what is wrong with it.       -> 0, or 2 if there is a problem"""
     examples = Examples(path, audio_dir)
     others = Examples(against) if against else None
+    if report and os.path.realpath(report) in map(os.path.realpath, (path, against)):
+        raise UserError(f"--report {report}: is the data itself; give another name")
     if report:
-        if os.path.realpath(report) in (os.path.realpath(path), os.path.realpath(against or path)):
-            raise UserError(f"--report {report}: is the data itself; give another name")
         open(report, "a").close()  # if it cannot be written, say so now
     found = survey(examples, max_audio_s)
+    facts = found.facts(max_audio_s)
     if others:
-        find_shared(found, survey(others, max_audio_s), against)
-    print(f"{examples}, {found.facts['clips']} clips heard")
-    for key, value in found.facts.items():
+        facts |= find_shared(found, survey(others, max_audio_s), against)
+    print(f"{examples}, {len(found.heard)} clips heard")
+    for key, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k}: {v:g}" for k, v in value.items())
         print(f"  {key:12} {value}")
@@ -1787,7 +1783,7 @@ def check_file(path, max_audio_s, audio_dir, against, report) -> int:
             print(f"    ... and {len(texts) - most} more; --report FILE.json has them all")
     if report:
         about = dict(file=path, format=examples.format, version=examples.version, examples=len(examples))
-        about |= found.facts | dict(skipped=examples.skipped, findings=found.findings)
+        about |= facts | dict(skipped=examples.skipped, findings=found.findings)
         write_text(report, json.dumps(about, indent=1))
     return 2 if any(kind == "problem" for _, kind, _ in found.findings) else 0
 
@@ -1796,7 +1792,7 @@ def check_file(path, max_audio_s, audio_dir, against, report) -> int:
 # convert
 
 
-def new_file(*outs: str) -> None:
+def new_file(*outs):
     """Refuse what exists, before any work is done."""
     for out in outs:
         if not out:
@@ -1826,9 +1822,10 @@ def write_examples(out: str, examples, total: int) -> int:
     return count
 
 
-def own_row(example: Example, out: str, n: int) -> dict:
+def own_row(example, out, n):
     """Line n of our JSONL at `out`. Clips below its folder get a relative path, so that both can be moved together."""
     paths, names, meta = [], [], example.meta
+    folder = os.path.join(os.path.dirname(out), "")
     for k, clip in enumerate(example.clips):
         if isinstance(clip, Embedded):
             names.append(clip.path)
@@ -1836,12 +1833,12 @@ def own_row(example: Example, out: str, n: int) -> dict:
         if isinstance(clip, bytes):
             name = re.sub(r"[^\w.-]", "_", example.id)[:80]
             clip = write_clip(f"{os.path.splitext(out)[0]}_audio/{n:07d}_{name}_{k}", clip)
-        folder = os.path.join(os.path.dirname(out), "")
         paths.append(os.path.abspath(clip).removeprefix(folder))
     if any(names):  # what the clips were called inside the data set
         meta = dict(audio_path=names if names[1:] else names[0]) | meta
-    audio = paths if isinstance(example.audio, list) else paths[0] if paths else None
-    return vars(example) | dict(audio=audio, meta=meta)
+    if not isinstance(example.audio, list):
+        paths = paths[0] if paths else None
+    return vars(example) | dict(audio=paths, meta=meta)
 
 
 def write_clip(path: str, content: bytes) -> str:
@@ -1861,7 +1858,7 @@ def write_clip(path: str, content: bytes) -> str:
     return path
 
 
-def convert_file(path, out, audio_dir, drop_bad) -> None:
+def convert_file(path, out, audio_dir, drop_bad):
     """Any known format -> our JSONL. With drop_bad, lines that cannot be read or whose clip is missing are left out."""
     new_file(out)
     examples, bad = Examples(path, audio_dir), []
@@ -1870,8 +1867,8 @@ def convert_file(path, out, audio_dir, drop_bad) -> None:
         for i in range(len(examples)):
             try:
                 example = examples[i]
-                for clip in example.clips if drop_bad else ():
-                    if isinstance(clip, str) and file_problem(clip):
+                for clip in example.clips:
+                    if drop_bad and isinstance(clip, str) and file_problem(clip):
                         raise DataError(f'{examples.where(i)}: field "audio": {file_problem(clip)}')
                 yield example
             except DataError as e:
@@ -1892,7 +1889,7 @@ def convert_file(path, out, audio_dir, drop_bad) -> None:
 # folder and filter
 
 
-def questions_from_folder(path, out, eval_size, n_choices) -> None:
+def questions_from_folder(path, out, eval_size, n_choices):
     """A folder of sounds -> questions to train on, and in OUT_eval.jsonl those to hold out (-1: a tenth).
 
     Files with the same content fall on the same side.
@@ -1917,7 +1914,7 @@ def questions_from_folder(path, out, eval_size, n_choices) -> None:
     print(f"{len(examples.pools[''])} labels, {len(examples.pools) - 1} families")
 
 
-def filter_file(path, out, max, seed, **conditions) -> None:
+def filter_file(path, out, max, seed, **conditions):
     """Filter by what `eval.py --samples` measured: columns pass_rate, pass_rate_silence and pass_rate_none of `meta`.
 
     Keeps questions that are sometimes right (Step-Audio-R1: 3 to 6 of 8 samples), and drops those that are as right
@@ -1944,7 +1941,7 @@ def filter_file(path, out, max, seed, **conditions) -> None:
     print(f"{out}: {n} of {len(examples)} examples{counts}")
 
 
-def reason_to_drop(meta, pass_rate, drop_answerable_without_audio, where) -> str:
+def reason_to_drop(meta, pass_rate, drop_answerable_without_audio, where):
     """ "" to keep it. Raises DataError if a rate that is needed is not there."""
     if pass_rate:
         low, high = pass_rate
@@ -1963,7 +1960,7 @@ def reason_to_drop(meta, pass_rate, drop_answerable_without_audio, where) -> str
     return ""
 
 
-def read_rate(meta, key) -> float:
+def read_rate(meta, key):
     value = meta.get(key)
     if type(value) not in (int, float) or not 0 <= value <= 1:
         found = f"found {value!r:.40}; python eval.py --samples 8 writes it"
@@ -1975,7 +1972,7 @@ def read_rate(meta, key) -> float:
 # Command line
 
 
-def rates_flag(text: str) -> tuple[float, float]:
+def rates_flag(text):
     with contextlib.suppress(ValueError):
         low, high = map(float, text.split(".."))
         if 0 <= low <= high <= 1:
@@ -1983,7 +1980,7 @@ def rates_flag(text: str) -> tuple[float, float]:
     raise UserError(f"--pass_rate {text}: expected LOW..HIGH with 0 <= LOW <= HIGH <= 1, as in 0.1..0.9")
 
 
-def condition_flag(text: str) -> str:
+def condition_flag(text):
     if not re.match(".+=", text):
         raise UserError(f"--where {text}: expected KEY=VALUE")
     return text
@@ -2061,7 +2058,7 @@ COMMANDS = dict(  # name: function, options, what it does, an example
 )
 
 
-def run_command(argv: list[str] | None) -> int | None:
+def run_command(argv):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, options, about, example) in COMMANDS.items():

@@ -397,10 +397,7 @@ def test_broken_files_and_lines_of_mmau(read, refusal):
         message = refusal(json.dumps(mmau_rows(meld=70, lost=146, hub=hub)))
         assert message.startswith("file: 146 answers are not among their choices") and "May 2025" in message
     assert refusal(mmau_rows(30, lost=1)).startswith("file:1: field \"answer\": '?' is not among the choices")
-    assert (
-        read(mmau_rows(meld=43, hub=True) + [HUB | {"other_attributes": "{"}]).version
-        == "unknown version"
-    )
+    assert read(mmau_rows(meld=43, hub=True) + [HUB | {"other_attributes": "{"}]).version == "unknown version"
     for line, message in (
         (b"{", "file:2: broken JSON"),
         (b"null", "file:2: expected a JSON object"),
