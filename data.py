@@ -45,7 +45,10 @@ MIN_SAMPLES = 321  # shorter clips give no audio token (25 a second, after two s
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was found and what to do; no traceback, exit code 2."""
+    """Something the user can mend: the message says what was found and what to do.
+
+    Exit code 2, no traceback.
+    """
 
 
 class DataError(UserError):
@@ -62,9 +65,10 @@ class AudioError(DataError):
 
 @dataclass
 class Example:
-    """One question. `answer` is an index into `choices`; `target` the completion(s) to imitate in a cold start.
+    """One question.
 
-    audio: an absolute path, the bytes of a file, an Embedded, a list of these, or None for a text-only question.
+    audio: an absolute path, the bytes of a file, an Embedded, a list of these, or None: a text-only question.
+    answer: an index into `choices`. target: the completion, or several, to imitate in a cold start.
     """
 
     id: str = ""
@@ -122,7 +126,10 @@ class Embedded:
 
     @functools.cached_property
     def key(self):
-        """The same for the same clip: a hash of three samples, since reading all bytes of a set takes hours."""
+        """The same for the same clip.
+
+        A hash of three samples: reading all bytes of a data set takes hours.
+        """
         content = self.child("bytes")
         if not content:
             return self.path
@@ -153,7 +160,7 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can write it, no tokenize
 def make_example(fields, known):
     """The fields of one question -> a valid Example. Null is the same as missing.
 
-    known: the Format, which tells what the file calls the fields. Raises DataError with the column and what to do.
+    known: the Format, which knows what the file calls the fields. Raises DataError with column and remedy.
     """
 
     def bad(name, problem):
@@ -268,9 +275,10 @@ def find_columns(columns, keys):
 
 
 def rest_of(rows):
-    """What is left of the rows of one question, for `meta`: all of the first row, with what its own `meta` holds.
+    """What is left of the rows of one question, for `meta`: the first row, with what its own `meta` holds.
 
-    Where a key stands inside and outside of that `meta`, the inner value is in ["meta"]. The other rows are in ["rows"].
+    Where a key stands inside and outside of that `meta`, the inner value goes to ["meta"]. The other rows go
+    to ["rows"].
     """
     row, *others = rows
     inner = row.pop("meta", None) or {}
@@ -296,9 +304,9 @@ def read_json(row, key, kind):
 
 
 def tidy_choices(choices, answer):
-    """Take nulls out, and letters off choices if all have theirs in order; an answer that is a letter becomes an index.
+    """(["(A) dog", "(B) cat", None], "B") -> (["dog", "cat"], 1)
 
-    (["(A) dog", "(B) cat", None], "B") -> (["dog", "cat"], 1)
+    Nulls go. Letters go if all choices have theirs, in order. An answer that is a letter becomes an index.
     """
     choices = read_json(dict(choices=choices), "choices", list)  # some parquet copies hold the list as JSON
     if not all(isinstance(c, str | None) for c in choices):
@@ -322,7 +330,7 @@ def tidy_choices(choices, answer):
     return choices, None if answer == "" else answer  # a benchmark withholds it
 
 
-# ---- converters, where renaming is not enough: rows -> fields. They are given rows that have the format's columns
+# ---- converters, for what renaming does not give: rows -> fields. The rows have the columns of the format
 
 
 def own_fields(rows):
@@ -368,7 +376,10 @@ def unpack(rows):
 
 
 def mmau_version(rows, path):
-    """Which MMAU test-mini this is: scores on its versions are not comparable. Raises DataError on the broken ones."""
+    """Which MMAU test-mini this is, since scores on its versions are not comparable.
+
+    DataError on the broken ones.
+    """
     n = lost = meld = withheld = 0
     for row in rows:
         with contextlib.suppress(DataError):  # a bad line is named when it is read
@@ -435,10 +446,10 @@ ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant")
 
 
 def conversation(rows):
-    """Fine-tuning rows as ms-swift and ShareGPT write them, Audio-Reasoner's CoTA (arXiv 2503.02318) among them.
+    """Fine-tuning rows of ms-swift and ShareGPT, Audio-Reasoner's CoTA (arXiv 2503.02318) among them.
 
-    What the user asks first is the question, the first reply the target. Clips stand in `audios`, or in the question as
-    <audio>PATH</audio>.
+    What the user asks first is the question, the first reply the target. Clips stand in `audios`, or in the
+    question as <audio>PATH</audio>.
     """
     (row,) = rows
     key = first_key(row, "query|messages|conversations")
@@ -520,7 +531,10 @@ def majority(rows):
 
 
 def clip_of(rows):
-    """The clip of a row of captions or labels; YouTube ids carry their start second, as VGGSound's files do."""
+    """The clip of a row of captions or labels.
+
+    A YouTube id gets its start second, as in VGGSound's file names.
+    """
     key = first_key(rows[0], CLIP_KEYS)
     clip = rows[0][key]
     if not isinstance(clip, str | Embedded | None):
@@ -670,30 +684,30 @@ def format_of(row, where):
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {row!r:.60}")
     for name, known in FORMATS.items():
-        if all(first_key(row, either) for either in known.keys.split()) and known.is_it(row):
+        if None not in find_columns(tuple(row), known.keys) and known.is_it(row):
             return name
     listed = "; ".join(f"{name}: {known.keys}" for name, known in FORMATS.items())
-    raise DataError(
-        f"{where}: unknown format, keys {sorted(map(str, row))!r:.300}. Known formats and their keys: {listed}"
-    )
+    found = f"unknown format, keys {sorted(map(str, row))!r:.300}"
+    raise DataError(f"{where}: {found}. Known formats and their keys: {listed}")
 
 
-def check_row(row, known):
-    """Raises DataError if a row is no object, lacks a column of its format, or has no text where it must have one."""
+def row_problem(row, known):
+    """ "" for an object that has the columns of the format, and a text where its functions need one."""
     if not isinstance(row, dict):
-        raise DataError(f"expected a JSON object, found {row!r:.60}")
+        return f"expected a JSON object, found {row!r:.60}"
     columns = tuple(row)
     found = find_columns(columns, known.keys)
     if None in found:
         missing = known.keys.split()[found.index(None)]
-        raise DataError(f'field "{missing}": missing; found only {sorted(map(str, row))!r:.300}')
+        return f'field "{missing}": missing; found only {sorted(map(str, row))!r:.300}'
     for key in find_columns(columns, known.texts):
         if not isinstance(row[key], str):
-            raise DataError(f'field "{key}": expected a text, found {row[key]!r:.60}')
+            return f'field "{key}": expected a text, found {row[key]!r:.60}'
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files: rows of JSON lines, a JSON list, a table, a data set or a folder of sounds, each found again by its number
+# Files: rows of JSON lines, a JSON list, a table, a Hub data set or a folder of sounds
 
 
 def parse_json(raw: bytes, where: str):
@@ -708,7 +722,10 @@ def parse_json(raw: bytes, where: str):
 
 
 def file_problem(path: str) -> str:
-    """What is wrong with a path that should be a file, "" if nothing is. A pipe or a device is no file: it could hang."""
+    """What is wrong with a path that should be a file, or "".
+
+    A pipe or a device is no file: it could hang.
+    """
     if os.path.isfile(path):
         return ""
     what = "no such file"
@@ -720,7 +737,7 @@ def file_problem(path: str) -> str:
 
 
 class Rows:
-    """The rows of a data set, by rows[i]. Each call gives a fresh one, or raises DataError that names its place."""
+    """The rows of a data set. rows[i] is a fresh object each time, or a DataError that names its place."""
 
     def __init__(self, path, unit=""):
         self.path, self.unit = path, unit
@@ -736,9 +753,9 @@ class Rows:
 
 
 class TextRows(Rows):
-    """Rows of a text file. JSON lines are read when they are asked for; a JSON list or a table (CSV, TSV) is read whole.
+    """Rows of a text file: JSON lines, read when they are asked for; or a JSON list or a table, read at once.
 
-    JSON lines cost 16 bytes each until then. Raises DataError.
+    A JSON line costs 16 bytes until it is read. Raises DataError.
     """
 
     def __init__(self, path: str):
@@ -838,7 +855,7 @@ VIDEO_FILES = (".mp4", ".mkv", ".webm", ".m4a")
 
 
 class TableRows(Rows):
-    """Rows of a parquet file, a saved data set or a Hub id ("org/name[/config][:split]"), through `datasets`."""
+    """Rows of a parquet file, a saved data set or a Hub id ("org/name[/config][:split]"), by `datasets`."""
 
     def __init__(self, source: str):
         super().__init__(source, "row ")
@@ -890,7 +907,7 @@ def load_table(source, datasets):
 
 
 class FolderRows(Rows):
-    """Sounds in folders named after what is heard: "animals/dog/1.wav" is labelled "dog", of the family "animals"."""
+    """Sounds in folders named after what is heard: animals/dog/1.wav is a dog, of the family animals."""
 
     def __init__(self, path: str):
         super().__init__(path)
@@ -932,8 +949,8 @@ def folder_row(name):
 def stem_of(name: str) -> str:
     """A clip's name without folder and ending.
 
-    AVQA says "-HG3Omg_89c_000030" (a YouTube id and its start second) and the file is "-HG3Omg_89c_30.wav". In other
-    names zeros count: take_1 and take_001 are two.
+    AVQA says "-HG3Omg_89c_000030", a YouTube id and its start second, and the file is "-HG3Omg_89c_30.wav".
+    In other names zeros count: take_1 and take_001 are two.
     """
     stem, ending = os.path.splitext(os.path.basename(name))
     if ending.lower() not in SOUND_FILES + VIDEO_FILES:
@@ -971,9 +988,9 @@ def below(name, folder):
 def locate(name: str, folder: str) -> str:
     """Where the clip lies that a data set calls `name`, relative to `folder`: there, whatever its ending.
 
-    Or, if only one file can be it: in any folder of `folder`, by an id; in `folder`, if that is the one which the name
-    begins with; or below a folder of `folder`, by the whole name. "clotho/1.wav" is never "fsd/1.wav".
-    -> `folder`/`name` where it is not found
+    If it is not there, and only one file can be it: in any folder of `folder`, by an id; in `folder` itself,
+    if the name begins with that folder; in a folder of `folder`, by the whole name. "clotho/1.wav" is never
+    "fsd/1.wav".       -> `folder`/`name` if it is not found
     """
     path = below(name, folder)
     if os.path.isfile(path) and not path.lower().endswith(VIDEO_FILES):
@@ -995,8 +1012,8 @@ class Examples(collections.abc.Sequence):
 
     source: a file of a known format (JSON lines, a JSON list, CSV, parquet), a folder of sounds, or a Hub id.
     audio_dir: where relative audio paths start; "" is the folder of the file.
-    Attributes: format, version (a benchmark's, or ""), skipped (Counter of reasons), items (for every question the numbers
-    of its rows). Raises DataError.
+    Attributes: format, version (a benchmark's, or ""), skipped (Counter of reasons), items (of every question
+    the numbers of its rows). Raises DataError.
     """
 
     def __init__(self, source: str, audio_dir: str = ""):
@@ -1055,16 +1072,15 @@ class Examples(collections.abc.Sequence):
         return [self.rows[k] for k in self.items[i]]
 
     def ask(self, function, item):
-        """function(rows), after they were checked. A DataError gets file and line; other errors are faults of ours."""
+        """function(rows), after the rows are checked. A DataError gets its line; other errors are our own."""
         rows = [self.rows[k] for k in item]
-        line = item[0]
+        for k, row in zip(item, rows):
+            if problem := row_problem(row, self.known):
+                raise DataError(f"{self.rows.where(k)}: {problem}")
         try:
-            for line, row in zip(item, rows):
-                check_row(row, self.known)
-            line = item[0]
             return function(rows)
         except DataError as e:
-            raise DataError(f"{self.rows.where(line)}: {e}") from None
+            raise DataError(f"{self.rows.where(item[0])}: {e}") from None
 
     def __len__(self):
         return len(self.items)
@@ -1098,7 +1114,7 @@ class Examples(collections.abc.Sequence):
         return example
 
     def draw_choices(self, i, rows):
-        """The right answer among wrong ones of its first kind, then of the next, in a random order that i fixes."""
+        """The right answer among wrong ones of its first kind, then of the next. The same for i each time."""
         kinds, right = self.known.pool(rows)
         seed = f"{i} {right[0]}".encode("utf-8", "replace")
         rng, choices, n = random.Random(seed), [right[0]], self.n_choices
@@ -1131,10 +1147,10 @@ def open_rows(source: str):
 
 
 def scan(examples: Examples, purpose="train", most=10) -> array:
-    """Parse every line and look for its audio file; no audio is read.       -> one hash a line, of its clip or its id
+    """Parse every line and look for its audio file; no audio is read.       -> the clip_key of every question
 
-    purpose: "train" needs choices and an answer (or Countdown's numbers), "cold_start" a target, "check" neither.
-    Raises DataError listing the first `most` problems.
+    purpose: "train" needs choices and an answer (or Countdown's numbers), "cold_start" a target, "check"
+    neither. Raises DataError listing the first `most` problems.
     """
     keys, problems = array("L"), []
     problem_of = functools.lru_cache(100_000)(file_problem)  # several questions a clip is usual
@@ -1163,7 +1179,10 @@ def scan(examples: Examples, purpose="train", most=10) -> array:
 
 
 def clip_key(example: Example) -> int:
-    """A hash of the first clip, or of the id of a question without one: questions with the same key belong together."""
+    """A hash of the first clip, or of the id where there is none.
+
+    Questions with the same key belong together.
+    """
     clip, *_ = example.clips or [example.id]
     if isinstance(clip, Embedded):
         clip = clip.key
@@ -1173,7 +1192,10 @@ def clip_key(example: Example) -> int:
 
 
 def held_out(keys: array, n: int):
-    """Split by clip: -> (train indices, about n held-out indices). All questions on one clip fall on one side."""
+    """Split by clip: all questions on one clip fall on one side.
+
+    -> train indices, about n held-out indices
+    """
     n = min(n, len(keys) // 5)
     mixed = [zlib.crc32(k.to_bytes(8, "little")) for k in keys]
     limit = sorted(mixed)[n - 1] if n else -1
@@ -1197,9 +1219,10 @@ def load_audio(source: str | bytes | Embedded, max_s: float = 30.0):
 
 
 def read_audio(source: str | bytes | Embedded, max_s: float, whole: bool = False):
-    """-> (the first max_s seconds as load_audio gives them, the file's rate in Hz, its channels, seconds of the whole clip)
+    """-> the first max_s seconds as load_audio gives them, the file's rate in Hz, its channels, its seconds
 
-    Raises AudioError; if it must be `whole`, also for a clip that lost its end: it plays, and only its header knows.
+    Raises AudioError; if it must be `whole`, also for a clip that lost its end: it plays, but its header
+    knows.
     """
     import soundfile
 
@@ -1234,9 +1257,9 @@ def read_audio(source: str | bytes | Embedded, max_s: float, whole: bool = False
 
 
 def decode(f, max_s, name):
-    """An open SoundFile -> (its first max_s seconds at 16 kHz, frames that were read: more if there are more).
+    """An open SoundFile -> its first max_s seconds at 16 kHz, and the number of frames that were read.
 
-    Blocks that stay in the cache are mixed and resampled as they are decoded: half the time of doing it in one piece.
+    Block by block, each of which stays in the cache: it takes half the time of doing it in one piece.
     """
     import soxr
 
@@ -1378,15 +1401,15 @@ def normal_words(text: str) -> tuple[str, ...]:
 
 
 def normal_text(choice: str) -> str:
-    """A choice without case and punctuation, as a reward reads it: "Dog." and "dog" are one, "C" and "C#" are not."""
+    """A choice without case and punctuation: "Dog." and "dog" are the same, "C" and "C#" are not."""
     text = unicodedata.normalize("NFKC", choice).casefold()
     return " ".join(re.findall(r"""[^\s.,;:!?"'()\[\]]+""", text)) or text.strip()
 
 
 def knob(default, help, choices=None, low=0, high=2**31 - 1, above=None, **flag):
-    """A field of a dataclass of options: its default, its help, and the range of a number (`above`: low is excluded).
+    """A field of a dataclass of options: its default, its help, and the range of a number.
 
-    flag: what argparse's add_argument must know beside that.
+    above: a lower limit that is itself excluded. flag: further arguments of argparse's add_argument.
     """
     is_open = above is not None
     low = above if is_open else low
@@ -1395,7 +1418,7 @@ def knob(default, help, choices=None, low=0, high=2**31 - 1, above=None, **flag)
 
 
 def check_knobs(options):
-    """Raises UserError, naming the flag, for the first knob whose value is not among its choices or not in its range."""
+    """Raises UserError for the first knob whose value is not among its choices or not in its range."""
     for f in dataclasses.fields(options):
         value, m = getattr(options, f.name), f.metadata
         if m["choices"] and value not in m["choices"]:
@@ -1409,7 +1432,7 @@ def check_knobs(options):
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows the module's docstring as its help. What is wrong is a UserError, one line and not forty lines of usage."""
+    """An argument parser whose errors are a UserError: one line, and not forty lines of usage."""
 
     def __init__(self, **options):
         raw = argparse.RawDescriptionHelpFormatter
@@ -1421,7 +1444,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
     def add_knobs(self, options_class) -> None:
-        """One flag for each field of a dataclass of knobs. A flag that is not given is not in the parsed namespace."""
+        """One flag for each field of a dataclass of knobs. A flag that is not given is not in the result."""
         for f in dataclasses.fields(options_class):
             text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
             if f.type is bool:
@@ -1432,7 +1455,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
-    """Run a command.       -> 0 or what it returns, 2 with one line for what the user can mend, 130 after Ctrl-C"""
+    """Run a command.
+
+    -> 0 or what it returns, 2 with one line for what the user can mend, 130 after Ctrl-C
+    """
     with contextlib.suppress(AttributeError):  # a stream that cannot be told how to write odd characters
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -1455,7 +1481,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
 
 
 def leave(code: int) -> None:
-    """End the process. After Ctrl-C at once: threads that still wait for a server would hold up a plain exit."""
+    """End the process; after Ctrl-C at once, without waiting for threads that wait for a server."""
     if code == 130:
         sys.stdout.flush()
         os._exit(code)
@@ -1464,10 +1490,10 @@ def leave(code: int) -> None:
 
 @contextlib.contextmanager
 def interruptible(*names: str, note: str = ""):
-    """Yields a list. The first signal (SIGINT unless named) goes on the list, a second one raises KeyboardInterrupt.
+    """Yields a list. The first signal (SIGINT unless named) goes on it, the second raises KeyboardInterrupt.
 
-    An exception raised wherever the main thread happens to be would leave work half done; a list can be looked at between
-    two pieces of work. Outside the main thread signals are left alone.
+    An exception that comes anywhere leaves work half done; a list can be looked at between two pieces of
+    work. Outside the main thread signals are left alone.
     """
     stopping = []
 
@@ -1491,10 +1517,10 @@ def interruptible(*names: str, note: str = ""):
 def ahead(
     items, work: Callable, workers: int, depth: int, stopping=(), room: Callable = lambda waiting: True
 ):
-    """Yield (item, work(item) or the DataError it raised) in order; threads compute up to `depth` items in advance.
+    """Yield (item, work(item) or the DataError it raised) in order; threads work `depth` items in advance.
 
-    Once `stopping` holds something, no further item is begun. room(waiting): may the last of the items `waiting` be begun
-    while the others are not yet yielded?
+    Once `stopping` holds something, no further item is begun. room(waiting): may the last of the items
+    `waiting` be begun while the others are not yet yielded?
     """
 
     def run(item):
@@ -1521,7 +1547,7 @@ def ahead(
 
 
 def write_atomically(path: str, write: Callable[[str], None]) -> None:
-    """write(a temporary path), then rename: a kill at any moment leaves the old file or the new one, whole."""
+    """write(a temporary path), and rename it: whenever a kill comes, the old file or the new one is there, whole."""
     part = path + ".part"
     try:
         write(part)
@@ -1548,9 +1574,9 @@ class Ledger:
 
     A kill leaves whole lines and at most a torn last one, which is cut off when the file is opened again.
 
-    path: the file; it is made where there is none. first_key: the first key of every line. enter(line, where): is called
-    with each line there is, and raises UserError where a line is not this run's; nothing has been changed by then.
-    Raises UserError if another process holds the file, or if it holds something else.
+    path: the file; it is made if there is none. first_key: the first key of every line. enter(line, where):
+    is called with each line there is, and raises UserError if a line is not of this run; nothing has changed
+    by then. Raises UserError if another process holds the file, or if the file holds something else.
     """
 
     def __init__(self, path: str, first_key: str, enter: Callable[[dict, str], None]):
@@ -1600,7 +1626,7 @@ class Ledger:
 
 
 def lock(file) -> bool:
-    """Take the file's lock, which ends with the process, kill -9 included; True where the system has no such locks."""
+    """Take the file's lock, which ends with the process, kill -9 included. True where there are no locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -1628,9 +1654,10 @@ def progress(items, total: int, what: str):
 
 
 class Survey:
-    """What is in a data set. A "line" is its "file:line"; a question is known by a hash, a clip by its name.
+    """What is in a data set. Lines are known by "file:line", questions by a hash, clips by a name.
 
-    findings: (line, "problem" or "note", text). heard: name -> seconds, rate_hz, channels, and sound: a hash, None if silent.
+    findings: (line, "problem" or "note", text). heard: of every clip that can be heard its seconds, rate_hz,
+    channels, and sound: a hash, None for silence.
     """
 
     def __init__(self):
@@ -1803,7 +1830,7 @@ def new_file(*outs):
 
 
 def write_examples(out: str, examples, total: int) -> int:
-    """Examples -> our JSONL at `out`, which must be new; clips from inside a data set are written beside it. -> lines"""
+    """Examples -> our JSONL at `out`, a new file; clips from inside a data set go beside it.    -> lines"""
     new_file(out)
     count = 0
 
@@ -1823,7 +1850,10 @@ def write_examples(out: str, examples, total: int) -> int:
 
 
 def own_row(example, out, n):
-    """Line n of our JSONL at `out`. Clips below its folder get a relative path, so that both can be moved together."""
+    """Line n of our JSONL at `out`.
+
+    Clips in its folder get a relative path, so that both can be moved together.
+    """
     paths, names, meta = [], [], example.meta
     folder = os.path.join(os.path.dirname(out), "")
     for k, clip in enumerate(example.clips):
@@ -1842,7 +1872,7 @@ def own_row(example, out, n):
 
 
 def write_clip(path: str, content: bytes) -> str:
-    """Write a sound to `path` with the ending of what it is, whatever it was called.      -> where it was written"""
+    """Write a sound to `path` plus the ending of what it is, whatever it was called.   -> where it is now"""
     kinds = {
         b"RIFF": ".wav",
         b"fLaC": ".flac",
@@ -1859,7 +1889,7 @@ def write_clip(path: str, content: bytes) -> str:
 
 
 def convert_file(path, out, audio_dir, drop_bad):
-    """Any known format -> our JSONL. With drop_bad, lines that cannot be read or whose clip is missing are left out."""
+    """Any known format -> our JSONL. drop_bad: without lines that cannot be read or whose clip is missing."""
     new_file(out)
     examples, bad = Examples(path, audio_dir), []
 
@@ -1915,10 +1945,10 @@ def questions_from_folder(path, out, eval_size, n_choices):
 
 
 def filter_file(path, out, max, seed, **conditions):
-    """Filter by what `eval.py --samples` measured: columns pass_rate, pass_rate_silence and pass_rate_none of `meta`.
+    """Filter by what `eval.py --samples` measured: pass_rate, pass_rate_silence and pass_rate_none of `meta`.
 
-    Keeps questions that are sometimes right (Step-Audio-R1: 3 to 6 of 8 samples), and drops those that are as right
-    without the sound (AudioMCQ's strong audio contribution).
+    Keeps questions that are sometimes right (Step-Audio-R1: 3 to 6 of 8 samples), and drops those that are as
+    right without the sound (AudioMCQ's strong audio contribution).
     """
     new_file(out)
     examples, dropped, kept = Examples(path), collections.Counter(), []
