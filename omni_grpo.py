@@ -92,7 +92,13 @@ class Config:
     cold_start_steps: int = knob(0, "supervised steps on --cold_start_data before the first GRPO step")
     # the run
     out: str = knob("", "run directory; none: runs/<name of the data>, with a number if that is taken")
-    resume: str = knob("", "go on from the last checkpoint of --out (or of the directory named here)")
+    resume: str = knob(
+        "",
+        "go on from the last checkpoint of --out (or of the directory named here)",
+        nargs="?",
+        const="--out",
+        metavar="RUN",
+    )
     seed: int = knob(0, "seed of LoRA, data order, choice order and sampling", high=2**63 - 1)
     steps: int = knob(1000, "GRPO steps (one rollout each)")
     save_every: int = knob(50, "steps between checkpoints", low=1)
@@ -1237,7 +1243,7 @@ def parse_config(argv=None) -> tuple[Config, str]:
     from tools.demo import DEMOS
 
     parser = data.Parser(description=__doc__)
-    parser.add_knobs(Config, resume=dict(nargs="?", const="--out", metavar="RUN"))
+    parser.add_knobs(Config)
     parser.add_argument(
         "--demo",
         choices=list(DEMOS),

@@ -1,4 +1,4 @@
-"""Commands of data.py: what they find, write and refuse, with which exit code; nothing half-written, no traceback, ever."""
+"""check, convert, folder, filter: what they find, write and refuse, with which exit code; nothing half-written, ever."""
 
 import collections
 import io
@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import os
 import pty
-import random
 import re
 import signal
 import subprocess
@@ -30,11 +29,11 @@ ROW = dict(audio="a.wav", question="What is it?", choices=["dog", "cat", "rain"]
 def sound(path, seed=0, wave=None, rate_hz=16_000, **options):
     """A file, with its folders: 0.1 s of a sound that no other seed has."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    wave = SINE * np.random.default_rng(seed).uniform(0.1, 1, 1600) if wave is None else wave
+    if wave is None:
+        wave = SINE * np.random.default_rng(seed).uniform(0.1, 1, 1600)
+    kind = options.pop("format", os.path.splitext(path)[1][1:].upper())
     with open(path, "wb") as f:  # a descriptor: the format follows from the options and not from the name
-        soundfile.write(
-            f, wave, rate_hz, format=options.pop("format", os.path.splitext(path)[1][1:].upper()), **options
-        )
+        soundfile.write(f, wave, rate_hz, format=kind, **options)
 
 
 def write(path, *rows):
@@ -47,6 +46,10 @@ def write(path, *rows):
 def rows_of(path):
     with open(path, encoding="utf-8") as f:
         return [json.loads(line) for line in f]
+
+
+def all_files():
+    return {os.path.join(d, f) for d, _, files in os.walk(".") for f in files}
 
 
 @pytest.fixture
@@ -63,10 +66,7 @@ def run(here, capsys):
     """Arguments -> (stdout, stderr); the exit code must be `code`, or one of them."""
 
     def run(*argv, code=0):
-        try:
-            found = data.main([str(a) for a in argv])
-        except SystemExit as e:  # argparse
-            found = e.code
+        found = data.main([str(a) for a in argv])
         out, err = capsys.readouterr()
         assert found in (code if isinstance(code, tuple) else (code,)) and "Traceback" not in err, out + err
         return out, err
@@ -76,12 +76,18 @@ def run(here, capsys):
 
 @pytest.fixture
 def report(run):
-    """check -> what --report writes; the exit code goes by its problems"""
+    """check -> what --report writes, with `problems` and `notes`: {where: [texts]}; the exit code goes by its problems"""
 
     def report(path, *argv):
-        run("check", path, *argv, "--report", "report.json", code=(0, 2))
+        out, _ = run("check", path, *argv, "--report", "report.json", code=(0, 2))
         with open("report.json", encoding="utf-8") as f:
             facts = json.load(f)
+        for kind in ("problem", "note"):
+            found = facts[f"{kind}s"] = collections.defaultdict(list)
+            for where, its_kind, text in facts["findings"]:
+                if its_kind == kind:
+                    found[where].append(text)
+                assert f"{where}: {text}" in out
         run("check", path, *argv, code=2 if facts["problems"] else 0)
         return facts
 
@@ -89,94 +95,79 @@ def report(run):
 
 
 def shell(*argv, **options):
-    return subprocess.run(
-        [sys.executable, PROGRAM, *map(str, argv)], capture_output=True, text=True, timeout=60, **options
-    )
+    command = [sys.executable, PROGRAM, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
 # ---- check
 
-
-PLANTED = {  # line: (what the row changes or the line is, what the report says of it)
-    17: (
-        {"audio": "none.wav"},
-        'field "audio": HERE/none.wav: no such file; mend the path, or give --audio_dir',
+NO_FILE = 'field "audio": HERE/none.wav: no such file; mend the path, or give --audio_dir'
+SHORT = 'field "audio": HERE/short.wav: too short, 19.9 ms; at least 20.1 ms are needed; replace it'
+PLANTED = {  # line: (what the row changes or the line is, is it a problem or a note, how what is said of it begins)
+    17: ({"audio": "none.wav"}, "problem", NO_FILE),
+    101: ({"audio": "empty.wav"}, "problem", 'field "audio": HERE/empty.wav: is empty; replace it'),
+    102: ({"audio": "no_bytes.wav"}, "problem", 'field "audio": HERE/no_bytes.wav: not a readable sound'),
+    250: ({"audio": "text.wav"}, "problem", 'field "audio": HERE/text.wav: not a readable sound file'),
+    333: ({"audio": "cut.flac"}, "problem", 'field "audio": HERE/cut.flac: not a readable sound file'),
+    400: ({"audio": "short.wav"}, "problem", SHORT),
+    512: ({"audio": "long.wav"}, "note", 'field "audio": lasts 40.0 s, cut at 30 s'),
+    640: ({"audio": "nan.wav"}, "problem", 'field "audio": HERE/nan.wav: holds samples that are not finite'),
+    777: ({"id": "5"}, "problem", "field \"id\": '5' is also the id of q.jsonl:6; give each its own"),
+    801: (
+        {"answer": None},
+        "problem",
+        'field "answer": missing, while other lines have one; give it or drop',
     ),
-    101: ({"audio": "empty.wav"}, 'field "audio": HERE/empty.wav: is empty; replace it'),
-    102: ({"audio": "no_bytes.wav"}, 'field "audio": HERE/no_bytes.wav: not a readable sound file'),
-    250: ({"audio": "text.wav"}, 'field "audio": HERE/text.wav: not a readable sound file'),
-    333: ({"audio": "cut.flac"}, 'field "audio": HERE/cut.flac: not a readable sound file'),
-    400: (
-        {"audio": "short.wav"},
-        'field "audio": HERE/short.wav: too short, 19.9 ms; at least 20.1 ms are needed; replace it',
-    ),
-    512: ({"audio": "long.wav"}, 'note: field "audio": lasts 40.0 s, cut at 30 s'),
-    640: ({"audio": "nan.wav"}, 'field "audio": HERE/nan.wav: holds samples that are not finite numbers'),
-    777: ({"id": "5"}, "field \"id\": '5' is also the id of q.jsonl:6; give each its own"),
-    801: ({"answer": None}, 'field "answer": missing, while other lines have one; give it or drop the line'),
     860: (
         {"choices": ["cat", "rain", "Cat "], "answer": 0},
-        "field \"choices\": the answer 'cat' stands among them twice",
+        "problem",
+        "field \"choices\": the answer 'cat' st",
     ),
-    900: ({"choices": ["cat", "rain", "rain"], "answer": 0}, 'note: field "choices": two are the same'),
-    955: ({"answer": 3}, 'field "answer": 3 is not among the 3 choices; give an index from 0 to 2'),
-    1000: ({"answer": "frog"}, "field \"answer\": 'frog' is not among the choices"),
-    1111: ({"choices": ["dog"], "answer": 0}, 'field "choices": only one choice'),
-    1200: ('{"audio": "clips/1.wav", "question":', "broken JSON"),
-    1300: ({"audio": "clips/3.wav"}, "note: the same clip and question as q.jsonl:4"),
-    1313: ({"audio": "silent.wav"}, 'note: field "audio": is silent'),
-    1499: (
-        {"audio": "short.wav", "question": "And now?"},
-        'field "audio": HERE/short.wav: too short, 19.9 ms',
+    900: ({"choices": ["cat", "rain", "rain"], "answer": 0}, "note", 'field "choices": two are the same'),
+    955: (
+        {"answer": 3},
+        "problem",
+        'field "answer": 3 is not among the 3 choices; give an index from 0 to 2',
     ),
-    1500: ({"question": None}, 'field "question": expected a text, found None'),
+    1000: ({"answer": "frog"}, "problem", "field \"answer\": 'frog' is not among the choices"),
+    1111: ({"choices": ["dog"], "answer": 0}, "problem", 'field "choices": only one choice'),
+    1200: ('{"audio": "clips/1.wav", "question":', "problem", "broken JSON"),
+    1300: ({"audio": "clips/3.wav"}, "note", "the same clip and question as q.jsonl:4"),
+    1313: ({"audio": "silent.wav"}, "note", 'field "audio": is silent'),
+    1499: ({"audio": "short.wav", "question": "And now?"}, "problem", SHORT),
+    1500: ({"question": None}, "problem", 'field "question": expected a text, found None'),
 }
 
 
-@pytest.fixture
-def planted(here):
-    (here / "clips").mkdir()
+def test_check_finds_every_planted_defect(here):
+    """And nothing else; each with its line; on a terminal it shows how far it is, in a file it does not."""
     for i in range(1500):
-        sound(str(here / "clips" / f"{i}.wav"), i, subtype="PCM_16")
-    for name, wave in (
-        ("empty", SINE[:0]),
-        ("short", SINE[:318]),
-        ("nan", SINE * np.nan),
-        ("silent", SINE * 0),
-    ):
-        sound(str(here / f"{name}.wav"), wave=wave, subtype="FLOAT")
-    sound(str(here / "long.wav"), wave=np.tile(SINE, 200), rate_hz=8000)
-    sound(str(here / "cut.flac"), wave=np.random.default_rng(0).uniform(-1, 1, 9999))
+        sound(f"clips/{i}.wav", i, subtype="PCM_16")
+    for name, wave in dict(empty=SINE[:0], short=SINE[:318], nan=SINE * np.nan, silent=SINE * 0).items():
+        sound(f"{name}.wav", wave=wave, subtype="FLOAT")
+    sound("long.wav", wave=np.tile(SINE, 200), rate_hz=8000)
+    sound("cut.flac", wave=np.random.default_rng(0).uniform(-1, 1, 9999))
     (here / "cut.flac").write_bytes((here / "cut.flac").read_bytes()[:9000])
     (here / "no_bytes.wav").touch()
     (here / "text.wav").write_text("This is text. " * 99)
     rows = [ROW | dict(id=str(i), audio=f"clips/{i}.wav", answer=i % 3) for i in range(1500)]
-    for line, (change, _) in PLANTED.items():
+    for line, (change, *_) in PLANTED.items():
         rows[line - 1] = change if isinstance(change, str) else rows[line - 1] | change
     write(here / "q.jsonl", *rows)
-    return here
 
-
-def test_check_finds_every_planted_defect(planted):
-    """And nothing else; each with its line; on a terminal it shows how far it is, in a file it does not."""
-    done = shell("check", "q.jsonl", "--report", "report.json", cwd=planted)
+    done = shell("check", "q.jsonl", "--report", "report.json", cwd=here)
     assert (done.returncode, done.stderr) == (2, "")
-    facts = json.loads((planted / "report.json").read_text())
-    for key in ("problems", "notes"):
-        wanted = {
-            line: says.removeprefix("note: ").replace("HERE", str(planted))
-            for line, (_, says) in PLANTED.items()
-            if says.startswith("note: ") == (key == "notes")
-        }
-        found = {int(re.match(r"q\.jsonl:(\d+): ", text)[1]): text for text in facts[key]}
-        assert found.keys() == wanted.keys() and len(facts[key]) == len(wanted)
-        for line, text in found.items():
-            assert text.startswith(f"q.jsonl:{line}: {wanted[line]}") and text in done.stdout
+    findings = json.loads((here / "report.json").read_text())["findings"]
+    assert sorted(where for where, _, _ in findings) == sorted(f"q.jsonl:{line}" for line in PLANTED)
+    for where, kind, text in findings:
+        _, wanted, says = PLANTED[int(where.removeprefix("q.jsonl:"))]
+        assert kind == wanted and text.startswith(says.replace("HERE", str(here)))
+        assert f"\n    {where}: {text}\n" in done.stdout
+
     terminal, side = pty.openpty()
     termios.tcsetwinsize(side, (24, 100))
-    again = subprocess.Popen(
-        [sys.executable, PROGRAM, "check", "q.jsonl"], cwd=planted, stdout=subprocess.PIPE, stderr=side
-    )
+    command = [sys.executable, PROGRAM, "check", "q.jsonl"]
+    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=side)
     os.close(side)
     shown = b""
     while chunk := read_terminal(terminal):
@@ -196,8 +187,8 @@ def read_terminal(terminal):
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
 def test_check_hears_two_clips_at_a_time(run, here, monkeypatch):
     """Whether by threads or by processes: a clip is heard when another is."""
-    barrier, listen = multiprocessing.get_context("fork").Barrier(2), data.listen_to
-    monkeypatch.setattr(data, "listen_to", lambda *args: (barrier.wait(20), listen(*args))[1])
+    barrier, read_audio = multiprocessing.get_context("fork").Barrier(2), data.read_audio
+    monkeypatch.setattr(data, "read_audio", lambda *a, **k: (barrier.wait(20), read_audio(*a, **k))[1])
     for i in range(64):
         sound(f"{here}/{i}.wav", i)
     run("check", write(here / "q.jsonl", *[ROW | dict(audio=f"{i}.wav") for i in range(64)]))
@@ -205,27 +196,14 @@ def test_check_hears_two_clips_at_a_time(run, here, monkeypatch):
 
 def test_check_counts(report, here):
     sound("stereo.flac", wave=np.tile(np.stack([SINE, SINE], 1), (5, 1)), rate_hz=8000)
-    rows = [
-        ROW,
-        ROW | {"question": "?"},
-        ROW | {"audio": "b.wav", "answer": 0},
-        ROW | {"audio": "stereo.flac", "choices": ["a", "b"], "answer": "b"},
-        ROW | {"audio": None, "answer": 2},
-    ]
-    facts = report(write(here / "q.jsonl", *rows))
-    wanted = dict(
-        format="own",
-        examples=5,
-        clips=3,
-        seconds=[0.1, 0.1, 1.0],
-        cut=0,
-        rate_hz={"16000": 2, "8000": 1},
-        channels={"1": 2, "2": 1},
-        choices={"2": 1, "3": 4},
-        answers={"0": 1, "1": 3, "2": 1},
-    )
+    changes = [{}, {"question": "?"}, {"audio": "b.wav", "answer": 0}]
+    changes += [{"audio": "stereo.flac", "choices": ["a", "b"], "answer": "b"}, {"audio": None, "answer": 2}]
+    facts = report(write(here / "q.jsonl", *(ROW | change for change in changes)))
+    wanted = dict(format="own", examples=5, clips=3, cut=0, findings=[])
+    wanted |= dict(seconds=dict(shortest=0.1, median=0.1, longest=1.0), hours=0.0003)
+    wanted |= dict(rate_hz={"16000": 2, "8000": 1}, channels={"1": 2, "2": 1})
+    wanted |= dict(choices={"2": 1, "3": 4}, answers={"0": 1, "1": 3, "2": 1})
     assert facts | wanted == facts
-    assert facts["hours"] == pytest.approx(1.2 / 3600, abs=1e-4) and facts["problems"] == facts["notes"] == []
     assert report("q.jsonl", "--max_audio_s", "0.5")["cut"] == 1
 
 
@@ -234,102 +212,89 @@ def test_check_of_other_files(report, here):
     blank = [ROW | {"answer": None}, ROW | {"audio": "b.wav", "answer": None}]
     assert report(write(here / "blank.jsonl", *blank))["answers"] == {"None": 2}
     (here / "list.json").write_text(json.dumps([ROW, ROW | {"audio": "no.wav"}]))
-    assert [p.split(": ")[0] for p in report("list.json")["problems"]] == ["list.json:entry 2"]
+    assert [*report("list.json")["problems"]] == ["list.json:entry 2"]
     (here / "t.csv").write_text("audio,label\na.wav,dog\nb.wav,cat\nc.wav,cat\n")
     facts = report("t.csv")
-    assert facts["format"] == "labels" and [p.split(": ")[0] for p in facts["problems"]] == ["t.csv:4"]
+    assert facts["format"] == "labels" and [*facts["problems"]] == ["t.csv:4"]
     sound("sounds/dog/1.wav")
     sound("sounds/cat/1.wav", 5)
     (here / "sounds" / "cat" / "2.wav").write_text("text")
-    assert [p.split(": ")[0] for p in report("sounds")["problems"]] == [
-        f"sounds:{os.path.join('cat', '2.wav')}"
-    ]
+    assert [*report("sounds")["problems"]] == ["sounds:cat/2.wav"]
 
 
 @pytest.mark.parametrize(
     "choices, answer, found",
     [
-        (["C", "C#", "D"], 0, ""),
-        (["5", "-5"], 1, ""),
-        (["की", "का"], "की", ""),
-        (["1.5", "15"], 0, ""),
-        (["+", "-"], 0, ""),
-        (["dog", "Dog.", "cat"], 0, "problems"),
-        (["dog", "cat", " DOG"], 2, "problems"),
-        (["dog", "Dog", "cat"], 2, "notes"),
+        (["C", "C#", "D"], 0, []),
+        (["5", "-5"], 1, []),
+        (["की", "का"], "की", []),
+        (["1.5", "15"], 0, []),
+        (["+", "-"], 0, []),
+        (["dog", "Dog.", "cat"], 0, ["problem"]),
+        (["dog", "cat", " DOG"], 2, ["problem"]),
+        (["dog", "Dog", "cat"], 2, ["note"]),
     ],
 )
 def test_what_counts_as_the_gold_text_twice(report, here, choices, answer, found):
     """What the reward tells apart is not the same."""
     facts = report(write(here / "q.jsonl", ROW | dict(choices=choices, answer=answer)))
-    assert {k: len(facts[k]) for k in ("problems", "notes")} == {
-        "problems": found == "problems",
-        "notes": found == "notes",
-    }
+    assert [kind for _, kind, _ in facts["findings"]] == found
 
 
 def test_same_sound_under_another_name_is_noted(report, here):
     sound("c.flac", wave=soundfile.read("a.wav")[0])
-    facts = report(write(here / "q.jsonl", ROW, ROW | {"audio": "b.wav"}, ROW | {"audio": "c.flac"}))
-    assert facts["same_sound"] == 1 and [n.split(": ")[0] for n in facts["notes"]] == [f"{here}/q.jsonl:3"]
+    facts = report(
+        write(here / "q.jsonl", *(ROW | {"audio": audio} for audio in ("a.wav", "b.wav", "c.flac")))
+    )
+    assert [*facts["notes"]] == [f"{here}/q.jsonl:3"] and not facts["problems"]
+
+
+YT = "-Xy_z0aBcDe"
 
 
 @pytest.mark.parametrize(
     "ours, theirs, shared",
     [
-        ("a.wav", "x/b.wav", [1, 3]),
-        ("a.wav", "x/b.flac", [1, 3]),
-        ("a.wav", "x/a.wav", []),
-        ("1.wav", "x/1.wav", []),
-        ("1.wav", "x/none/1.wav", []),
-        ("recording_0001.wav", "x/none/recording_0001.wav", []),
-        ("-Xy_z0aBcDe_000030.wav", "x/none/-Xy_z0aBcDe_30.mp3", [1, 3]),
-        ("-Xy_z0aBcDe_000030.wav", "x/none/-Xy_z0aBcDe_40.mp3", []),
-        ("silent.wav", "x/silence.wav", []),
+        ("a.wav", "x/b.wav", True),
+        ("a.wav", "x/b.flac", True),
+        ("a.wav", "x/a.wav", False),
+        ("1.wav", "x/1.wav", False),
+        ("1.wav", "x/none/1.wav", False),
+        ("recording_0001.wav", "x/none/recording_0001.wav", False),
+        (f"{YT}_000030.wav", f"x/none/{YT}_30.mp3", True),
+        (f"{YT}_000030.wav", f"x/none/{YT}_40.mp3", False),
+        ("silent.wav", "x/silence.wav", False),
     ],
 )
 def test_against_finds_the_same_clip(report, here, ours, theirs, shared):
-    """By its sound, under whatever name and in whatever container; by a name that is an id, where the sound is not at hand."""
-    clip = 0 * SINE if ours == "silent.wav" else np.round(SINE * 9999) / 2**15
+    """By its sound, under any name and in any container; by a name that is an id, where the sound is not at hand."""
+    is_silent = ours == "silent.wav"
+    clip = SINE * 0 if is_silent else np.round(SINE * 9999) / 2**15
     sound(ours, wave=clip)
     if "none" not in theirs:
-        same = shared or ours == "silent.wav"
-        sound(theirs, wave=clip if same else clip[::-1].copy())
+        sound(theirs, wave=clip if shared or is_silent else clip[::-1].copy())
     theirs = write(here / "theirs.jsonl", ROW | {"audio": theirs, "question": "Something else?"})
-    facts = report(
-        write(
-            here / "ours.jsonl",
-            ROW | {"audio": ours},
-            ROW | {"audio": "b.wav", "question": "And?"},
-            ROW | {"audio": ours, "question": "What else?"},
-        ),
-        "--against",
-        theirs,
-    )
-    found = [
-        re.search(r":(\d+): its clip is also in .*theirs.jsonl; drop the line", p)[1]
-        for p in facts["problems"]
+    changes = [
+        dict(audio=ours),
+        dict(audio="b.wav", question="And?"),
+        dict(audio=ours, question="What else?"),
     ]
-    assert found == list(map(str, shared))
-    assert (facts["shared_clips"] > 0) == bool(shared) and facts["shared_questions"] == 0
+    facts = report(write(here / "ours.jsonl", *(ROW | c for c in changes)), "--against", theirs)
+    lines = [f"{here}/ours.jsonl:1", f"{here}/ours.jsonl:3"] if shared else []
+    assert [*facts["problems"]] == lines and facts["shared"] == dict(clips=len(lines), questions=0)
+    for texts in facts["problems"].values():
+        assert texts == [f"its clip is also in {theirs}; drop the line, or the score will mean little"]
 
 
 def test_against_finds_the_same_question(report, here):
     """Whatever the order of its choices and its punctuation. It may be asked of any clip: a note and no problem."""
     theirs = write(here / "theirs.jsonl", ROW, ROW | {"question": "Who is it?"})
-    facts = report(
-        write(
-            here / "ours.jsonl",
-            ROW | dict(audio="b.wav", choices=["rain", "dog", "cat"], answer=2),
-            ROW | dict(audio="b.wav", question="who is it"),
-            ROW | dict(audio="b.wav", question="Why is it?"),
-            ROW | dict(audio="b.wav", choices=["rain", "dog", "cow"]),
-        ),
-        "--against",
-        theirs,
-    )
-    assert facts["shared_questions"] == 2 and facts["shared_clips"] == 0 and not facts["problems"]
-    assert [n.split(": ")[0][-1] for n in facts["notes"]] == ["1", "2"]
+    changes = [dict(choices=["rain", "dog", "cat"], answer=2), dict(question="who is it")]
+    changes += [dict(question="Why is it?"), dict(choices=["rain", "dog", "cow"])]
+    ours = write(here / "ours.jsonl", *(ROW | dict(audio="b.wav") | change for change in changes))
+    facts = report(ours, "--against", theirs)
+    assert facts["shared"] == dict(clips=0, questions=2) and not facts["problems"]
+    assert [*facts["notes"]] == [f"{ours}:1", f"{ours}:2"]
 
 
 def test_two_clips_with_the_same_32_bits_are_two(report, here):
@@ -338,45 +303,33 @@ def test_two_clips_with_the_same_32_bits_are_two(report, here):
     for name, start in (("c.wav", (2268, 26237)), ("d.wav", (-7530, -12977))):
         base[:2] = start
         sound(name, wave=base)
-    (ours, theirs) = (write(here / f"{n}.jsonl", ROW | {"audio": f"{n}.wav"}) for n in "cd")
-    assert report(ours, "--against", theirs)["shared_clips"] == 0
+    ours, theirs = (write(here / f"{n}.jsonl", ROW | {"audio": f"{n}.wav"}) for n in "cd")
+    assert report(ours, "--against", theirs)["shared"]["clips"] == 0
 
 
 def test_against_says_what_could_not_be_compared(run, report, here):
     """Clips that are not at hand, and bad lines; --audio_dir is not theirs."""
     (here / "x").mkdir()
-    theirs = write(
-        here / "x" / "theirs.jsonl", ROW, ROW | {"audio": "none.wav"}, "{", ROW | {"audio": "/no/2.wav"}
-    )
+    rows = [ROW, ROW | {"audio": "none.wav"}, "{", ROW | {"audio": "/no/2.wav"}]
+    theirs = write(here / "x" / "theirs.jsonl", *rows)
     out, _ = run("check", write(here / "ours.jsonl", ROW), "--audio_dir", here, "--against", theirs)
     assert "3 of 3 clips of" in out and "could not be heard: compared by name or not at all" in out
-    assert "1 of 4 lines of" in out and "could not be read" in out
+    assert "1 of its lines could not be read" in out
     facts = report("ours.jsonl", "--against", write(here / "good.jsonl", ROW))
-    assert "not_compared" not in facts
+    assert "not compared" not in facts
 
 
-def test_against_knows_embedded_clips_by_their_inner_name(run, here):
+def test_against_knows_embedded_clips_by_their_inner_name(report, here):
     datasets = pytest.importorskip("datasets")
-    name = "-Xy_z0aBcDe_000030.wav"
-    row = dict(
-        audio={"bytes": (here / "a.wav").read_bytes(), "path": name},
-        question="?",
-        choices=["x", "y"],
-        answer="y",
-    )
+    name = f"{YT}_000030.wav"
+    row = ROW | dict(audio={"bytes": (here / "a.wav").read_bytes(), "path": name}, answer="cat")
     datasets.Dataset.from_list([row]).to_parquet("ours.parquet")
-    out, _ = run(
-        "check",
-        "ours.parquet",
-        "--against",
-        write(here / "theirs.jsonl", ROW | {"audio": f"none/{name}"}),
-        code=2,
-    )
-    assert re.search(r"clips shared +1\n", out)
+    theirs = write(here / "theirs.jsonl", ROW | {"audio": f"none/{name}"})
+    assert report("ours.parquet", "--against", theirs)["shared"]["clips"] == 1
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_heard(run, here, monkeypatch):
-    monkeypatch.setattr(data, "survey", lambda *_: pytest.fail("it was heard"))
+    monkeypatch.setattr(data, "read_audio", lambda *_, **__: pytest.fail("it was heard"))
     _, err = run("check", write(here / "q.jsonl", ROW), "--report", "none/r.json", code=2)
     assert err == "error: none/r.json: No such file or directory\n"
 
@@ -385,13 +338,13 @@ def test_the_report_never_takes_the_place_of_the_data(run, here):
     content = open(write(here / "q.jsonl", ROW)).read()
     os.symlink("q.jsonl", "link")
     os.mkdir("x")
+    (here / "a.csv").write_text("audio,label\na.wav,dog\nb.wav,cat\n")
     for argv in (
         "check q.jsonl --report ./q.jsonl",
         "check q.jsonl --report link",
         "check x/../q.jsonl --report q.jsonl",
         "check a.csv --against q.jsonl --report q.jsonl",
     ):
-        (here / "a.csv").write_text("audio,label\na.wav,dog\nb.wav,cat\n")
         _, err = run(*argv.split(), code=2)
         assert "is the data itself" in err and open("q.jsonl").read() == content
 
@@ -400,138 +353,119 @@ def test_the_report_never_takes_the_place_of_the_data(run, here):
 @pytest.mark.parametrize("kind", ["mp3", "wav"])
 def test_half_a_clip_is_a_problem(report, here, kind, inside):
     """Whether on disk or inside a data set; its header still says how long it was."""
-    sound(f"x.{kind}", wave=np.tile(SINE, 80), **({"format": "MP3"} if kind == "mp3" else {}))
+    sound(f"x.{kind}", wave=np.tile(SINE, 80))
     whole = (here / f"x.{kind}").read_bytes()
     assert not report(write(here / "q.jsonl", ROW | {"audio": f"x.{kind}"}))["problems"]
-    path = "q.jsonl"
     (here / f"x.{kind}").write_bytes(whole[: len(whole) // 2])
+    path = "q.jsonl"
     if inside:
         datasets = pytest.importorskip("datasets")
-        row = dict(
-            audio={"bytes": whole[: len(whole) // 2], "path": None},
-            question="?",
-            choices=["x", "y"],
-            answer="y",
-        )
+        row = ROW | dict(audio={"bytes": whole[: len(whole) // 2], "path": None}, answer="cat")
         datasets.Dataset.from_list([row]).to_parquet(path := "q.parquet")
-    (problem,) = report(path)["problems"]
-    assert "is cut short" in problem
-    assert (
-        not report("q.jsonl", "--max_audio_s", "1")["seconds"] or kind == "mp3"
-    )  # heard no further: the header is believed
+    ((text,),) = report(path)["problems"].values()
+    assert "is cut short" in text
 
 
-def test_check_prints_what_no_terminal_can_show(here):
-    write(here / "q.jsonl", ROW, ROW | {"audio": "\ud800.wav"})
+def test_what_no_terminal_can_show_and_a_pipe_that_closes(here):
+    write(here / "q.jsonl", ROW, ROW | {"audio": "\ud800.wav"}, *[ROW | {"answer": 9}] * 500)
     done = shell("check", "q.jsonl", "--report", "r.json", cwd=here)
     assert done.returncode == 2 and 'q.jsonl:2: field "audio": ' in done.stdout and not done.stderr
-    assert json.loads((here / "r.json").read_text())["problems"]
-
-
-def test_check_into_a_pipe_that_closes(here):
-    write(here / "q.jsonl", *[ROW | {"answer": 9}] * 500)
+    assert len(json.loads((here / "r.json").read_text())["findings"]) == 501
+    assert "... and 301 more; --report FILE.json has them all" in done.stdout
     read, side = os.pipe()
     os.close(read)
-    done = subprocess.run(
-        [sys.executable, PROGRAM, "check", "q.jsonl"], cwd=here, stdout=side, stderr=subprocess.PIPE
-    )
+    done = subprocess.run([sys.executable, PROGRAM, "check", "q.jsonl"], stdout=side, stderr=subprocess.PIPE)
     assert done.stderr == b""
     os.close(side)
 
 
 # ---- what all of them refuse
 
-
+RANGES = (
+    "0.9..0.1",
+    "nan..1",
+    "10..90",
+    "0.5",
+    "..0.5",
+    "0.2..",
+    "a..b",
+    "0.1-0.9",
+    "0..1..1",
+    "-1..0.5",
+    "0..inf",
+)
+NEEDS_RATE = 'q.jsonl:1: field "meta": expected a number "pass_rate'
 REFUSED = {  # arguments: what stderr holds. empty/ is empty, file a file, there.jsonl exists, q.jsonl is good
     "": "the following arguments are required: command",
     "chek q.jsonl": "invalid choice: 'chek'",
     "check": "required: FILE",
-    "check none.jsonl": "error: none.jsonl: no such file",
+    "check none.jsonl": "error: none.jsonl: no such file; expected a file of questions (JSONL)",
+    "check blank.jsonl": "blank.jsonl: is empty",
     "check empty": "empty: is a directory",
     "check q.jsonl more.jsonl": "unrecognized arguments: more.jsonl",
     "check q.jsonl --repot x": "unrecognized arguments: --repot",
     "check q.jsonl --rep x": "unrecognized arguments: --rep",
-    "check q.jsonl --max_audio_s 0": "--max_audio_s",
+    "check q.jsonl --max_audio_s 0": "--max_audio_s 0.0: must be at least 0.025 and at most 86400",
     "check q.jsonl --max_audio_s nan": "--max_audio_s",
     "check q.jsonl --max_audio_s inf": "--max_audio_s",
     "check q.jsonl --against none.jsonl": "error: none.jsonl: no such file",
-    "check q.jsonl --max_audio_s 0.01": "must be from 0.025 to 86400 seconds",
-    "check q.jsonl --report none/r.json": "error: none/r.json: No such file",
     "check q.jsonl --report empty": "error: empty: ",
-    "convert q.jsonl": "required: --out",
+    "convert q.jsonl": "--out: name a file to write",
     "convert none.jsonl --out o.jsonl": "error: none.jsonl: no such file",
     "convert q.jsonl --out there.jsonl": "error: --out there.jsonl: exists; remove it or give another name",
     "convert q.jsonl --out empty": "error: --out empty: exists",
     "convert q.jsonl --out q.jsonl": "error: --out q.jsonl: exists",
     "convert q.jsonl --out file/o.jsonl": "error: ",
-    "convert q.jsonl --out ''": "error: --out ",
     "convert bad.jsonl --out o.jsonl": 'error: bad.jsonl:2: field "answer": 9 is not among',
     "convert empty --out o.jsonl": "error: ",
     "convert all_bad.jsonl --out o.jsonl --drop_bad": "error: all_bad.jsonl",
     "folder q.jsonl --out o.jsonl": "error: q.jsonl: expected a folder of sounds",
     "folder empty --out o.jsonl": "holds neither",
     "folder none --out o.jsonl": "error: none: no such",
-    "folder sounds": "required: --out",
+    "folder sounds": "--out: name a file",
     "folder sounds --out there.jsonl": "--out there.jsonl: exists",
-    "folder sounds --out o.jsonl --n_choices 1": "--n_choices",
-    "folder sounds --out o.jsonl --n_choices -3": "--n_choices",
+    "folder sounds --out held.jsonl": "held_eval.jsonl: exists",
+    "folder sounds --out o.jsonl --n_choices 1": "--n_choices 1: must be at least 2",
     "folder sounds --out o.jsonl --eval_size -7": "--eval_size",
     "folder sounds --out o.jsonl --eval_size x": "--eval_size",
-    "folder one_label --out o.jsonl": "do not tell them apart",
-    "folder numbers --out o.jsonl": "do not tell them apart; sort them in folders named after what is heard",
-    "folder mixed --out o.jsonl": "1-100032-A-0.wav",
+    "folder one_label --out o.jsonl": "expected sounds in two or more folders named after what is heard",
+    "folder named --out o.jsonl": "found cat_1.wav; sort them in such folders, or write a CSV with the columns",
+    "folder mixed --out o.jsonl": "found train/x.wav; sort them",
     "folder broken --out o.jsonl": "2.wav: no such file",
     "folder piped --out o.jsonl": "2.wav: is not a regular file",
-    "folder sounds --out held.jsonl": "held_eval.jsonl: exists",
-    "filter rated.jsonl": "required: --out",
+    "filter rated.jsonl": "--out: name a file",
     "filter rated.jsonl --out there.jsonl": "--out there.jsonl: exists",
-    **{
-        f"filter rated.jsonl --out o.jsonl --pass_rate={r}": "--pass_rate"
-        for r in (
-            "0.9..0.1",
-            "nan..1",
-            "10..90",
-            "0.5",
-            "..0.5",
-            "0.2..",
-            "a..b",
-            "0.1-0.9",
-            "0.1..0.5..0.9",
-            "-1..0.5",
-            "0..inf",
-        )
-    },
-    **{
-        f"filter rated.jsonl --out o.jsonl --drop_answerable_without_audio {r}": "--drop_answerable"
-        for r in ("7", "nan", "x")
-    },
-    "filter rated.jsonl --out o.jsonl --where k": "--where",
-    "filter rated.jsonl --out o.jsonl --max -5": "--max",
-    "filter q.jsonl --out o.jsonl --pass_rate 0..1": 'q.jsonl:1: field "meta": expected a number "pass_rate" from 0 to 1, '
-    "found None; python eval.py --samples",
+    "filter rated.jsonl --out o.jsonl --drop_answerable_without_audio 7": "--drop_answerable_without_audio 7.0: must",
+    "filter rated.jsonl --out o.jsonl --drop_answerable_without_audio 0": "must be above 0",
+    "filter rated.jsonl --out o.jsonl --drop_answerable_without_audio x": "--drop_answerable",
+    "filter rated.jsonl --out o.jsonl --where k": "--where k: expected KEY=VALUE",
+    "filter rated.jsonl --out o.jsonl --where =k": "--where =k: expected KEY=VALUE",
+    "filter rated.jsonl --out o.jsonl --max -5": "--max -5",
     "filter rated.jsonl --out o.jsonl --pass_rate 0.95..0.99": "none of 11 examples",
     "filter rated.jsonl --out o.jsonl --where nokey=1": "not nokey=1",
-    "filter q.jsonl --out o.jsonl --drop_answerable_without_audio": 'q.jsonl:1: field "meta": expected a number "pass_rate_s',
+    "filter q.jsonl --out o.jsonl --pass_rate 0..1": f'{NEEDS_RATE}" from 0 to 1, found None; python eval.py',
+    "filter q.jsonl --out o.jsonl --drop_answerable_without_audio": f'{NEEDS_RATE}_silence"',
+} | {
+    f"filter rated.jsonl --out o.jsonl --pass_rate={r}": f"--pass_rate {r}: expected LOW..HIGH"
+    for r in RANGES
 }
 
 
 def rated(n=11):
-    return [
-        ROW
-        | dict(
-            question=f"{i}?", meta=dict(pass_rate=i / 10, pass_rate_silence=1 - i / 10, loud=i > 5, k=i % 2)
-        )
-        for i in range(n)
-    ]
+    rows = []
+    for i in range(n):
+        meta = dict(pass_rate=i / 10, pass_rate_silence=1 - i / 10, loud=i > 5, k=i % 2)
+        rows.append(ROW | dict(question=f"{i}?", meta=meta))
+    return rows
 
 
 @pytest.mark.parametrize("argv", REFUSED)
 def test_refused(run, here, argv):
     """Exit code 2, one message, in no time; and no file that was not there."""
     files("sounds", *(f"{label}/{i}.wav" for label in ("dog", "cat") for i in range(5)))
-    files("one_label", "dog/1.wav", "dog/2.wav")
-    files("numbers", "1-100032-A-0.wav", "1-2-A-1.wav")
-    files("mixed", "dog_1.wav", "cat_1.wav", "1-100032-A-0.wav")
+    files("one_label", "dog/1.wav", "dog/2.wav", "audio/dog/3.wav")
+    files("named", "dog_1.wav", "cat_1.wav")
+    files("mixed", "dog/1.wav", "cat/1.wav", "train/x.wav")
     for folder in ("broken", "piped"):
         files(folder, "dog/1.wav", "cat/1.wav")
     os.symlink("nowhere", "broken/dog/2.wav")
@@ -541,31 +475,36 @@ def test_refused(run, here, argv):
         (here / name).touch()
     write(here / "q.jsonl", ROW, ROW | {"question": "And?"})
     write(here / "bad.jsonl", ROW, ROW | {"answer": 9})
+    write(here / "blank.jsonl", "")
     write(here / "all_bad.jsonl", ROW | {"answer": 9}, ROW | {"audio": "none.wav"})
     write(here / "rated.jsonl", *rated())
-    before = {os.path.join(d, f) for d, _, files in os.walk(".") for f in files}
+    before = all_files()
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     signal.alarm(20)
     try:
-        _, err = run(*["" if a == "''" else a for a in argv.split()], code=2)
+        _, err = run(*argv.split(), code=2)
     finally:
         signal.alarm(0)
-    assert REFUSED[argv] in err and len(err) < 4000 and "invalid bounds value" not in err
-    assert {os.path.join(d, f) for d, _, files in os.walk(".") for f in files} == before
+    assert err.startswith("error: ") and REFUSED[argv] in err and len(err) < 4000 and all_files() == before
 
 
 @pytest.mark.parametrize("command", ["check", "convert", "folder", "filter"])
-def test_help_has_an_example_that_is_valid(run, command):
-    """The example gets past argparse, and fails for its file only; every flag says what it does."""
-    text, _ = run(command, "--help")
+def test_help_has_an_example_that_is_valid(run, here, capsys, command):
+    """The example gets past the flags, and fails for its file only; every flag says what it does."""
+
+    def help_of(*argv):
+        with pytest.raises(SystemExit, match="^0$"):
+            data.main([*argv, "--help"])
+        return capsys.readouterr().out
+
+    text = help_of(command)
     (example,) = re.findall(rf"^    python data\.py {command} (.*)$", text, re.MULTILINE)
     _, err = run(command, *example.split(), code=2)
     assert re.match(r"error: .*: no such ", err)
     told = re.split(r"\n  (?=-|[A-Z])", text.partition("options:")[2])[1:]
-    assert len(told) >= 3 and all(len(re.sub(r"^.*?(  +|\n)", "", t, count=1).split()) > 1 for t in told), (
-        told
-    )
-    assert f"\n    {command} " in run("--help")[0]
+    assert len(told) >= 3
+    assert all(len(re.sub(r"^.*?(  +|\n)", "", t, count=1).split()) > 1 for t in told), told
+    assert f"\n    python data.py {command} " in help_of()
 
 
 # ---- convert
@@ -573,202 +512,102 @@ def test_help_has_an_example_that_is_valid(run, command):
 
 def leaves(value):
     """Every number and text of a nested value"""
-    if isinstance(value, dict | list):
-        return [x for v in (value.values() if isinstance(value, dict) else value) for x in leaves(v)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [leaf for v in value for leaf in leaves(v)]
     return [] if value is None else [str(value)]
 
 
-AVQA = dict(
-    id=7,
-    question_text="What is in the video?",
-    multi_choice=["dog", None, "cat"],
-    answer=2,
-    video_name="v",
-    question_type="Is",
-    audio_path="a.wav",
+AVQA = dict(id=7, question_text="What is in the video?", multi_choice=["dog", None, "cat"], answer=2)
+AVQA |= dict(video_name="v", question_type="Is", audio_path="a.wav")
+MC = dict(question="Who?", choices=["(A) dog", "(B) cat"], answer="(B) cat")
+OWN = ROW | dict(
+    id="x", target=["cat", "a cat"], note="犬", meta={"pass_rate": 0.5, "deep": {"a": [1, None]}}
 )
-KINDS = {  # name: (content, how many questions)
-    "own": (
-        "",
-        [
-            ROW
-            | dict(
-                id="x", target=["cat", "a cat"], note="犬", meta={"pass_rate": 0.5, "deep": {"a": [1, None]}}
-            ),
-            dict(audio=None, question="Why? Qué?"),
-            ROW | dict(audio=["a.wav", "b.wav"], answer="dog"),
-        ],
-        3,
-    ),
-    "own, a key twice": ("", [ROW | dict(source="outside", same=1, meta=dict(source="inside", same=1))], 1),
-    "own, a key three times": ("", [ROW | dict(k=61, k_outside_meta=62, meta=dict(k=63))], 1),
-    "own, list": ("list", [ROW, ROW | {"question": "Two\nlines?"}], 2),
-    "half a character in meta": ("", [ROW | {"id": "\udce9", "meta": {"was": "\ud800 é"}}], 1),
-    "R1-AQA": ("", [AVQA, AVQA | {"id": 8, "question_text": "Why?"}], 2),
-    "MMAU": (
-        "list",
-        [
-            dict(
-                audio_id="clips/a.wav",
-                id="1f",
-                question="Who?",
-                choices=["(A) dog", "(B) cat"],
-                answer="(B) cat",
-                task="sound",
-                difficulty="easy",
-            )
-        ],
-        1,
-    ),
-    "MMAR": (
-        "",
-        [
-            dict(
-                id="m",
-                audio_path="a.wav",
-                question="Who?",
-                choices=["dog", "cat"],
-                answer="cat",
-                modality="mix",
-                url="https://y",
-                timestamp="00:01",
-            )
-        ],
-        1,
-    ),
+ARC = dict(
+    id="a",
+    question="Why?",
+    answerKey="B",
+    choices=dict(text=["dog", "cat"], label=["A", "B"], source=["s1", "s2"]),
+)
+AI2_CHOICES = [dict(text="dog", label="A", para="one"), dict(text="cat", label="B", score=0.25)]
+AI2 = dict(id="a", answerKey="B", question=dict(stem="Why?", para="context", choices=AI2_CHOICES))
+KINDS = {  # name: (rows, how many questions)
+    "own": ([OWN, dict(audio=None, question="Why? Qué?"), ROW | dict(audio=["a.wav", "b.wav"])], 3),
+    "own, a key twice": ([ROW | dict(source="outside", same=1, meta=dict(source="inside", same=1))], 1),
+    "own, list": ([ROW, ROW | {"question": "Two\nlines?"}], 2),
+    "half a character in meta": ([ROW | {"id": "\udce9", "meta": {"was": "\ud800 é"}}], 1),
+    "R1-AQA": ([AVQA, AVQA | {"id": 8, "question_text": "Why?"}], 2),
+    "MMAU, list": ([MC | dict(audio_id="clips/a.wav", id="1f", task="sound", difficulty="easy")], 1),
+    "MMAR": ([MC | dict(id="m", audio_path="a.wav", modality="mix", url="https://y", meta="m")], 1),
     "MMSU": (
-        "",
         [
             dict(
-                id="m",
                 audio_path="a.wav",
                 question="Who?",
                 choice_a="dog",
                 choice_b="cat",
                 choice_c=None,
                 answer_gt="cat",
-                task_name="t",
                 sub="s",
             )
         ],
         1,
     ),
     "captions": (
-        "",
-        [
-            dict(youtube_id="abc", start_time=30, audiocap_id=11, caption="A dog."),
-            dict(youtube_id="abc", start_time=30, audiocap_id=12, caption="A cat."),
-        ],
+        [dict(youtube_id="abc", start_time=30, audiocap_id=i, caption=f"Dog {i}.") for i in (11, 12)],
         1,
     ),
     "captions, what only later rows hold": (
-        "",
         [
             dict(audio="x", id="i1", caption="A", meta=dict(m=31)),
             dict(audio="x", id="i2", caption="B", rater=44, m=32),
-            dict(
-                audio="x",
-                id="i3",
-                caption="C",
-                meta=dict(n=33, captions=["older"], m=34),
-                m=35,
-                captions_in_meta="also",
-            ),
+            dict(audio="x", id="i3", caption="C", m=35, meta=dict(n=33, captions=["older"], m=34)),
         ],
         1,
     ),
-    "several labels": (
-        "csv",
-        [dict(audio="a.wav", label="dog", fold="fold1"), dict(audio="a.wav", label="cat", fold="fold2")]
-        + [dict(audio="b.wav", label="cow", fold="fold3")],
+    "labels, csv": (
+        [
+            dict(audio=a, label=b, fold=f"f{b}")
+            for a, b in (("a.wav", "dog"), ("a.wav", "cat"), ("b.wav", "cow"))
+        ],
         2,
     ),
-    "labels": (
-        "csv",
-        [dict(audio="a.wav", label="dog", fold="fold1"), dict(audio="b.wav", label="cat", fold="fold2")],
-        2,
-    ),
-    "Clotho-AQA": (
-        "csv",
+    "Clotho-AQA, csv": (
         [
-            dict(file_name="a.wav", QuestionText="A dog?", answer=a, confidence=c, fold="f")
-            for a, c in (("yes", "maybe"), ("yes", "sure"), ("no", "sure"))
+            dict(file_name="a.wav", QuestionText="A dog?", answer=answer, confidence=confidence, fold="f")
+            for answer, confidence in (("yes", "maybe"), ("yes", "sure"), ("no", "sure"))
         ],
         1,
     ),
-    "Countdown": ("", [dict(nums=[1, 2, 3], target=6, split="train")], 1),
-    "ARC": (
-        "",
-        [
-            dict(
-                id="a",
-                question="Why?",
-                choices=dict(text=["dog", "cat"], label=["1", "2"]),
-                answerKey="2",
-                old=3,
-            )
-        ],
-        1,
-    ),
-    "ARC, nested": (
-        "",
-        [
-            dict(
-                id="a",
-                answerKey="B",
-                question=dict(
-                    stem="Why?",
-                    para="context",
-                    choices=[
-                        dict(text="dog", label="A", para="one"),
-                        dict(text="cat", label="B", score=0.25),
-                    ],
-                ),
-            )
-        ],
-        1,
-    ),
-    "ARC, more of the choices": (
-        "",
-        [
-            dict(
-                id="a",
-                question="Why?",
-                answerKey="B",
-                choices=dict(text=["dog", "cat"], label=["A", "B"], source=["s1", "s2"]),
-            )
-        ],
-        1,
-    ),
+    "Countdown": ([dict(nums=[1, 2, 3], target=6, split="train")], 1),
+    "ARC": ([ARC], 1),
+    "ARC, nested": ([AI2], 1),
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_convert_loses_nothing(run, here, name):
     """The lines read back as the same questions, and every text and number of the rows stands in them."""
-    kind, rows, n = KINDS[name]
-    if kind == "csv":
-        text = "".join(",".join(r) + "\n" for r in [list(rows[0]), *(r.values() for r in rows)])
-        (here / "in.csv").write_text(text)
-    elif kind == "list":
-        (here / "in.csv").write_text(json.dumps(rows))
+    rows, n = KINDS[name]
+    if "csv" in name:
+        table = [list(rows[0]), *(row.values() for row in rows)]
+        (here / "in").write_text("".join(",".join(record) + "\n" for record in table))
+    elif "list" in name:
+        (here / "in").write_text(json.dumps(rows))
     else:
-        write(here / "in.csv", *rows)
-    out, _ = run("convert", "in.csv", "--out", "sub/out.jsonl")
+        write(here / "in", *rows)
+    out, _ = run("convert", "in", "--out", "sub/out.jsonl")
     assert f"sub/out.jsonl: {n} examples" in out
-    before, after = list(Examples("in.csv")), list(Examples("sub/out.jsonl"))
+    before, after = list(Examples("in")), list(Examples("sub/out.jsonl"))
     assert Examples("sub/out.jsonl").format == "own" and after == before and len(after) == n
-    kept = {x for row in rows_of("sub/out.jsonl") for x in leaves(row)}
-    given = {
-        x
-        for row in rows
-        for k, v in row.items()
-        if k not in ("audio", "audio_path", "audio_id", "file_name")
-        for x in leaves(v)
-    }
+    kept = set(leaves(rows_of("sub/out.jsonl")))
+    clips = ("audio", "audio_path", "audio_id", "file_name")
+    given = {leaf for row in rows for key, value in row.items() if key not in clips for leaf in leaves(value)}
     assert not {
         x for x in given - kept if not re.fullmatch(r"[12AB]|\([AB]\) (dog|cat)", x)
-    }  # what says where a choice stands
+    }  # but the gold's place
     run("convert", "sub/out.jsonl", "--out", "sub/again.jsonl")
     assert rows_of("sub/again.jsonl") == rows_of("sub/out.jsonl")
 
@@ -781,12 +620,10 @@ def test_convert_embedded_clips(run, here):
         sound(f"x.{kind}", wave=np.tile(SINE, 10))
         contents[kind] = (here / f"x.{kind}").read_bytes()
     rows = dict(
-        id=["q/1", "犬", "q 3", "4"],
-        question=["Who?"] * 4,
-        choices=[["dog", "cat"]] * 4,
-        answer=["cat"] * 4,
-        audio=[{"bytes": c, "path": "named.wav"} for c in contents.values()],
-        extra=[1.5, None, 3.5, 4.5],
+        id=["q/1", "犬", "q 3", "4"], question=["Who?"] * 4, choices=[["dog", "cat"]] * 4, answer=["cat"] * 4
+    )
+    rows |= dict(
+        audio=[{"bytes": c, "path": "named.wav"} for c in contents.values()], extra=[1.5, None, 3.5, 4.5]
     )
     datasets.Dataset.from_dict(rows).to_parquet("in.parquet")
     run("convert", "in.parquet", "--out", "far/out.jsonl")
@@ -806,10 +643,8 @@ def test_convert_embedded_clips(run, here):
 def test_convert_keeps_pointing_at_the_clips(run, here):
     """Wherever --out lies and however the clips were named; beside the clips, the paths stay relative."""
     sound("data/clips/a.wav", 3)
-    rows = [
-        ROW | {"audio": a} for a in ("clips/a.wav", "../a.wav", str(here / "b.wav"), "./clips/../clips/a.wav")
-    ]
-    write(here / "data" / "in.jsonl", *rows)
+    names = ("clips/a.wav", "../a.wav", str(here / "b.wav"), "./clips/../clips/a.wav")
+    write(here / "data" / "in.jsonl", *(ROW | {"audio": name} for name in names))
     wanted = [here / "data/clips/a.wav", here / "a.wav", here / "b.wav", here / "data/clips/a.wav"]
     for out in ("data/out.jsonl", "out.jsonl", "a/b/out.jsonl", str(here / "c" / "out.jsonl")):
         run("convert", "data/in.jsonl", "--out", out)
@@ -821,20 +656,14 @@ def test_convert_keeps_pointing_at_the_clips(run, here):
 
 
 def test_convert_drops_bad_lines_when_asked(run, here):
-    write(
-        here / "q.jsonl",
-        ROW,
-        ROW | {"audio": "none.wav"},
-        "{",
-        ROW | {"answer": 9},
-        ROW | {"question": "Last?"},
-    )
+    rows = [ROW, ROW | {"audio": "none.wav"}, "{", ROW | {"answer": 9}, ROW | {"question": "Last?"}]
+    write(here / "q.jsonl", *rows)
     out, _ = run("convert", "q.jsonl", "--out", "out.jsonl", "--drop_bad")
     assert "out.jsonl: 2 examples; 3 left out, the first: q.jsonl:2: " in out
     assert [r["question"] for r in rows_of("out.jsonl")] == ["What is it?", "Last?"]
     _, err = run("convert", "q.jsonl", "--out", "o.jsonl", code=2)
     assert re.findall(r"q\.jsonl:(\d)", err) == ["3", "4"] and "--drop_bad" in err
-    write(here / "missing.jsonl", ROW, ROW | {"audio": "none.wav"})  # a clip may arrive later
+    write(here / "missing.jsonl", *rows[:2])  # a clip may arrive later
     run("convert", "missing.jsonl", "--out", "missing_out.jsonl")
     assert len(rows_of("missing_out.jsonl")) == 2
 
@@ -849,13 +678,8 @@ def test_convert_ended_in_the_middle(here, name):
         f"data.Examples.__getitem__ = lambda s, i: (i == 400 and os.kill(os.getpid(), signal.SIG{name}), get(s, i))[1]\n"
         "sys.exit(data.main(['convert', 'q.jsonl', '--out', 'out.jsonl']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=here,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(PROGRAM)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = os.environ | {"PYTHONPATH": os.path.dirname(PROGRAM)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True)
     assert done.returncode == (-signal.SIGKILL if name == "KILL" else 130) and "Traceback" not in done.stderr
     assert not os.path.exists("out.jsonl")
     assert data.main(["convert", "q.jsonl", "--out", "out.jsonl"]) == 0 and len(rows_of("out.jsonl")) == 500
@@ -866,6 +690,13 @@ def test_convert_never_gives_the_name_to_a_bad_file(run, here, monkeypatch):
     monkeypatch.setattr(data.os, "replace", lambda *args: pytest.fail("it did"))
     run("convert", write(here / "q.jsonl", ROW, ROW | {"answer": 9}), "--out", "out.jsonl", code=2)
     assert not [n for n in os.listdir() if n.startswith("out")]
+
+
+def test_bytes_of_a_clip_have_their_ending(here):
+    magics = dict(wav=b"RIFF", flac=b"fLaC", ogg=b"OggS", mp3=b"ID3", aiff=b"FORM")
+    for kind, magic in [*magics.items(), ("mp3", b"\xff\xfb")]:
+        path = data.write_clip(str(here / "x" / "y"), magic + bytes(9))
+        assert path.endswith(f"y.{kind}") and io.FileIO(path).read() == magic + bytes(9)
 
 
 # ---- folder: its command reads the content of a file, and decodes nothing
@@ -879,9 +710,9 @@ def files(folder, *names, content=None):
             f.write(content(i) if content else f"{folder}/{name}".encode("utf-8", "surrogateescape"))
 
 
+HIDDEN = ("cat/._1.wav", "dog/.hidden.wav", ".trash/cow/1.wav", "__MACOSX/pig/1.wav")
 LABELS = {  # names: the labels they get
-    ("dog/1.wav", "cat/1.wav"): ["cat", "dog"],
-    ("dog_bark_01.wav", "Cat-Meow 2.FLAC"): ["cat meow", "dog bark"],
+    ("dog/1.wav", "cat/1.FLAC"): ["cat", "dog"],
     ("animals/dog/1.wav", "tools/saw/1.ogg"): ["dog", "saw"],
     ("dog/audio/1.wav", "cat/train/wav/1.wav"): ["cat", "dog"],
     ("train/dog/1.wav", "test/cat/2.wav", "val/dog/7.mp3"): ["cat", "dog"],
@@ -891,13 +722,10 @@ LABELS = {  # names: the labels they get
     ("Größe/1.wav", "été/1.wav"): ["größe", "été"],
     ("कुत्ता/1.wav", "बिल्ली/1.wav"): ["कुत्ता", "बिल्ली"],
     (unicodedata.normalize("NFD", "bébé/1.wav"), "chien/1.wav"): ["bébé", "chien"],
-    ("dog/1.wav", "cat/1.wav", "cat/._1.wav", "dog/.hidden.wav", ".trash/cow/1.wav", "__MACOSX/pig/1.wav"): [
-        "cat",
-        "dog",
-    ],
+    ("dog/1.wav", "cat/1.wav", *HIDDEN): ["cat", "dog"],
     ("C_major/1.wav", "D_major/1.wav", "A_minor/1.wav"): ["a minor", "c major", "d major"],
+    ("24 bus/1.wav", "7 bus/1.wav", "0/1.wav"): ["0", "24 bus", "7 bus"],
     ("train/dog bark/1.wav", "test/Dog_Bark/1.wav", "cat/1.wav"): ["cat", "dog bark"],
-    ("dog_a.wav", "dog_b.wav", "C-major_01.wav"): ["c major", "dog"],
     ("dog/1.wav", "cat/1.wav", "README.md", "cow/notes.txt", "dog/1.json", "labels.csv"): ["cat", "dog"],
 }
 
@@ -907,13 +735,10 @@ def test_labels(run, here, names):
     files("in", *names)
     out, _ = run("folder", "in", "--out", "out.jsonl")
     examples = list(Examples("out.jsonl"))
-    assert (
-        sorted({c for e in examples for c in e.choices}) == LABELS[names]
-        and f"{len(LABELS[names])} labels" in out
-    )
+    assert sorted({c for e in examples for c in e.choices}) == sorted(LABELS[names])
+    assert f"{len(LABELS[names])} labels" in out and {e.meta["label"] for e in examples} == set(LABELS[names])
     for e in examples:
         assert e.choices[e.answer] == e.meta["label"] and os.path.isfile(e.audio)
-    assert {e.meta["label"] for e in examples} == set(LABELS[names])
 
 
 def test_a_file_name_in_another_encoding(run, here):
@@ -922,19 +747,15 @@ def test_a_file_name_in_another_encoding(run, here):
     assert sorted(os.path.isfile(e.audio) for e in Examples("out.jsonl")) == [True, True]
 
 
-def nested(n=12):
+def test_distractors_come_from_the_family(run, here):
     kinds = dict(
         animals=("dog", "cat", "cow", "pig", "hen"),
         tools=("saw", "drill", "hammer", "file"),
         water=("rain", "sea"),
     )
-    return kinds, [
-        f"{k}/{label}/{i}.wav" for k, labels in kinds.items() for label in labels for i in range(n)
+    names = [
+        f"{kind}/{label}/{i}.wav" for kind, labels in kinds.items() for label in labels for i in range(12)
     ]
-
-
-def test_distractors_come_from_the_family(run, here):
-    kinds, names = nested()
     files("in", *names)
     out, _ = run("folder", "in", "--out", "out.jsonl")
     assert "11 labels, 3 families" in out
@@ -944,29 +765,11 @@ def test_distractors_come_from_the_family(run, here):
         family = kinds[e.meta["family"]]
         assert len(set(e.choices)) == 4 and e.choices[e.answer] == e.meta["label"]
         assert len(set(e.choices) & set(family)) == min(4, len(family))
-    assert (
-        len(examples) == len(names)
-        and min(positions[k] for k in range(4)) > len(names) / 8
-        and len(orders) > 50
-    )
+    assert len(examples) == len(names) and len(orders) > 50
+    assert min(positions[k] for k in range(4)) > len(names) / 8
     assert {c for e in examples if e.meta["label"] == "dog" for c in e.choices} == set(kinds["animals"])
     run("folder", "in", "--out", "again.jsonl")
     assert rows_of("again.jsonl") == rows_of("out.jsonl")  # drawn, and not differently every time
-
-
-def test_families_of_names(run, here):
-    files(
-        "in",
-        *(
-            f"{k}_{label}_{i}.wav"
-            for k in ("dog", "cat")
-            for label in ("low", "high", "odd", "far")
-            for i in range(3)
-        ),
-    )
-    run("folder", "in", "--out", "out.jsonl", "--eval_size", "0")
-    assert all(c.split()[0] == e.meta["label"].split()[0] for e in Examples("out.jsonl") for c in e.choices)
-    assert not os.path.exists("out_eval.jsonl")
 
 
 def test_split_by_clip(run, here):
@@ -975,22 +778,20 @@ def test_split_by_clip(run, here):
     files("in", *names, content=lambda i: str(i % 67).encode())
     for size, low, high in (("-1", 20, 24), ("30", 30, 34), ("1000", 40, 44)):
         out, _ = run("folder", "in", "--out", f"of{size}.jsonl", "--eval_size", size)
-        train, held = (Examples(f"of{size}{end}.jsonl") for end in ("", "_eval"))
-        assert (
-            f"of{size}.jsonl: {len(train)} questions" in out
-            and f"of{size}_eval.jsonl: {len(held)} questions" in out
-        )
-        content = [{open(e.audio, "rb").read() for e in part} for part in (train, held)]
+        parts = [Examples(f"of{size}{end}.jsonl") for end in ("", "_eval")]
+        for part, end in zip(parts, ("", "_eval")):
+            assert f"of{size}{end}.jsonl: {len(part)} questions" in out
+        content = [{open(e.audio, "rb").read() for e in part} for part in parts]
         assert not content[0] & content[1] and len(content[0] | content[1]) == 67
-        assert low <= len(held) <= high and sorted(e.meta["audio"] for e in [*train, *held]) == sorted(names)
+        found = [os.path.relpath(e.audio, here / "in") for part in parts for e in part]
+        assert low <= len(parts[1]) <= high and sorted(found) == sorted(names)
+    run("folder", "in", "--out", "all.jsonl", "--eval_size", "0")
+    assert len(Examples("all.jsonl")) == 200 and not os.path.exists("all_eval.jsonl")
 
 
-@pytest.mark.parametrize(
-    "n_labels, n_choices", [(2, 4), (3, 4), (4, 4), (4, 2), (5, 3), (1000, 4), (1000, 6)]
-)
+@pytest.mark.parametrize("n_labels, n_choices", [(2, 4), (3, 4), (4, 4), (4, 2), (5, 3), (300, 4), (300, 6)])
 def test_number_of_choices(run, here, n_labels, n_choices):
-    words = ["".join(random.Random(i).choices("abcdefgh", k=9)) for i in range(n_labels)]
-    files("in", *(f"{w}/1.wav" for w in words))
+    files("in", *(f"label {i}/1.wav" for i in range(n_labels)))
     run("folder", "in", "--out", "out.jsonl", "--n_choices", n_choices, "--eval_size", "0")
     examples = list(Examples("out.jsonl"))
     assert len(examples) == n_labels and {len(set(e.choices)) for e in examples} == {min(n_labels, n_choices)}
@@ -1004,24 +805,23 @@ def test_its_own_output_passes_check(run, here):
             sound(f"in/{label}/my {i}: a.wav", 10 * k + i)
     run("folder", "in", "--out", "data/out.jsonl")
     out, _ = run("check", "data/out.jsonl", "--against", "data/out_eval.jsonl")
-    assert re.search(r"clips shared +0\n", out) and re.search(r"problems +0\n", out)
+    assert "clips: 0" in out and re.search(r"problems +0\n", out)
     assert len({e.id for e in [*Examples("data/out.jsonl"), *Examples("data/out_eval.jsonl")]}) == 24
 
 
 # ---- filter
 
 
-def filtered(run, *argv, n=11):
+def filtered(run, *argv, rows=None):
     """-> (pass rates that are left, stdout)"""
     if not os.path.exists("rated.jsonl"):
         with open("rated.jsonl", "w") as f:
-            f.writelines(json.dumps(r) + "\n" for r in rated(n))
-    out, _ = run("filter", "rated.jsonl", "--out", f"{len(os.listdir())}.jsonl", *argv)
-    name = re.match(r"(\d+\.jsonl): (\d+) of \d+ examples", out)
-    left = list(Examples(name[1]))
-    assert len(left) == int(name[2]) and left == [
-        e for e in Examples("rated.jsonl") if e in left
-    ]  # unchanged, and in order
+            f.writelines(json.dumps(r) + "\n" for r in rated())
+    name = f"{len(os.listdir())}.jsonl"
+    out, _ = run("filter", "rated.jsonl", "--out", name, *argv)
+    left, every = list(Examples(name)), list(Examples("rated.jsonl"))
+    assert out.startswith(f"{name}: {len(left)} of 11 examples")
+    assert left == [e for e in every if e in left]  # unchanged, and in order
     return [round(10 * e.meta["pass_rate"]) for e in left], out
 
 
@@ -1036,11 +836,12 @@ def filtered(run, *argv, n=11):
         (
             "--pass_rate 0.1..0.9 --drop_answerable_without_audio",
             range(6, 10),
-            "; 5 dropped: answerable without audio; 1 dr",
+            "; 5 dropped: answerable without audio",
         ),
         ("--where loud=True", range(6, 11), "; 6 dropped: not loud=True"),
         ("--where loud=true", range(6, 11), "; 6 dropped: not loud"),
         ("--where k=1 --where loud=false", [1, 3, 5], ""),
+        ("--max 99", range(11), "11 of 11 examples\n"),
         ("", range(11), "11 of 11 examples\n"),
     ],
 )
@@ -1051,31 +852,20 @@ def test_filter(run, here, argv, left, says):
 
 
 def test_filter_without_audio_by_either_measure(run, here):
-    rows = [
-        ROW | dict(question=f"{i}?", meta=m | {"pass_rate": 0.5})
-        for i, m in enumerate(
-            (
-                dict(pass_rate_silence=0.1, pass_rate_none=0.9),
-                dict(pass_rate_none=0.9),
-                dict(pass_rate_none=0.1),
-                dict(pass_rate_silence=0.9),
-                dict(pass_rate_silence=0, pass_rate_none=0.0),
-            )
-        )
-    ]
+    rates = [(0.1, 0.9), (None, 0.9), (None, 0.1), (0.9, None), (0, 0.0)]
+    rows = []
+    for i, (silence, none) in enumerate(rates):
+        meta = dict(pass_rate_silence=silence, pass_rate_none=none)
+        rows.append(ROW | dict(question=f"{i}?", meta={k: v for k, v in meta.items() if v is not None}))
     run("filter", write(here / "q.jsonl", *rows), "--out", "out.jsonl", "--drop_answerable_without_audio")
     assert [r["question"] for r in rows_of("out.jsonl")] == ["2?", "4?"]
 
 
 def test_filter_max_is_a_sample_by_seed(run, here):
     drawn = [filtered(run, "--max", "5", "--seed", str(s))[0] for s in (0, 0, 1, 2, 3, 4)]
-    assert (
-        drawn[0] == drawn[1]
-        and len({tuple(d) for d in drawn}) > 2
-        and all(len(d) == 5 == len(set(d)) for d in drawn)
-    )
+    assert drawn[0] == drawn[1] and len({tuple(d) for d in drawn}) > 2
+    assert all(len(d) == len(set(d)) == 5 for d in drawn)
     assert "6 dropped: over --max" in filtered(run, "--max", "5")[1]
-    assert filtered(run, "--max", "99")[0] == filtered(run, "--max", "0")[0] == list(range(11))
     assert len(filtered(run, "--pass_rate", "0..0.5", "--max", "3")[0]) == 3
 
 
@@ -1083,36 +873,13 @@ def test_filter_max_is_a_sample_by_seed(run, here):
 def test_filter_names_the_line_without_a_rate(run, here, value):
     write(here / "q.jsonl", *rated(3), ROW | {"meta": {"pass_rate": value}})
     _, err = run("filter", "q.jsonl", "--out", "out.jsonl", "--pass_rate", "0..1", code=2)
-    assert (
-        err.startswith('error: q.jsonl:4: field "meta": expected a number "pass_rate" from 0 to 1')
-        and "eval.py" in err
-    )
+    assert err.startswith('error: q.jsonl:4: field "meta": expected a number "pass_rate" from 0 to 1')
 
 
 def test_filter_of_a_real_table(run, here):
     """Any reader's file will do, and the clips are found from the new place."""
     write(here / "q.jsonl", AVQA | {"pass_rate": 0.5}, AVQA | {"pass_rate": 1.0})
     run("filter", "q.jsonl", "--out", "far/out.jsonl", "--pass_rate", "0.1..0.9")
-    assert list(Examples("far/out.jsonl")) == [
-        Example(
-            "7",
-            str(here / "a.wav"),
-            "What is in the audio?",
-            ["dog", "cat"],
-            1,
-            meta=dict(video_name="v", question_type="Is", question_text=AVQA["question_text"], pass_rate=0.5),
-        )
-    ]
-
-
-def test_bytes_of_a_clip_have_their_ending(here):
-    for kind, magic in (
-        ("wav", b"RIFF"),
-        ("flac", b"fLaC"),
-        ("ogg", b"OggS"),
-        ("mp3", b"ID3"),
-        ("mp3", b"\xff\xfb"),
-        ("aiff", b"FORM"),
-    ):
-        path = data.write_clip(str(here / "x" / "y"), magic + bytes(9))
-        assert path.endswith(f"y.{kind}") and io.FileIO(path).read() == magic + bytes(9)
+    meta = dict(video_name="v", question_type="Is", question_text=AVQA["question_text"], pass_rate=0.5)
+    wanted = Example("7", str(here / "a.wav"), "What is in the audio?", ["dog", "cat"], 1, meta=meta)
+    assert list(Examples("far/out.jsonl")) == [wanted]
