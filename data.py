@@ -3855,6 +3855,15 @@ def main(argv=None) -> int:
         return 130
 
 
+# A shim until the merge: the names that the tools import.
+normal_words = words
+normal_text = reads
+chat_messages = chat
+CLIP_KEYS = CLIP
+LABEL_KEYS = LABEL
+CAPTION_KEYS = CAPTION
+
+
 if __name__ == "__main__":
     code = main()
     if code == 130:  # the files are closed; threads that still wait for a server would hold up a plain exit
