@@ -52,7 +52,7 @@ SOUNDS = {
 }
 
 # The front end covers 80 dB below the loudest frequency of a clip. The power of a LOUD sound lies in a few
-# frequencies: beside one of them at full level, a sound at its level in FAINT_DB is below that range. Alone, every
+# frequencies: beside one at full level, a sound at its level in FAINT_DB is below that range. Alone, every
 # sound is audible.
 LOUD = ("beep", "buzz", "hum", "siren")
 FAINT_DB = dict(
@@ -125,7 +125,7 @@ def write_sounds(
 ) -> str:
     """Make n clips of one sound each, and multiple-choice questions about them.      -> path of the JSONL
 
-    silent: the share of clips that hold nothing, as in real collections: there the choices are all there is to go by.
+    silent: the share of clips that hold nothing, as in real collections; there only the choices can be judged by.
     faint: clips of any loudness from full level down to FAINT_DB.
     """
     rng = np.random.default_rng(seed)
@@ -148,9 +148,9 @@ def write_sounds(
 def write_scenes(folder: str, n: int, seed: int, name: str, taught: bool = False) -> str:
     """Make n scenes, and questions about which sound comes second.      -> path of the JSONL
 
-    The loud sound is always among the choices. taught: with targets that listen again where the second sound is,
-    name it, and then answer with any of the choices: a cold start that teaches where to listen, to hear and to
-    answer, but nothing that connects the last two.
+    The loud sound is always among the choices. taught: with targets that listen again where the second sound
+    is, name it, and then answer with any of the choices: a cold start that teaches where to listen, to hear and
+    to answer, but nothing that connects the last two.
     """
     rng = np.random.default_rng(seed)
 
@@ -172,8 +172,8 @@ def write_scenes(folder: str, n: int, seed: int, name: str, taught: bool = False
 def write_lessons(path: str, n: int = 8000) -> str:
     """Replace a file of write_sounds by n cold-start lessons for the demo's base model.      -> path
 
-    A quarter of them names a clip. In the others, some of them silent, every choice is as good an answer as any:
-    the base learns to hear and to answer in the format, but nothing that connects the two.
+    A quarter of them names a clip. In the others, some of them silent, every choice is as good an answer as
+    any: the base learns to hear and to answer in the format, but nothing that connects the two.
     """
     import soundfile
 
