@@ -829,3 +829,6 @@ def score(completion: str, example, weights: dict[str, float]) -> tuple[float, d
     """-> (weighted sum, each part before weighting)"""
     parts = {name: REWARDS[name](completion, example) for name in weights}
     return sum(weights[name] * part for name, part in parts.items()), parts
+
+
+Said = str  # A shim until the merge

@@ -86,7 +86,9 @@ class Server(asyncio.Protocol):
             status, extra, body, wait_s = self.respond(json.loads(rest[:size]), head.decode())
             raw = body if isinstance(body, bytes) else json.dumps(body).encode()
             kind = "application/json" if raw[:1] == b"{" else "text/html"
-            start = f"HTTP/1.1 {status} X\r\n{extra}Content-Type: {kind}\r\nContent-Length: {len(raw)}\r\n\r\n"
+            start = (
+                f"HTTP/1.1 {status} X\r\n{extra}Content-Type: {kind}\r\nContent-Length: {len(raw)}\r\n\r\n"
+            )
             asyncio.get_running_loop().call_later(wait_s, self.transport.write, start.encode() + raw)
 
     def respond(self, request, head):

@@ -1,18 +1,18 @@
 """Time-stamped events -> questions that want a second listening, as Echo's data was made (arXiv 2602.11909).
 
-    python -m tools.events audioset_train_strong.tsv --labels mid_to_display_name.tsv --audio_dir clips --model MODEL \
---out echo.jsonl
+    python -m tools.events audioset_train_strong.tsv --labels mid_to_display_name.tsv --audio_dir clips \\
+        --model MODEL --out echo.jsonl
 
-The file is AudioSet-Strong's TSV, or any table (CSV, TSV, JSONL) of clip, onset, offset and label. Our own rules make
-questions about order, count, duration and overlap, with choices and the right answer; a language model writes a chain of
-thought that names segments; a second call judges both. Each question goes to one of three files: --out (question and
-chain are good: a cold start), --rl (only the question is good) or --rejects.
+The file is AudioSet-Strong's TSV, or any table (CSV, TSV, JSONL) of clip, onset, offset and label. Our own
+rules make questions about order, count, duration and overlap, with choices and the right answer; a language
+model writes a chain of thought that names segments; a second call judges both. Each question goes to one of
+three files: --out (question and chain are good: a cold start), --rl (only the question is good) or --rejects.
+The same command goes on where it was stopped.
 
-An answer is right as far as the table is right. Nothing is asked where a listener could disagree with it by a fraction
-of a second, or call a sound by another of its names.
+An answer is right as far as the table is right. Nothing is asked where a listener could disagree with it by a
+fraction of a second, or call a sound by another of its names.
 """
 
-import csv
 import functools
 import hashlib
 import json
@@ -26,7 +26,6 @@ from data import (
     CLIP_KEYS,
     DataError,
     Example,
-    UserError,
     exit_code,
     file_problem,
     knob,
@@ -59,9 +58,9 @@ class Options(server.Options):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Questions. `sounds` is {label: its segments in the order of time}; `clear` are the labels that no other label of the
-# clip could be a name of. A kind yields all that could be asked: question, right choice, wrong choices, and the
-# segments that decide.
+# Questions. `sounds` is {label: its segments in the order of time}. `clear` are the labels whose sound no
+# other label of the clip could name, too. A kind yields all that could be asked: question, right choice,
+# wrong choices, and the segments that decide.
 
 EPS = 1e-6  # 2.3 - 2 is a little less than 0.3
 APART_S = 0.3 - EPS  # what is less apart has no clear order
@@ -78,7 +77,7 @@ ASKED = dict(
 )
 
 
-def merge_events(events: list) -> dict[str, list[list[float]]]:
+def merge_events(events) -> dict:
     """(start, end, label)s -> {label: its segments}; those that touch become one."""
     sounds = {}
     for start, end, label in sorted(events):
@@ -92,12 +91,12 @@ def merge_events(events: list) -> dict[str, list[list[float]]]:
 
 @functools.cache
 def alike(a: str, b: str) -> bool:
-    """Could both name one sound? "Speech" and "Male speech, man speaking" could; "Dog" and "Bark" are not known to."""
+    """Could both name one sound? "Speech" and "Male speech, man speaking" could. Not so "Dog" and "Bark"."""
     a, b = set(normal_text(a).split()), set(normal_text(b).split())
     return a <= b or b <= a
 
 
-def ask_order(sounds: dict, clear: list[str]):
+def ask_order(sounds, clear):
     begins = sorted((start, end, label) for label, segments in sounds.items() for start, end in segments)
     for asked in clear:
         segment = sounds[asked][0]
@@ -115,7 +114,7 @@ def ask_order(sounds: dict, clear: list[str]):
                 yield ASKED[way].format(asked), right, wrong, [segment, [start, end]]
 
 
-def ask_count(sounds: dict, clear: list[str]):
+def ask_count(sounds, clear):
     """Up to eight times. The choices are four neighbouring numbers from 1 on."""
     last = max(segments[-1][1] for segments in sounds.values())
     for label in clear:
@@ -128,21 +127,19 @@ def ask_count(sounds: dict, clear: list[str]):
                 yield ASKED["count"].format(label), str(n), wrong, segments
 
 
-def ask_duration(sounds: dict, clear: list[str]):
+def ask_duration(sounds, clear):
     total = {label: sum(end - start for start, end in sounds[label]) for label in clear}
     for right in clear:
         shorter = [label for label in clear if total[label] * LONGER <= total[right]]
         longer = [label for label in clear if total[right] * LONGER <= total[label]]
         yield ASKED["longest"], right, shorter, sounds[right]
-        if (
-            len(longer) >= 3
-        ):  # no choice may be filled up by a label that is not heard: that one is shorter still
+        if len(longer) >= 3:  # a label that is not heard at all would be a shorter one
             yield ASKED["shortest"], right, longer, sounds[right]
 
 
-def ask_overlap(sounds: dict, clear: list[str]):
+def ask_overlap(sounds, clear):
     for asked in clear:
-        common = {}  # {another label: for all pairs of their segments, the stretch in common; negative if there is none}
+        common = {}  # {another label: what each pair of segments shares; its end is first if that is nothing}
         for label in clear:
             pairs = [(a, b) for a in sounds[asked] for b in sounds[label]]
             if label != asked:
@@ -158,33 +155,34 @@ KINDS = dict(order=ask_order, count=ask_count, duration=ask_duration, overlap=as
 
 
 def questions_on(clip: Example, pool: list[str], seed: int, per_clip: int) -> list[Example]:
-    """At most `per_clip` questions of different kinds; they depend on the clip and the seed alone.
+    """At most `per_clip` questions of different kinds; they depend on the clip, the pool and the seed alone.
 
-    At least one wrong choice is heard in the clip (a count's are other numbers); what is missing to four comes from the
-    `pool`, the labels of the whole table.
+    At least one wrong choice is heard in the clip (a count's are other numbers); what is missing to four is
+    drawn from the pool, the labels of the whole table.
     """
     sounds = merge_events(clip.meta["events"])
+    if not sounds:
+        return []
     clear = [x for x in sounds if not any(alike(x, other) for other in sounds if other != x)]
     kinds = random.Random(seed_of(seed, clip.id)).sample(list(KINDS), len(KINDS))
-    questions = []
-    for kind in kinds if sounds else ():
-        rng = random.Random(seed_of(seed, clip.id, kind))
-        found = [candidate for candidate in KINDS[kind](sounds, clear) if candidate[2]]
-        for question, right, wrong, spans in rng.sample(found, len(found)):
-            choices = draw_choices(right, wrong, sounds, pool, rng)
-            if len(choices) == 4:
-                meta = dict(kind=kind, spans=[[round(t, 3) for t in span] for span in spans]) | clip.meta
-                answer = choices.index(right)
-                questions.append(
-                    Example(f"{clip.id} {kind}", clip.audio, question, choices, answer, meta=meta)
-                )
-                break
-    return questions[:per_clip]
+    drawn = [draw_question(clip, kind, sounds, clear, pool, seed) for kind in kinds]
+    return [question for question in drawn if question][:per_clip]
 
 
-def draw_choices(
-    right: str, wrong: list[str], sounds: dict, pool: list[str], rng: random.Random
-) -> list[str]:
+def draw_question(clip, kind, sounds, clear, pool, seed) -> Example | None:
+    rng = random.Random(seed_of(seed, clip.id, kind))
+    found = [candidate for candidate in KINDS[kind](sounds, clear) if candidate[2]]
+    for question, right, wrong, spans in rng.sample(found, len(found)):
+        choices = draw_choices(right, wrong, sounds, pool, rng)
+        if len(choices) == 4:
+            rounded = [[round(start, 3), round(end, 3)] for start, end in spans]
+            meta = dict(kind=kind, spans=rounded) | clip.meta
+            name, answer = f"{clip.id} {kind}", choices.index(right)
+            return Example(name, clip.audio, question, choices, answer, meta=meta)
+    return None
+
+
+def draw_choices(right, wrong, sounds, pool, rng) -> list[str]:
     """The right choice and wrong ones in random order; fewer than four if the pool has too few that fit."""
     choices = [right, *rng.sample(wrong, min(3, len(wrong)))]
     for label in rng.sample(pool, min(40, len(pool))) if len(choices) < 4 else ():
@@ -208,7 +206,7 @@ DAY_S = 86_400
 NO_SOUND = "no sound file of its name, or several"
 
 
-def read_events(rows, names: dict[str, str]) -> dict[str, Example]:
+def read_events(rows, names) -> dict[str, Example]:
     """A table -> {name: clip with its events}. A row is an event, or a clip alone; in any order."""
     clips = {}
     for i in range(len(rows)):
@@ -222,7 +220,7 @@ def read_events(rows, names: dict[str, str]) -> dict[str, Example]:
     return clips
 
 
-def read_event(row, names: dict[str, str]) -> tuple[str, tuple | None]:
+def read_event(row, names):
     """-> the clip's name, (start, end, label) or None. Raises DataError with the field."""
     if not isinstance(row, dict):
         raise DataError(f"expected a JSON object, found {row!r:.60}")
@@ -250,7 +248,7 @@ def read_event(row, names: dict[str, str]) -> tuple[str, tuple | None]:
 
 
 @functools.cache
-def event_columns(keys: tuple[str, ...]) -> list[str]:
+def event_columns(keys) -> list[str]:
     """The columns of clip, label, start and end among the keys of a row."""
     folded = {key.casefold(): key for key in keys}
     columns = []
@@ -262,7 +260,7 @@ def event_columns(keys: tuple[str, ...]) -> list[str]:
     return columns
 
 
-def read_seconds(row: dict, key: str) -> float:
+def read_seconds(row, key) -> float:
     value = row[key]
     try:
         if (
@@ -277,15 +275,15 @@ def read_seconds(row: dict, key: str) -> float:
 
 
 def read_display_names(path: str) -> dict[str, str]:
-    """AudioSet's mid_to_display_name.tsv or class_labels_indices.csv: a label's name follows its code."""
+    """AudioSet's mid_to_display_name.tsv: the code of a label and its name."""
     if problem := file_problem(path):
         raise DataError(f"{problem}; expected AudioSet's mid_to_display_name.tsv")
     names = {}
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
-            delimiter = "\t" if "\t" in line else ","
-            cells = next(csv.reader([line.replace("\0", "")], delimiter=delimiter), [])
-            names |= {code: name for code, name in zip(cells, cells[1:]) if CODE.fullmatch(code)}
+            code, _, name = line.rstrip("\n").partition("\t")
+            if CODE.fullmatch(code):
+                names[code] = name
     if not names:
         raise DataError(
             f"{path}: holds no label such as /m/09x0r; expected AudioSet's mid_to_display_name.tsv"
@@ -293,7 +291,7 @@ def read_display_names(path: str) -> dict[str, str]:
     return names
 
 
-def find_sound(clip: Example, names: list[str], folder: str) -> str:
+def find_sound(clip, names, folder) -> str:
     """Find the clip's file by one of its names, read its length from the header and end its events there.
 
     Returns why it is of no use, or "".
@@ -323,8 +321,8 @@ def find_sound(clip: Example, names: list[str], folder: str) -> str:
 def questions_of(path: str, audio_dir="", labels="", per_clip=2, seed=0) -> tuple[list[Example], dict]:
     """A table -> the questions on it, and what there is: how many clips and questions of which kinds.
 
-    audio_dir: where sounds are looked for; "" is the folder of the table. labels: the file of the labels' names.
-    Raises DataError if there is nothing to ask.
+    audio_dir: where sounds are looked for; "" is the folder of the table. labels: the file of the labels'
+    names. Raises DataError if there is nothing to ask.
     """
     folder = os.path.abspath(audio_dir or os.path.dirname(path))
     rows = open_rows(path)
@@ -342,42 +340,45 @@ def questions_of(path: str, audio_dir="", labels="", per_clip=2, seed=0) -> tupl
         asked = [] if problem else questions_on(clip, pool, seed, per_clip)
         questions += asked
         if not asked:
-            useless[f"  {problem or 'nothing clear to ask'}"] += 1
-    if useless[f"  {NO_SOUND}"] == len(clips):
+            useless[problem or "nothing clear to ask"] += 1
+    if useless[NO_SOUND] == len(clips):
         looked_for = " or ".join(stem_of(name) for name in names)
         raise DataError(
-            f"{path}: none of the sounds of its {len(clips)} clips is in {folder} or its folders; the last was "
-            f"looked for as {looked_for} (.wav, .flac, ...); give --audio_dir"
+            f"{path}: none of the sounds of its {len(clips)} clips is in {folder} or its folders; the last "
+            f"was looked for as {looked_for} (.wav, .flac, ...); give --audio_dir"
         )
     if not questions:
         raise DataError(f"{path}: there is nothing to ask: {dict(useless)}")
-    kinds = Counter(f"  {question.meta['kind']}" for question in questions)
-    return questions, {"clips": len(clips), **useless, "questions": len(questions), **kinds}
+    kinds = Counter(question.meta["kind"] for question in questions)
+    return questions, dict(clips=len(clips), useless_clips=dict(useless), questions=dict(kinds))
 
 
 # -----------------------------------------------------------------------------------------------------------
 # The chain of thought and its judge
 
-CHAINER = """You write down how a listener thinks while answering a multiple-choice question about a short audio clip. The \
-listener can play any part of it again, and knows nothing else. You cannot hear it; you get what others heard, in seconds, \
-and the right choice.
+CHAINER = """You write down how a listener thinks while answering a multiple-choice question about a short \
+audio clip. The listener can play any part of it again, and knows nothing else. You cannot hear it; you \
+get what others heard, in seconds, and the right choice.
 
 Write the thoughts in English, 40 to 150 words, so that they
-- say what to listen for, go to the one to six parts of the clip that decide, with a reason before each and what is heard \
-there after it, and then conclude;
-- name each part as <seg>start, end</seg>, in seconds, at least 0.2 s long; after it the same sentence goes on in lower case: \
-"The bell should come late, and in <seg>1.2, 2.85</seg> it rings twice." There are no other tags;
-- are those of somebody who only hears: no word of notes, labels, timestamps, captions, lists, or of an answer that is known;
+- say what to listen for, go to the one to six parts of the clip that decide, with a reason before each \
+and what is heard there after it, and then conclude;
+- name each part as <seg>start, end</seg>, in seconds, at least 0.2 s long; after it the same sentence \
+goes on in lower case: "The bell should come late, and in <seg>1.2, 2.85</seg> it rings twice." There are \
+no other tags;
+- are those of somebody who only hears: no word of notes, labels, timestamps, captions, lists, or of an \
+answer that is known;
 - end with the right choice, word for word.
 
 Reply with one JSON object and nothing else: {"chain": "..."}"""
-CHECKER = """You check a multiple-choice question about a short audio clip, and the thoughts that lead a listener to its \
-answer. You cannot hear it; you get what others heard, in seconds.
+CHECKER = """You check a multiple-choice question about a short audio clip, and the thoughts that lead a \
+listener to its answer. You cannot hear it; you get what others heard, in seconds.
 
-The question is good if a listener can answer it from the clip alone, what was heard supports the right choice, and no other \
-choice can be right, too, or be another name of a sound that decides.
-The thoughts, called the chain, are good if every step agrees with what was heard, the parts in <seg>start, end</seg> are \
-those that decide, the answer follows from them, and they read like listening. Without thoughts the chain is bad.
+The question is good if a listener can answer it from the clip alone, what was heard supports the right \
+choice, and no other choice can be right, too, or be another name of a sound that decides.
+The thoughts, called the chain, are good if every step agrees with what was heard, the parts in \
+<seg>start, end</seg> are those that decide, the answer follows from them, and they read like listening. \
+Without thoughts the chain is bad.
 
 Reply with one JSON object and nothing else:
 {"reason": "one short sentence", "question": "good" or "bad", "chain": "good" or "bad"}"""
@@ -391,8 +392,8 @@ PROMPT_VERSION = hashlib.sha256(json.dumps(RULES).encode()).hexdigest()[:8]
 SEGMENT = re.compile(r"<seg>([0-9]{1,5}(?:\.[0-9]{1,6})?), ?([0-9]{1,5}(?:\.[0-9]{1,6})?)</seg>")
 MOST_SEGMENTS, LEAST_S = 8, 0.2 - EPS  # Echo listens again eight times at most, and to nothing shorter
 BETRAYS = re.compile(
-    r"\b(?:annotat\w+|time[- ]?stamp\w*|label\w*|meta-?data|caption\w*|transcripts?|descriptions?|ground[ -]truth|"
-    r"data ?sets?|according to|as (?:noted|listed|given|described)|"
+    r"\b(?:annotat\w+|time[- ]?stamp\w*|label\w*|meta-?data|caption\w*|transcripts?|descriptions?|"
+    r"ground[ -]truth|data ?sets?|according to|as (?:noted|listed|given|described)|"
     r"the (?:notes|list|table) (?:says?|shows?|gives?|tells?|mentions?)|"
     r"(?:given|provided|listed) (?:events?|segments?|times?|answers?|choices?|information))\b",
     re.IGNORECASE,
@@ -401,7 +402,7 @@ NUMERALS = "zero one two three four five six seven eight nine ten eleven".split(
 NUMERALS = {name: str(n) for n, name in enumerate(NUMERALS)} | {"once": "1", "twice": "2"}
 
 
-def messages_on(question: Example, system: str, end: str) -> list[dict]:
+def messages_on(question, system, end) -> list[dict]:
     """All that is known of a question, for the model that writes the chain and for the one that judges it."""
     choices = question.choices
     known = ["Heard, in seconds:"]
@@ -414,7 +415,7 @@ def messages_on(question: Example, system: str, end: str) -> list[dict]:
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
-def spell_numbers(text: str) -> str:
+def spell_numbers(text) -> str:
     """The words of a text between blanks, numbers in digits."""
     words = normal_text(re.sub("[-–—*“”]", " ", text)).split()
     return f" {' '.join(NUMERALS.get(word, word) for word in words)} "
@@ -479,7 +480,7 @@ KEYS = dict(  # of the lines of each file
 
 
 def write_chains(path: str, options: Options) -> dict:
-    """Have a chain of thought written to every question on a table, and both judged.      -> the summary, printed
+    """Have a chain of thought written to every question on a table, and both judged.      -> the summary
 
     Raises UserError, and KeyboardInterrupt after Ctrl-C; what was answered until then is in the files.
     """
@@ -523,12 +524,9 @@ def write_chains(path: str, options: Options) -> dict:
     return server.run(questions, task, options)
 
 
-def main(argv=None) -> None:
+def main(argv=None):
     about = "AudioSet-Strong's TSV, or a table of clip, onset, offset and label"
-    path, options = server.parse_command(__doc__, "EVENTS", about, Options, argv)
-    failed = write_chains(path, options)["failed"]
-    if failed:
-        raise UserError(f"{failed} questions failed; the same command asks them again")
+    server.start(__doc__, "EVENTS", about, Options, write_chains, argv)
 
 
 if __name__ == "__main__":

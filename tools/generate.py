@@ -2,9 +2,10 @@
 
     python -m tools.generate captions.jsonl --model gpt-4o-mini --out vggs_gpt.jsonl
 
-The file holds clips with captions, or with a label; `eval.py --prompt caption` writes one. A language model behind an
-OpenAI-compatible server writes a question on each clip, and `check_question` accepts or refuses it. Accepted ones
-go to --out, the others to --rejects with the reason. The same command goes on where it was stopped.
+The file holds clips with captions, or with a label; `eval.py --prompt caption` writes one. A language model
+behind an OpenAI-compatible server writes a question on each clip, and `check_question` accepts or refuses it.
+Accepted ones go to --out, the others to --rejects with the reason. The same command goes on where it was
+stopped.
 """
 
 import hashlib
@@ -20,7 +21,6 @@ from data import (
     Embedded,
     Example,
     Examples,
-    UserError,
     exit_code,
     leave,
     normal_text,
@@ -31,17 +31,22 @@ from data import (
 from tools import server
 from tools.server import LINE, STOP_WORDS, Options, Task
 
-WRITER = """You write multiple-choice listening questions. A listener hears one short audio clip and nothing else. You \
-cannot hear it; you get the notes of people who could. Notes may be wrong or contradict each other, and some tell what \
-only eyes could know, such as colours, clothes or places in view: build on what they agree on and on what is audible.
+WRITER = """You write multiple-choice listening questions. A listener hears one short audio clip and \
+nothing else. You cannot hear it; you get the notes of people who could. Notes may be wrong or contradict \
+each other, and some tell what only eyes could know, such as colours, clothes or places in view: build on \
+what they agree on and on what is audible.
 
 Write one question in English that
-- can be answered only by listening: not by common sense, not from the wording of the question or of its choices;
-- asks about what sounds, how, how often, how loud, how long, in which order, how near, by whom or what, or in which mood;
-- has exactly four choices of the same kind, similar in length and wording, each plausible for such a clip, none part of \
-another, and no "none of the above";
-- has exactly one right choice, which the notes support, and three wrong ones, which the notes speak against;
-- never hints at the answer, and never mentions notes, captions, descriptions, texts or anything that has to be seen;
+- can be answered only by listening: not by common sense, not from the wording of the question or of its \
+choices;
+- asks about what sounds, how, how often, how loud, how long, in which order, how near, by whom or what, \
+or in which mood;
+- has exactly four choices of the same kind, similar in length and wording, each plausible for such a \
+clip, none part of another, and no "none of the above";
+- has exactly one right choice, which the notes support, and three wrong ones, which the notes speak \
+against;
+- never hints at the answer, and never mentions notes, captions, descriptions, texts or anything that has \
+to be seen;
 - fits on one line: at most 40 words, each choice at most 15 words, without a letter or a number in front.
 
 Reply with one JSON object and nothing else:
@@ -69,7 +74,7 @@ KEYS = dict(out=LINE, rejects=("id", "reason", "reply", "captions", "meta"))  # 
 
 
 def writing_prompt(clip: Example) -> list[dict]:
-    """The messages that ask for a question. Raises DataError if the clip is no file, or its captions no texts."""
+    """The messages that ask for a question. Raises DataError if the clip has no file or no captions."""
     where = f"clip {clip.id!r:.80}"
     if not isinstance(clip.audio, str):
         remedy = "; it lies inside the data set: convert it first" if isinstance(clip.audio, Embedded) else ""
@@ -94,9 +99,10 @@ LETTERED = re.compile(r"\(?([A-Da-d1-4])[.):]+(?!\d)\s*(.*)", re.DOTALL)  # "B. 
 # What must not stand in a question or in a choice; sounds whose name holds such a word are let through.
 SIGHT = (
     r"see(?![ -]?saw)|sees|seen|seeing|look(?:s|ed|ing)?|watch(?:ed|ing)|visib\w*|visual\w*|"
-    r"colou?r(?!atura)\w*|picture[sd]?|images?|photo(?:s|graphs?)?|footage|videos?(?![ -]?games?)|on[ -]?screen|"
-    r"wearing|wears|dressed|cameras?(?! (?:shutter|click|flash))|shown|view(?:s|ed|ers?|ing)?|"
-    r"in (?:the|this) frame|(?:t-?)?shirts?|(?:red|orange|yellow|green|blue|purple|pink|brown|black|white|gr[ae]y) "
+    r"colou?r(?!atura)\w*|picture[sd]?|images?|photo(?:s|graphs?)?|footage|videos?(?![ -]?games?)|"
+    r"on[ -]?screen|wearing|wears|dressed|cameras?(?! (?:shutter|click|flash))|shown|view(?:s|ed|ers?|ing)?|"
+    r"in (?:the|this) frame|(?:t-?)?shirts?|"
+    r"(?:red|orange|yellow|green|blue|purple|pink|brown|black|white|gr[ae]y) "
     r"(?:coat|jacket|dress|hat|suit|uniform)(?:s|es)?"
 )
 TEXTS = (
@@ -119,7 +125,7 @@ def check_question(reply: str, captions: list[str]) -> dict:
     return row
 
 
-def tidy(row: dict) -> dict:
+def tidy(row) -> dict:
     """The question on one line, the choices without letters in front, the answer as an index or None."""
     choices = [choice.strip() for choice in row["choices"]]
     marks = [LETTERED.fullmatch(choice) for choice in choices]
@@ -133,8 +139,8 @@ def tidy(row: dict) -> dict:
     return dict(question=" ".join(row["question"].split()), choices=choices, answer=index)
 
 
-def answer_index(answer: str, choices: list[str], letters: str) -> int | None:
-    """Which choice is meant by its text, by its letter, or by both? letters: those that stood before the choices."""
+def answer_index(answer, choices, letters):
+    """Which choice is meant by its text, by its letter, or by both? letters: those that the choices had."""
     texts = [normal_text(choice) for choice in choices]
     if answer in choices:
         return choices.index(answer)
@@ -152,7 +158,7 @@ def answer_index(answer: str, choices: list[str], letters: str) -> int | None:
     return None
 
 
-def question_faults(captions: list[str], question: str, choices: list[str], answer: int) -> dict:
+def question_faults(captions, question, choices, answer) -> dict:
     """{what can be wrong with a question: is it?}"""
     asked, keys = normal_words(question), [normal_words(choice) for choice in choices]
     texts = [normal_text(choice) for choice in choices]
@@ -172,7 +178,7 @@ def question_faults(captions: list[str], question: str, choices: list[str], answ
     }
 
 
-def one_is_part_of_another(texts: list[str]) -> bool:
+def one_is_part_of_another(texts) -> bool:
     """As "the dog" is of "a dog barking": stop words do not count."""
     parts = []
     for text in texts:
@@ -181,12 +187,12 @@ def one_is_part_of_another(texts: list[str]) -> bool:
     return any(a in b for a, b in itertools.permutations(parts, 2))
 
 
-def quotes(asked: tuple, caption: tuple) -> bool:
+def quotes(asked, caption) -> bool:
     """Does the question hold a whole caption of more than five words?"""
     return len(caption) > 5 and f" {' '.join(caption)} " in f" {' '.join(asked)} "
 
 
-def gives_away(asked: tuple, keys: list[tuple], answer: int) -> bool:
+def gives_away(asked, keys, answer) -> bool:
     """Are all words of the right choice in the question, but not those of all choices?"""
     named = [(set(key) - STOP_WORDS or set(key)) <= set(asked) for key in keys]
     return named[answer] and not all(named)
@@ -197,7 +203,7 @@ def gives_away(asked: tuple, keys: list[tuple], answer: int) -> bool:
 
 
 class Captioned(Examples):
-    """The clips of a data set with what is known of their sound in meta["captions"]: captions, or else a label."""
+    """The clips of a data set, with what is known of their sound in meta["captions"]: captions or a label."""
 
     def __getitem__(self, i: int) -> Example:
         example = super().__getitem__(i)
@@ -213,7 +219,7 @@ class Captioned(Examples):
 
 
 def generate_questions(clips, options: Options) -> dict:
-    """Have a question written on every clip whose line is in neither file yet.      -> the summary, also printed
+    """Have a question written on every clip whose line is in neither file yet.      -> the summary
 
     clips: a sequence of Example with absolute `audio` and texts in meta["captions"]; read once and in order.
     Raises UserError, and KeyboardInterrupt after Ctrl-C; what was answered until then is in the files.
@@ -240,15 +246,16 @@ def generate_questions(clips, options: Options) -> dict:
         return "out", vars(shuffle_choices(example, random.Random(seed_of(options.seed, clip.id))))
 
     made = dict(model=options.model, prompt_version=PROMPT_VERSION, seed=options.seed)
-    return server.run(clips, Task(KEYS, made, prepare, work, make_line), options)
+    task = Task(KEYS, made, prepare, work, make_line, found={"clips": len(clips)})
+    return server.run(clips, task, options)
 
 
-def main(argv=None) -> None:
+def main(argv=None):
+    def work(path, options):
+        return generate_questions(Captioned(path, options.audio_dir), options)
+
     about = "JSONL or CSV of clips with captions or a label"
-    path, options = server.parse_command(__doc__, "CAPTIONS", about, Options, argv)
-    failed = generate_questions(Captioned(path, options.audio_dir), options)["failed"]
-    if failed:
-        raise UserError(f"{failed} clips failed; the same command asks them again")
+    server.start(__doc__, "CAPTIONS", about, Options, work, argv)
 
 
 if __name__ == "__main__":

@@ -46,22 +46,24 @@ class Options:
             raise UserError("give --model and --out (--help lists the flags)")
         self.rejects = self.rejects or self.beside_out("rejects")
 
-    def beside_out(self, part: str) -> str:
+    def beside_out(self, part):
         stem, ending = os.path.splitext(self.out)
         return f"{stem}_{part}{ending}"
 
-    def connect(self, model: str, schema: dict) -> Callable:
+    def connect(self, model, schema):
         limits = self.max_tokens, self.retries, self.timeout_s
         return connect(model, self.base_url, self.temperature, *limits, schema)
 
 
-def parse_command(description: str, metavar: str, about: str, options_class: type, argv):
-    """The command line of a tool that reads one file.      -> the file, the options"""
+def start(description, metavar, about, options_class, work, argv) -> None:
+    """The command of a tool: work(file, options) -> the summary of a run. Raises UserError if any failed."""
     parser = Parser(description=description)
     parser.add_argument("path", metavar=metavar, help=about)
     parser.add_knobs(options_class)
     given = vars(parser.parse_args(argv))
-    return given.pop("path"), options_class(**given)
+    failed = work(given.pop("path"), options_class(**given))["failed_to_be_asked_again"]
+    if failed:
+        raise UserError(f"{failed} failed; the same command asks them again")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -90,13 +92,13 @@ def connect(
     timeout_s: float = 120.0,
     schema: dict | None = None,
 ) -> Callable:
-    """-> send(messages, seed) -> (text, finish reason, [prompt tokens, completion tokens], are they estimates?)
+    """Returns send(messages, seed) -> (text, finish reason, [prompt, completion tokens], are they estimates?)
 
     schema: of the JSON object that is asked for; None: a plain text. The openai client itself waits and asks
     again after 408, 409, 429, 5xx, time-outs and lost connections.
 
-    Raises UserError if key or address cannot be right. `send` raises RequestFailed, ConnectionError if there is
-    no connection at all, or UserError if no request can ever succeed.
+    Raises UserError if key or address cannot be right. `send` raises RequestFailed, ConnectionError if there
+    is no connection at all, or UserError if no request can ever succeed.
     """
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     client = open_client(key, base_url or os.environ.get("OPENAI_BASE_URL", ""), retries, timeout_s)
@@ -107,13 +109,11 @@ def connect(
     return Chat(client, key, options).send
 
 
-def open_client(key: str, base_url: str, retries: int, timeout_s: float):
+def open_client(key, base_url, retries, timeout_s):
     import openai
 
     if not key and not base_url:
-        raise UserError(
-            "no OPENAI_API_KEY in the environment; set it, or give --base_url of a server of yours"
-        )
+        raise UserError("no OPENAI_API_KEY in the environment; set it, or give --base_url of your own server")
     if not re.fullmatch(r"[!-~]*", key):  # the client would fail with a message that quotes the key
         raise UserError("OPENAI_API_KEY holds a character that no key has; set it anew")
     options = dict(api_key=key or "none", max_retries=retries, timeout=timeout_s)
@@ -129,12 +129,12 @@ def open_client(key: str, base_url: str, retries: int, timeout_s: float):
 class Chat:
     """An openai client, the options of its requests, and what the server has refused so far."""
 
-    def __init__(self, client, key: str, options: dict):
+    def __init__(self, client, key, options):
         self.client, self.key, self.options = client, key, options
         self.refused = set()
         self.answered = False
 
-    def send(self, messages: list[dict], seed: int) -> tuple[str, str, list[int], bool]:
+    def send(self, messages, seed):
         import openai
 
         try:
@@ -158,7 +158,7 @@ class Chat:
             tokens = [rough_tokens(*(m["content"] for m in messages)), rough_tokens(text)]
         return text, choice.finish_reason, tokens, estimated
 
-    def create(self, options: dict):
+    def create(self, options):
         """Send a request. What the server refuses by name is left out, and from the next answer on for good.
 
         If the first request is refused and no option is named, it is the response format that is left out.
@@ -190,7 +190,7 @@ class Chat:
 
 
 def first_choice(reply):
-    """Raises RequestFailed if the reply is no chat completion: the client checks little of what it is sent."""
+    """Raises RequestFailed if the reply is no chat completion: the client checks little of what it gets."""
     choices = getattr(reply, "choices", None)
     if not isinstance(choices, list) or not choices or not getattr(choices[0], "message", None):
         raise RequestFailed(NO_CHAT)
@@ -201,18 +201,18 @@ def rough_tokens(*texts: str) -> int:
     return sum(len(text.encode("utf-8", "replace")) // 4 + 1 for text in texts)
 
 
-def rough_prompt_tokens(messages: list[dict], schema: dict) -> int:
+def rough_prompt_tokens(messages, schema) -> int:
     return rough_tokens(json.dumps(schema), *(m["content"] for m in messages))
 
 
 class Failures:
     """Counts how requests end, and says when no further one makes sense."""
 
-    def __init__(self, unit: str):
+    def __init__(self, unit):
         self.unit, self.answered, self.failed, self.in_a_row, self.last = unit, 0, 0, 0, ""
 
-    def enter(self, error: Exception | None) -> UserError | None:
-        """How one request ended: an error, or None.      -> why to stop, or None"""
+    def enter(self, error):
+        """How one request ended: an error, or None.      -> the UserError with which to stop, or None"""
         if error is None:
             self.answered += 1
             self.in_a_row = 0
@@ -254,7 +254,7 @@ def object_schema(**properties) -> dict:
 def read_reply(text: str, schema: dict) -> dict:
     """The properties of the schema from the one JSON object of a reply; each is a text or a list of texts.
 
-    Prose around the object is let through, and so are properties that the schema does not name. Raises Refused.
+    Prose around the object, and properties that the schema does not name, are left out. Raises Refused.
     """
     text = text.rpartition("</think>")[2]  # some servers leave the model's thoughts in
     decoder, found = json.JSONDecoder(), []
@@ -292,13 +292,13 @@ class Answer:
     estimated: int = 0  # replies whose tokens are estimates
     before: "Answer | None" = None  # to another question, on which this one builds
 
-    def add_cost(self, attempts: int, tokens: list[int], estimated: int) -> None:
+    def add_cost(self, attempts, tokens, estimated):
         self.attempts += attempts
         self.tokens = add_pairs(self.tokens, tokens)
         self.estimated += estimated
 
 
-def add_pairs(a, b) -> list:
+def add_pairs(a, b):
     return [a[0] + b[0], a[1] + b[1]]
 
 
@@ -338,7 +338,7 @@ STOP_WORDS = frozenset(
 class Task:
     """What a run asks about each clip, and what it writes. The names of its files are those of options.
 
-    keys: {name of a file: the keys of its lines}; "out", "rejects" and perhaps "rl", questions without a chain
+    keys: {name of a file: the keys of its lines}; "out", "rejects", perhaps "rl": questions without a chain
     made: what the `meta` of every line says of how it was made; a run goes on with the same only
     prepare(clip) -> messages, the most tokens that one attempt at the clip can take
     work(clip, messages) -> Answer; it is called in threads
@@ -351,22 +351,25 @@ class Task:
     work: Callable
     make_line: Callable
     unit: str = "clip"
-    found: dict = field(default_factory=dict)  # what there is to ask about, for the summary
+    found: dict = field(default_factory=dict)  # what there is to ask about: the start of the summary
 
 
 class Book:
-    """The files of a run, each a Ledger, and what has to be known of all their lines: hashes and sums.
+    """The files of a run, each a Ledger, what is known of their lines (hashes, sums), and how the run goes.
 
     Raises UserError, and changes nothing, if a file is not ours or was made otherwise.
     """
 
-    def __init__(self, task: Task, options: Options, stack: contextlib.ExitStack):
-        self.task = task
+    def __init__(self, task, options, stack):
+        self.task, self.options = task, options
         self.done, self.fingerprints = set(), set()  # hashes of ids, and of accepted questions
         self.no_chain, self.rejected = Counter(), Counter()  # reasons
         self.positions = [0] * 4
         self.longest = 0.0  # answers that are the longest choice; one of k equally long ones counts 1 / k
         self.tokens = [0, 0]
+        # of this run alone: clips with a line from before, replies whose tokens are estimates, what stops it
+        self.failures, self.start_s = Failures(task.unit), time.monotonic()
+        self.done_before, self.estimated, self.broken = 0, 0, None
         self.ledgers, names = {}, {}
         for name in task.keys:
             path = getattr(options, name)
@@ -376,7 +379,7 @@ class Book:
             ledger = Ledger(path, "id", functools.partial(self.enter, name))
             self.ledgers[name] = stack.enter_context(ledger)
 
-    def enter(self, name: str, line: dict, where: str) -> None:
+    def enter(self, name, line, where):
         """Count a line of an earlier run."""
         made, meta = self.task.made, line.get("meta")
         ours = tuple(line) == self.task.keys[name] and isinstance(meta, dict)
@@ -388,12 +391,7 @@ class Book:
             raise UserError(f"{where}: made with {other}, and this run has {made}; {remedy}")
         self.count(name, line)
 
-    def append(self, name: str, fields: dict) -> None:
-        line = {key: fields[key] for key in self.task.keys[name]}
-        self.ledgers[name].append(line)
-        self.count(name, line)
-
-    def count(self, name: str, line: dict) -> None:
+    def count(self, name, line):
         self.done.add(seed_of(line["id"]))
         self.tokens = add_pairs(self.tokens, line["meta"]["tokens"])
         if name == "rejects":
@@ -407,84 +405,113 @@ class Book:
         if sizes[line["answer"]] == max(sizes):
             self.longest += 1 / sizes.count(max(sizes))
 
+    def jobs(self, clips):
+        """Yield (clip, messages, the most tokens of an attempt) of every clip that has no line yet."""
+        try:
+            for clip in with_own_ids(clips):
+                if seed_of(clip.id) in self.done:
+                    self.done_before += 1
+                else:
+                    yield clip, *self.task.prepare(clip)
+        except UserError as e:  # all that stands before it is still asked and written
+            self.broken = e
+
+    def n_begun(self):
+        return self.done_before + self.failures.answered + self.failures.failed
+
+    def has_room(self, jobs):
+        """May all these be begun without going beyond the limit?"""
+        most = sum(tokens for _, _, tokens in jobs) * self.options.attempts
+        limit = self.options.max_tokens_total
+        return not limit or sum(self.tokens) + most <= limit
+
+    def take(self, clip, answer):
+        """Write the line of an answered clip.      -> the UserError with which to stop, or None"""
+        self.estimated += answer.estimated
+        if answer.error is None:
+            clip = replace(clip, audio=relative_path(self.options.out, clip.audio))
+            name, fields = self.task.make_line(clip, answer, self.fingerprints)
+            cost = dict(attempts=answer.attempts, tokens=answer.tokens)
+            fields = fields | dict(meta=fields["meta"] | self.task.made | cost)
+            line = {key: fields[key] for key in self.task.keys[name]}
+            self.ledgers[name].append(line)
+            self.count(name, line)
+        else:
+            self.tokens = add_pairs(self.tokens, answer.tokens)
+        return self.failures.enter(answer.error)
+
+    def summary(self, stopped):
+        accepted, failures = sum(self.positions), self.failures
+        return self.task.found | dict(
+            accepted=accepted,
+            without_a_chain=dict(self.no_chain.most_common()),
+            rejected=dict(self.rejected.most_common()),
+            failed_to_be_asked_again=failures.failed,
+            last_failure=failures.last,
+            tokens_in_and_out=self.tokens,
+            replies_with_estimated_tokens=self.estimated,
+            answers_per_second=round(failures.answered / (time.monotonic() - self.start_s), 1),
+            answer_positions=self.positions,
+            answer_is_the_longest_choice=round(self.longest / max(accepted, 1), 2),  # 0.25 by chance
+            stopped=stopped,
+        )
+
 
 def fingerprint(row: dict) -> int:
-    """Equal for questions with the same words in question and choices, in any order, stop words not counted."""
+    """Equal for questions with the same words in question and choices, in any order, but for stop words."""
     text = " ".join([row["question"], *row["choices"]])
     return seed_of(sorted(set(normal_words(text)) - STOP_WORDS))
 
 
 # -----------------------------------------------------------------------------------------------------------
 # The run: one line on each clip that was answered, in the order of the clips, one system call a line. So the
-# files are whole at any moment: after any end, kill -9 included, the same command goes on where they stop, and
-# an unbroken run would have written the same bytes.
+# files are whole at any moment: after any end, kill -9 included, the same command goes on where they stop,
+# and the bytes are those that an unbroken run writes.
 
 
 def run(clips, task: Task, options: Options) -> dict:
     """Ask about every clip that has no line in any file yet.      -> the summary of all files, also printed
 
-    clips: has a length, is read once and in order. Raises UserError, and KeyboardInterrupt after Ctrl-C; what was
-    answered until then is in the files.
+    clips: has a length, is read once and in order. Raises UserError, and KeyboardInterrupt after Ctrl-C; what
+    was answered until then is in the files.
     """
     from tqdm import tqdm
-
-    failures, start = Failures(task.unit), time.monotonic()
-    broken, before, estimated = [], 0, 0
-
-    def to_do():
-        nonlocal before
-        try:
-            for clip in with_own_ids(clips):
-                if seed_of(clip.id) in book.done:
-                    before += 1
-                else:
-                    yield clip, *task.prepare(clip)
-        except UserError as e:  # a broken line: all that stands before it is still asked and written
-            broken.append(e)
-
-    def room(jobs) -> bool:
-        most = sum(tokens for _, _, tokens in jobs) * options.attempts
-        return not options.max_tokens_total or sum(book.tokens) + most <= options.max_tokens_total
 
     with contextlib.ExitStack() as stack:
         book = Book(task, options, stack)
         note = "\nstopping when the running requests are answered; Ctrl-C again to leave at once\n"
         stopping = stack.enter_context(interruptible(note=note))
         bar = stack.enter_context(tqdm(total=len(clips), unit=task.unit, dynamic_ncols=True, disable=None))
-        workers = options.concurrency
-        results = ahead(to_do(), lambda job: task.work(*job[:2]), workers, 4 * workers, stopping, room)
+        n = options.concurrency
+        results = ahead(book.jobs(clips), lambda job: task.work(*job[:2]), n, 4 * n, stopping, book.has_room)
         for (clip, _, _), answer in stack.enter_context(contextlib.closing(results)):
-            estimated += answer.estimated
-            why = failures.enter(answer.error)
+            why = book.take(clip, answer)
             if why is not None:
                 stopping.append(why)
-            if answer.error is not None:
-                book.tokens = add_pairs(book.tokens, answer.tokens)
-                continue
-            clip = replace(clip, audio=relative_path(options.out, clip.audio))
-            name, fields = task.make_line(clip, answer, book.fingerprints)
-            cost = dict(attempts=answer.attempts, tokens=answer.tokens)
-            book.append(name, fields | dict(meta=fields["meta"] | task.made | cost))
-            bar.update(before + failures.answered - bar.n)
-    begun = before + failures.answered + failures.failed
-    summary = dict(
-        clips=len(clips),
-        accepted=sum(book.positions),
-        no_chain=dict(book.no_chain.most_common()),
-        rejected=dict(book.rejected.most_common()),
-        failed=failures.failed,
-        last_failure=failures.last,
-        tokens=book.tokens,
-        estimated=estimated,
-        clips_per_s=failures.answered / (time.monotonic() - start),
-        positions=book.positions,
-        longest=book.longest / max(sum(book.positions), 1),
-        at_limit=not stopping and not broken and begun < len(clips),
-    )
-    print_summary(summary, task)
-    for reason in [*stopping, *broken]:
-        raise reason
+            bar.update(book.n_begun() - bar.n)
+    if book.broken is not None:
+        stopping.append(book.broken)
+    stopped = ""
+    if not stopping and book.n_begun() < len(clips):
+        stopped = "at the limit, which the next clip might exceed; the same command with a higher one goes on"
+    summary = book.summary(stopped)
+    print_summary(summary)
+    if stopping:
+        raise stopping[0]
     return summary
+
+
+def print_summary(summary):
+    for name, value in summary.items():
+        parts = value if isinstance(value, dict) else {}
+        if isinstance(value, dict):
+            value = sum(value.values())
+        if isinstance(value, list):
+            value = " ".join(map(str, value))
+        if value != "":
+            print(f"{name.replace('_', ' '):<40}{value}")
+        for part, n in parts.items():
+            print(f"  {part:<38}{n}")
 
 
 def with_own_ids(clips):
@@ -503,30 +530,3 @@ def relative_path(out: str, path: str) -> str:
     """The path from the folder of `out`, or the whole one if it is not below that."""
     folder = os.path.dirname(os.path.abspath(out))
     return os.path.normpath(path).removeprefix(os.path.join(folder, ""))
-
-
-def print_summary(summary: dict, task: Task) -> None:
-    """A row a number; those that are None are left out."""
-    unit, accepted, no_chain, rejected = task.unit, *map(summary.get, ("accepted", "no_chain", "rejected"))
-    rows = {
-        **(task.found or {f"{unit}s": summary["clips"]}),
-        "accepted": accepted,
-        "  with a chain": accepted - sum(no_chain.values()) if "rl" in task.keys else None,
-        **{f"  without a chain: {reason}": n for reason, n in no_chain.items()},
-        "rejected": sum(rejected.values()),
-        **{f"  {reason}": n for reason, n in rejected.items()},
-        "failed, to be asked again": summary["failed"],
-        "  the last with": summary["last_failure"] or None,
-        "tokens in and out": "{:,} + {:,}".format(*summary["tokens"]),
-        "  replies whose tokens are estimates": summary["estimated"] or None,
-        f"{unit}s a second, this run": f"{summary['clips_per_s']:.1f}",
-        "answer positions": " ".join(map(str, summary["positions"])),
-        "answer is the longest choice": f"{summary['longest']:.0%} (25% by chance)",
-    }
-    for name, value in rows.items():
-        if value is not None:
-            print(f"{name:<40}{value}")
-    if summary["at_limit"]:
-        print(
-            "stopped at the limit; the next clip might exceed it: the same command with a higher limit goes on"
-        )

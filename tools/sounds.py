@@ -125,7 +125,7 @@ def write_sounds(
 ) -> str:
     """Make n clips of one sound each, and multiple-choice questions about them.      -> path of the JSONL
 
-    silent: the share of clips that hold nothing, as in real collections; there only the choices can be judged by.
+    silent: the share of clips that hold nothing, as in real collections: only the choices are left to go by.
     faint: clips of any loudness from full level down to FAINT_DB.
     """
     rng = np.random.default_rng(seed)
@@ -149,8 +149,8 @@ def write_scenes(folder: str, n: int, seed: int, name: str, taught: bool = False
     """Make n scenes, and questions about which sound comes second.      -> path of the JSONL
 
     The loud sound is always among the choices. taught: with targets that listen again where the second sound
-    is, name it, and then answer with any of the choices: a cold start that teaches where to listen, to hear and
-    to answer, but nothing that connects the last two.
+    is, name it, and then answer with any of the choices: a cold start that teaches where to listen, to hear
+    and to answer, but nothing that connects the last two.
     """
     rng = np.random.default_rng(seed)
 
