@@ -25,14 +25,14 @@ from tools import events
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 POOL = ["Rain", "Speech", "Cat", "Church bell", "Engine", "Violin"]
-YARD = [
-    (0.0, 9.0, "Wind"),
-    (1.0, 2.0, "Bark"),
-    (3.0, 4.5, "Siren"),
-    (3.2, 3.9, "Bark"),
-    (6.0, 6.5, "Door"),
-    (7.0, 7.5, "Bark"),
-]
+
+
+def heard(text: str) -> list[tuple]:
+    """ "1-2.5 Dog, 3-4 Cat" -> [(1.0, 2.5, "Dog"), (3.0, 4.0, "Cat")]"""
+    return [(float(a), float(b), label) for a, b, label in re.findall(r"([\d.]+)-([\d.]+) ([\w ]+)", text)]
+
+
+YARD = heard("0-9 Wind, 1-2 Bark, 3-4.5 Siren, 3.2-3.9 Bark, 6-6.5 Door, 7-7.5 Bark")
 
 
 class Server(fake_server.Server):
@@ -89,12 +89,12 @@ def table(tmp_path):
     """Clips c00.wav, ... with the same events; with two names of one sound that say `extra(i)`, so it is not asked about;
     and z.wav, which has no sound file, and gives its labels to other clips' choices.      -> path of the table"""
 
-    def table(n=6, extra=lambda i: "", heard=YARD):
+    def table(n=6, extra=lambda i: "", sounds=YARD):
         rows = [f"z.wav\t1\t2\t{label}" for label in POOL]
         for i in range(n):
             sound(tmp_path / "clips" / f"c{i:02d}.wav", seed=i)
             signs = [(8.5, 8.9, f"sign {extra(i)}"), (8.5, 8.9, f"sign {extra(i)} too")] if extra(i) else []
-            rows += [f"c{i:02d}.wav\t{a}\t{b}\t{label}" for a, b, label in [*heard, *signs]]
+            rows += [f"c{i:02d}.wav\t{a}\t{b}\t{label}" for a, b, label in [*sounds, *signs]]
         return write(tmp_path / "clips" / "events.tsv", "filename\tonset\toffset\tevent_label", *rows)
 
     return table
@@ -122,102 +122,83 @@ def make(server, tmp_path):
     return make
 
 
-def clip(heard, name="x"):
-    return Example(name, "/sounds/x.wav", "", meta=dict(events=heard, duration_s=10.0))
-
-
-def possible(kind, heard):
-    """{(question, right choice): (wrong choices that are surely heard or numbers, spans)}"""
-    sounds = events.merge_events(heard)
-    clear = [x for x in sounds if not any(events.alike(x, other) for other in sounds if other != x)]
-    found = events.KINDS[kind](sounds, clear)
-    return {(question, right): (sorted(wrong), spans) for question, right, wrong, spans in found if wrong}
+def clip(sounds, name="x"):
+    return Example(name, "/sounds/x.wav", "", meta=dict(events=sounds, duration_s=10.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked
 
-
-def test_order():
-    """Wind at 0, Bark at 1, Siren at 3, Bark at 3.2, Door at 6, Bark at 7. Once heard: Wind, Siren, Door; but the second Bark
-    begins 0.2 s after the Siren, so nothing is asked after the Siren, and the Siren is no answer."""
-    after, before = events.ASKED["after"], events.ASKED["before"]
-    assert possible("order", YARD) == {
-        (after.format("Wind"), "Bark"): (["Door", "Siren"], [[0, 9], [1, 2]]),
-        (after.format("Door"), "Bark"): (["Siren", "Wind"], [[6, 6.5], [7, 7.5]]),
-    }
-    assert possible("order", [(1.0, 1.5, "A"), (2.0, 2.5, "B"), (4.0, 4.5, "C")]) == {
-        (after.format("A"), "B"): (["C"], [[1, 1.5], [2, 2.5]]),
-        (after.format("B"), "C"): (["A"], [[2, 2.5], [4, 4.5]]),
-        (before.format("B"), "A"): (["C"], [[2, 2.5], [1, 1.5]]),
-        (before.format("C"), "B"): (["A"], [[4, 4.5], [2, 2.5]]),
-    }
-
-
-def test_count():
-    """Two barks that touch are one; the choices are four neighbouring numbers from 1 on."""
-    sounds = dict(Bark=[[1.0, 2.5], [4.0, 4.2]], Bell=[[5.0, 5.1]], Wind=[[0.0, 9.0]])
-    heard = [(a, b, label) for label, segments in sounds.items() for a, b in segments]
-    heard[:1] = [(1.0, 2.0, "Bark"), (2.05, 2.5, "Bark")]
-    assert events.merge_events(heard) == sounds
-    bark, bell = (events.ASKED["count"].format(x) for x in ("Bark", "Bell"))
-    assert sorted(events.ask_count(sounds, list(sounds))) == [
-        (bark, "2", ["1", "3", "4"], sounds["Bark"]),
-        (bark, "2", ["3", "4", "5"], sounds["Bark"]),
-        (bell, "1", ["2", "3", "4"], sounds["Bell"]),
-    ]
-
-
-def test_duration():
-    """In all: Wind 9 s, Bark 2.2 s, Siren 1.5 s, Door 0.5 s. 2.2 is less than 1.5 times 1.5."""
-    longest, shortest = events.ASKED["longest"], events.ASKED["shortest"]
-    assert possible("duration", YARD) == {
-        (longest, "Wind"): (["Bark", "Door", "Siren"], [[0, 9]]),
-        (longest, "Siren"): (["Door"], [[3, 4.5]]),
-        (longest, "Bark"): (["Door"], [[1, 2], [3.2, 3.9], [7, 7.5]]),
-        (shortest, "Door"): (["Bark", "Siren", "Wind"], [[6, 6.5]]),
-    }
-
-
-def test_overlap():
-    """What is clearly apart is a wrong choice; the span is where both are heard."""
-    asked = events.ASKED["overlap"]
-    assert possible("overlap", YARD) == {
-        (asked.format("Siren"), "Bark"): (["Door"], [[3.2, 3.9]]),
-        (asked.format("Siren"), "Wind"): (["Door"], [[3, 4.5]]),
-        (asked.format("Bark"), "Siren"): (["Door"], [[3.2, 3.9]]),
-        (asked.format("Bark"), "Wind"): (["Door"], [[1, 2], [3.2, 3.9], [7, 7.5]]),
-        (asked.format("Door"), "Wind"): (["Bark", "Siren"], [[6, 6.5]]),
-    }
+FIRST_OF_ALL = """
+after "Door" begins? Bark, not: Siren, Wind; 6-6.5 7-7.5
+after "Wind" begins? Bark, not: Door, Siren; 0-9 1-2"""
+STEPS = """
+after "A" begins? B, not: C; 1-1.5 2-2.5
+after "B" begins? C, not: A; 2-2.5 4-4.5
+before "B" begins? A, not: C; 2-2.5 1-1.5
+before "C" begins? B, not: A; 4-4.5 2-2.5"""
+COUNT = """
+times is "Bark" heard? 2, not: 1, 3, 4; 1-2.5 4-4.2
+times is "Bark" heard? 2, not: 3, 4, 5; 1-2.5 4-4.2
+times is "Bell" heard? 1, not: 2, 3, 4; 5-5.1"""
+DURATION = """
+longest time in all? Bark, not: Door; 1-2 3.2-3.9 7-7.5
+longest time in all? Siren, not: Door; 3-4.5
+longest time in all? Wind, not: Bark, Door, Siren; 0-9
+shortest time in all? Door, not: Bark, Siren, Wind; 6-6.5"""
+OVERLAP = """
+same time as "Bark"? Siren, not: Door; 3.2-3.9
+same time as "Bark"? Wind, not: Door; 1-2 3.2-3.9 7-7.5
+same time as "Door"? Wind, not: Bark, Siren; 6-6.5
+same time as "Siren"? Bark, not: Door; 3.2-3.9
+same time as "Siren"? Wind, not: Door; 3-4.5"""
 
 
 @pytest.mark.parametrize(
-    "kind, heard",
+    "kind, sounds, asked",
     [
-        ("order", "1-2 A, 1.2-3 B, 1.4-5 C"),  # all begin at about the same time
-        ("order", "1-2 A, 3-4 B, 3.1-5 C"),  # what is next?
-        ("order", "1-2 A, 3-4 A, 5-6 B, 7-7.5 B"),  # after which of them?
-        ("order", "1-2 A, 3-4 B"),  # no wrong choice that is heard
-        ("order", "1-2 Dog, 3-4 Speech, 5-6 Male speech"),  # two names of one sound
-        ("count", "1-2 A, 2.2-3 A"),  # once or twice?
-        ("count", "0-6 A, 8-8.1 B, 8.3-8.4 B"),  # A never stops
-        ("count", ", ".join(f"{k}-{k}.5 A" for k in range(9))),
-        ("count", "1-2 bark, 4-5 Bark"),
-        ("duration", "0-2 A, 3-5.9 B"),  # 2.9 is less than 1.5 times 2
-        ("overlap", "0-2 A, 1.6-4 B, 6-7 C"),  # only 0.4 s
-        ("overlap", "0-2 A, 1-4 B, 2.1-7 C"),  # is C apart from A?
-        ("overlap", "0-2 A, 3-4 B, 6-7 C"),
+        # Once heard: Wind, Siren, Door; but the second Bark begins 0.2 s after the Siren, so nothing is asked after the
+        # Siren, and the Siren is no answer.
+        ("order", YARD, FIRST_OF_ALL),
+        ("order", heard("1-1.5 A, 2-2.5 B, 4-4.5 C"), STEPS),
+        # Two barks that touch are one; the choices are four neighbouring numbers from 1 on.
+        ("count", heard("1-2 Bark, 2.05-2.5 Bark, 4-4.2 Bark, 5-5.1 Bell, 0-9 Wind"), COUNT),
+        # In all: Wind 9 s, Bark 2.2 s, Siren 1.5 s, Door 0.5 s. 2.2 is less than 1.5 times 1.5.
+        ("duration", YARD, DURATION),
+        # What is clearly apart is a wrong choice; the span is where both are heard.
+        ("overlap", YARD, OVERLAP),
+        # Not clear:
+        ("order", heard("1-2 A, 1.2-3 B, 1.4-5 C"), ""),  # all begin at about the same time
+        ("order", heard("1-2 A, 3-4 B, 3.1-5 C"), ""),  # what is next?
+        ("order", heard("1-2 A, 3-4 A, 5-6 B, 7-7.5 B"), ""),  # after which of them?
+        ("order", heard("1-2 A, 3-4 B"), ""),  # no wrong choice that is heard
+        ("order", heard("1-2 Dog, 3-4 Speech, 5-6 Male speech"), ""),  # two names of one sound
+        ("count", heard("1-2 A, 2.2-3 A"), ""),  # once or twice?
+        ("count", heard("0-6 A, 8-8.1 B, 8.3-8.4 B"), ""),  # A never stops
+        ("count", heard(", ".join(f"{k}-{k}.5 A" for k in range(9))), ""),
+        ("count", heard("1-2 bark, 4-5 Bark"), ""),
+        ("duration", heard("0-2 A, 3-5.9 B"), ""),  # 2.9 is less than 1.5 times 2
+        ("overlap", heard("0-2 A, 1.6-4 B, 6-7 C"), ""),  # only 0.4 s
+        ("overlap", heard("0-2 A, 1-4 B, 2.1-7 C"), ""),  # is C apart from A?
+        ("overlap", heard("0-2 A, 3-4 B, 6-7 C"), ""),
     ],
 )
-def test_what_is_not_clear_is_not_asked(kind, heard):
-    found = re.findall(r"([\d.]+)-([\d.]+) ([\w ]+)", heard)
-    assert len(found) > 1 and not possible(kind, [(float(a), float(b), label) for a, b, label in found])
+def test_what_is_asked(kind, sounds, asked):
+    """All that could be asked: the end of the question, right choice, wrong choices, the segments that decide."""
+    merged = events.merge_events(sounds)
+    clear = [x for x in merged if not any(events.alike(x, other) for other in merged if other != x)]
+    lines = []
+    for question, right, wrong, spans in events.KINDS[kind](merged, clear):
+        decide = " ".join(f"{a:g}-{b:g}" for a, b in spans)
+        end = re.search(r"(after|before|times|longest|shortest|same) .*", question)[0]
+        if wrong:
+            lines.append(f"{end} {right}, not: {', '.join(sorted(wrong))}; {decide}")
+    assert sorted(lines) == asked.split("\n")[1:]
 
 
 def test_what_may_be_two_names_of_one_sound_is_not_asked_about():
-    speech = [(2, 3, "Speech"), (4, 6, "Male speech, man speaking")]
-    heard = [(0, 1, "Dog"), *speech, (7, 9.9, "Bell"), (7.5, 9.5, "Door")]
-    asked = [q for seed in range(30) for q in events.questions_on(clip(heard), POOL[:1] + POOL[2:], seed, 4)]
+    sounds = heard("0-1 Dog, 2-3 Speech, 4-6 Male speech, 7-9.9 Bell, 7.5-9.5 Door")
+    asked = [q for seed in range(30) for q in events.questions_on(clip(sounds), POOL[:1] + POOL[2:], seed, 4)]
     assert len(asked) > 50 and not any("peech" in text for q in asked for text in (q.question, *q.choices))
 
 
@@ -228,18 +209,18 @@ def test_the_answer_is_right_on_a_grid_of_centiseconds():
     labels = [f"{a}{b}" for a in "KLMNPQ" for b in "aeiou"]
     for i in range(300):
         starts = [rng.randrange(0, 900) for _ in range(rng.randint(2, 9))]
-        heard = [
+        sounds = [
             (s / 100, min(1000, s + rng.randrange(10, 400)) / 100, rng.choice(labels[:7])) for s in starts
         ]
         on = {label: np.zeros(1002, int) for label in labels}
-        for start, end, label in heard:
+        for start, end, label in sounds:
             on[label][1 + round(start * 100) : 1 + round(end * 100)] = 1
         for row in on.values():
             stops, starts = np.flatnonzero(np.diff(row) < 0), np.flatnonzero(np.diff(row) > 0)
             for stop, start in zip(stops, starts[1:]):
                 row[stop : start + 1] |= start - stop < 10
         begins = {label: np.flatnonzero(np.diff(row) > 0) for label, row in on.items()}
-        for q in events.questions_on(clip(heard, f"c{i}"), labels, 0, 4):
+        for q in events.questions_on(clip(sounds, f"c{i}"), labels, 0, 4):
             named, right = (re.findall('"(.*)"', q.question) or [""])[0], q.choices[q.answer]
             wrong = [c for c in q.choices if c != right]
             n, kinds = n + 1, kinds | {q.meta["kind"]}
@@ -267,11 +248,9 @@ def test_the_answer_is_right_on_a_grid_of_centiseconds():
 
 
 def test_questions_depend_on_clip_and_seed_alone():
-    def asked(heard=YARD, name="x", seed=0, per_clip=4):
-        return [
-            (q.id, q.question, q.choices)
-            for q in events.questions_on(clip(heard, name), POOL, seed, per_clip)
-        ]
+    def asked(sounds=YARD, name="x", seed=0, per_clip=4):
+        questions = events.questions_on(clip(sounds, name), POOL, seed, per_clip)
+        return [(q.id, q.question, q.choices) for q in questions]
 
     first = asked()
     assert first == asked(YARD[::-1])  # the order of the rows is no matter
@@ -284,8 +263,8 @@ def test_questions_depend_on_clip_and_seed_alone():
 
 
 def test_choices_are_filled_up_by_labels_that_name_no_sound_of_the_clip():
-    two = [(0.0, 4.0, "Bark"), (5.0, 6.0, "Door")]
-    too_few = events.questions_on(clip([*two, (7.0, 8.0, "Rain")]), ["Dog bark", "Rain on surface"], 0, 9)
+    two = heard("0-4 Bark, 5-6 Door")
+    too_few = events.questions_on(clip(two + heard("7-8 Rain")), ["Dog bark", "Rain on surface"], 0, 9)
     assert [q.meta["kind"] for q in too_few] == ["count"]
     pool = ["Dog bark", "bark", "Door", "Rain", "Rain on surface", "Cat", "Bell"]
     for seed in range(20):
@@ -337,8 +316,8 @@ def test_tables(header, tmp_path):
 def test_audioset_strong(tmp_path):
     """Codes become names. The file of a segment has its name, or the id and the second at which it begins."""
     ids = [f"-0ABcdefgh{i}_{ms}" for i, ms in enumerate((30000, 0, 120000, 20000, 20000))]
-    heard = [(0, 1, "/m/05tny_"), (2, 9.8, "/t/dd00129"), (3, 4, "/m/04rlf")]
-    rows = [f"{i}\t{a}\t{b}\t{code}" for a, b, code in heard for i in ids]
+    codes = ["0\t1\t/m/05tny_", "2\t9.8\t/t/dd00129", "3\t4\t/m/04rlf"]
+    rows = [f"{i}\t{code}" for code in codes for i in ids]
     path = write(tmp_path / "strong.tsv", "segment_id\tstart_time_seconds\tend_time_seconds\tlabel", *rows)
     lines = ["/m/05tny_\tBark", "/t/dd00129\tOutside, rural", "/m/04rlf\tMusic", "/m/09x0r\tSpeech"]
     names = write(tmp_path / "mid_to_display_name.tsv", *lines)
@@ -418,7 +397,7 @@ def test_sounds_that_are_not_there(table, tmp_path):
     ):
         events.questions_of(path, str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="there is nothing to ask: .*nothing clear to ask': 1"):
-        events.questions_of(table(1, heard=YARD[:1]))
+        events.questions_of(table(1, sounds=YARD[:1]))
     with pytest.raises(DataError, match="entry 1: expected a JSON object, found 1"):
         events.questions_of(write(tmp_path / "list.json", "[1]"))
     with pytest.raises(DataError, match="holds no event"):

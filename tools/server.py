@@ -503,13 +503,14 @@ def run(clips, task: Task, options: Options) -> dict:
 
 def print_summary(summary):
     for name, value in summary.items():
+        if value in ("", {}):
+            continue
         parts = value if isinstance(value, dict) else {}
-        if isinstance(value, dict):
-            value = sum(value.values())
+        if parts:
+            value = sum(parts.values())
         if isinstance(value, list):
             value = " ".join(map(str, value))
-        if value != "":
-            print(f"{name.replace('_', ' '):<40}{value}")
+        print(f"{name.replace('_', ' '):<40}{value}")
         for part, n in parts.items():
             print(f"  {part:<38}{n}")
 
