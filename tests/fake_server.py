@@ -1,4 +1,5 @@
 """An OpenAI-compatible server of our own on 127.0.0.1, in a thread; what it answers depends on the request alone.
+And the files of runs that ask it.
 
 `server` is the fixture. Other tests let it answer otherwise: a subclass of Server with its own `respond`, put in its
 place by monkeypatch.setattr(fake_server, "Server", Other).
@@ -6,8 +7,11 @@ place by monkeypatch.setattr(fake_server, "Server", Other).
 
 import asyncio
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -130,3 +134,39 @@ def server(monkeypatch):
     thread.join()
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
+
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class Runs:
+    """Runs of a tool in a folder, each with a name; its files are the name and a part each."""
+
+    def __init__(self, tool, folder, parts, url):
+        self.tool, self.folder, self.parts, self.url = tool, str(folder), parts, url
+
+    def paths(self, name="a") -> list[str]:
+        return [os.path.join(self.folder, f"{name}{part}.jsonl") for part in self.parts]
+
+    def files(self, name="a") -> list[bytes]:
+        return [open(path, "rb").read() for path in self.paths(name) if os.path.exists(path)]
+
+    def rows(self, name="a") -> list[list[dict]]:
+        return [[json.loads(line) for line in content.splitlines()] for content in self.files(name)]
+
+    def ids(self) -> list[str]:
+        """Of whole lines."""
+        return [json.loads(line)["id"] for content in self.files() for line in content.split(b"\n")[:-1]]
+
+    def command(self, path, *flags, **options) -> subprocess.Popen:
+        """The command line, a process of its own."""
+        command = [sys.executable, "-m", self.tool, path, "--out", self.paths()[0], "--model", "m"]
+        command += ["--base_url", self.url, *map(str, flags)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+def wait_until(is_so, most_s=30.0):
+    deadline = time.monotonic() + most_s
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)

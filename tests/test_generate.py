@@ -7,20 +7,16 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
-from fake_server import ANIMALS, GOOD, KEY, good
+from fake_server import ANIMALS, GOOD, KEY, Runs, good, wait_until
 from fake_server import server as server
 
 import tools.server as client
 from data import Example, Examples, UserError, ahead
 from tools import generate as gen
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def clips(n: int, extra=lambda i: "", folder="/sounds", **meta) -> list[Example]:
@@ -41,49 +37,14 @@ def write_captions(path, examples) -> str:
 
 @pytest.fixture
 def make(server, tmp_path):
-    """Generate in this process; of a run by its name, `.files`: the bytes of both files, `.rows`: their lines, `.ids`: the
-    ids of the whole ones."""
+    """Generate in this process; and the files of it."""
 
-    def paths(name="a"):
-        return str(tmp_path / f"{name}.jsonl"), str(tmp_path / f"{name}.rejects")
+    class Make(Runs):
+        def __call__(self, examples, name="a", **options):
+            options = dict(model="m", out=self.paths(name)[0], base_url=server.url) | options
+            return gen.generate_questions(examples, gen.Options(**options))
 
-    def make(examples, name="a", paths=paths, **options):
-        out, rejects = paths(name)
-        options = dict(model="m", out=out, rejects=rejects, base_url=server.url) | options
-        return gen.generate_questions(examples, gen.Options(**options))
-
-    def files(name="a"):
-        return [open(path, "rb").read() for path in paths(name) if os.path.exists(path)]
-
-    make.paths, make.files = paths, files
-    make.rows = lambda name="a": [[json.loads(x) for x in b.splitlines()] for b in files(name)]
-    make.ids = lambda: {json.loads(line)["id"] for raw in files() for line in raw.split(b"\n")[:-1]}
-    return make
-
-
-@pytest.fixture
-def command(server, make):
-    """Start the command line as a process of its own."""
-
-    def start(captions, *more, **options):
-        out, rejects = make.paths()
-        flags = [
-            "--out",
-            out,
-            "--rejects",
-            rejects,
-            "--model",
-            "m",
-            "--base_url",
-            server.url,
-            *map(str, more),
-        ]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        return subprocess.Popen(
-            [sys.executable, "-m", "tools.generate", captions, *flags], **pipes, **options
-        )
-
-    return start
+    return Make("tools.generate", tmp_path, ("", "_rejects"), server.url)
 
 
 def instant(monkeypatch, answer=lambda name: None):
@@ -340,33 +301,27 @@ def test_answer_positions_are_balanced(make, monkeypatch):
 # Kills and resumes
 
 
-def wait_until(is_so, most_s=20.0):
-    deadline = time.monotonic() + most_s
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("how, stops", [(signal.SIGKILL, (1, 40, 80)), (signal.SIGINT, (30,))])
-def test_stopped_at_any_moment(how, stops, make, command, server, tmp_path):
+def test_stopped_at_any_moment(how, stops, make, server, tmp_path):
     """Several times in one run; nothing is lost, doubled or asked again, and the bytes are those of an unbroken run."""
     n = 120
     examples = clips(n, lambda i: f"mode=mixed slow={0.01 if i % 7 else 0.06}")
     captions = write_captions(tmp_path / "captions.jsonl", examples)
     for stop_at in (*stops, n):
         del server.log[:]
-        before = make.ids()
-        process = command(captions, "--concurrency", 8)
+        before = set(make.ids())
+        process = make.command(captions, "--concurrency", 8)
         wait_until(lambda at=stop_at, p=process: p.poll() is not None or len(make.ids()) >= at)
         if stop_at < n:
             process.send_signal(how)
         _, errors = process.communicate()
-        asked = {e["id"] for e in server.log}
-        assert not asked & before
+        done, asked = make.ids(), {e["id"] for e in server.log}
+        assert len(set(done)) == len(done) and not asked & before
         if stop_at < n:
             assert process.returncode == (-9 if how == signal.SIGKILL else 130) and "Traceback" not in errors
-            assert stop_at <= len(make.ids()) < n
+            assert stop_at <= len(done) < n
         if stop_at < n and how == signal.SIGINT:  # what was asked is written, in order, before the end
-            assert make.ids() == before | asked == {e.id for e in examples[: len(make.ids())]}
+            assert set(done) == before | asked == {e.id for e in examples[: len(done)]}
     make(examples, "unbroken")
     assert process.returncode == 0 and make.files() == make.files("unbroken")
 
@@ -387,9 +342,11 @@ def test_a_stop_begins_nothing_new():
     assert list(results) == [(2, True), (3, True)] and begun == [1, 2, 3]
 
 
-def test_a_second_interrupt_leaves_at_once(make, command, tmp_path):
+def test_a_second_interrupt_leaves_at_once(make, tmp_path):
     """Though a server takes its time. Each line was written when its turn came, and stays whole."""
-    process = command(write_captions(tmp_path / "c.jsonl", clips(30, lambda i: "slow=30" if i > 3 else "")))
+    process = make.command(
+        write_captions(tmp_path / "c.jsonl", clips(30, lambda i: "slow=30" if i > 3 else ""))
+    )
     wait_until(lambda: len(make.ids()) == 4)
     for _ in range(2):
         time.sleep(0.3)
@@ -447,23 +404,23 @@ def test_paths_that_cannot_be_right(make):
     examples = clips(4, lambda i: "mode=bad" if i % 2 else "")
     make(examples)
     out, rejects = make.paths()
-    for paths, says in [
-        ((rejects, out), "not written by"),
-        ((out, out), "--out and --rejects name the same file"),
-        ((os.path.dirname(out), rejects), "is a directory"),
-        ((os.path.join(out + "nowhere", "x"), rejects), "No such file"),
+    for one, other, says in [
+        (rejects, out, "not written by"),
+        (out, out, "--out and --rejects name the same file"),
+        (os.path.dirname(out), rejects, "is a directory"),
+        (os.path.join(out + "nowhere", "x"), rejects, "No such file"),
     ]:
         with pytest.raises(UserError, match=says):
-            make(examples, paths=lambda name, paths=paths: paths)
+            make(examples, out=one, rejects=other)
 
 
-def test_two_processes_at_once(make, command, tmp_path):
+def test_two_processes_at_once(make, tmp_path):
     captions = write_captions(tmp_path / "captions.jsonl", clips(30, lambda i: "slow=0.3"))
-    first = command(captions, "--concurrency", 2)
+    first = make.command(captions, "--concurrency", 2)
     wait_until(lambda: os.path.exists(make.paths()[1]))
-    second = command(captions)
+    second = make.command(captions)
     assert "another process is writing it" in second.communicate()[1] and second.returncode == 2
-    assert first.wait() == 0 and sum(map(len, make.rows())) == len(make.ids()) == 30
+    assert first.wait() == 0 and len(make.ids()) == len(set(make.ids())) == 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,8 +480,10 @@ def test_a_page_instead_of_a_chat(make):
     assert make.files() == [b"", b""]
 
 
-def test_an_answer_that_is_cut_off_is_a_failure_of_the_command(command, tmp_path, make):
-    process = command(write_captions(tmp_path / "c.jsonl", clips(3, lambda i: "mode=half_json" if i else "")))
+def test_an_answer_that_is_cut_off_is_a_failure_of_the_command(tmp_path, make):
+    process = make.command(
+        write_captions(tmp_path / "c.jsonl", clips(3, lambda i: "mode=half_json" if i else ""))
+    )
     said, errors = process.communicate()
     assert process.returncode == 2 and "error: 2 failed; the same command asks them again" in errors
     assert len(make.rows()[0]) == 1 and "failed to be asked again                2" in said
@@ -578,11 +537,11 @@ def test_a_server_that_counts_no_tokens(make, capsys):
 # The key
 
 
-def test_the_key_is_nowhere(make, command, server, tmp_path):
+def test_the_key_is_nowhere(make, server, tmp_path):
     """Though the server echoes it, in errors and in a question."""
     modes = ["leak", "odd", "bad", "good", "leak", "forbidden"]
     captions = write_captions(tmp_path / "captions.jsonl", clips(6, lambda i: f"mode={modes[i]}"))
-    process = command(captions, "--concurrency", 1)
+    process = make.command(captions, "--concurrency", 1)
     said = "".join(process.communicate())
     assert process.returncode == 2 and "***" in said and b"***" in make.files()[0]
     for text in (said.encode(), *make.files()):
@@ -659,7 +618,7 @@ def test_broken_captions_stop_after_what_came_before(captions, make):
         make(examples)
 
 
-def test_the_command_line(command, make, tmp_path):
+def test_the_command_line(make, tmp_path):
     """The labels of a clip are one question; what is wrong is one line; --help has an example."""
     table = tmp_path / "c.csv"
     table.write_text("audio,category\na.wav,clip one\nb.wav,clip two\na.wav,clip three\n")
@@ -668,16 +627,19 @@ def test_the_command_line(command, make, tmp_path):
         ("--temprature=1", "--temprature"),
         ("--seed=x", "--seed"),
     ):
-        errors = command(str(table), flag).communicate()[1]
+        errors = make.command(str(table), flag).communicate()[1]
         assert says in errors and len(errors.splitlines()) == 1
-    assert "python -m tools.generate captions.jsonl --model" in command(str(table), "--help").communicate()[0]
-    command(str(table)).communicate()
+    assert (
+        "python -m tools.generate captions.jsonl --model"
+        in make.command(str(table), "--help").communicate()[0]
+    )
+    make.command(str(table)).communicate()
     lines = {r["id"]: r["meta"]["captions"] for r in make.rows()[0]}
     assert lines == {"a.wav": ["clip one", "clip three"], "b.wav": ["clip two"]}
     (tmp_path / "q.jsonl").write_text(
         '{"audio": "a.wav", "question": "Why?", "choices": ["a", "b"], "answer": 0}\n'
     )
-    assert "neither captions nor a label" in command(str(tmp_path / "q.jsonl")).communicate()[1]
+    assert "neither captions nor a label" in make.command(str(tmp_path / "q.jsonl")).communicate()[1]
 
 
 def test_an_id_that_stands_there_again_gets_a_number(make):
@@ -690,8 +652,8 @@ def test_an_id_that_stands_there_again_gets_a_number(make):
         make(examples, name, concurrency=n)
     assert make.files() == make.files("many")
     new = {"c0000 #2", "c0000 #2 #2", "c0000 #3", "c0000 #4"}
-    assert len(sum(make.rows(), [])) == 12
-    assert make.ids() == {f"c{i:04d}" for i in range(12) if i not in (3, 5, 7, 8)} | new
+    assert len(make.ids()) == 12
+    assert set(make.ids()) == {f"c{i:04d}" for i in range(12) if i not in (3, 5, 7, 8)} | new
 
 
 def test_embedded_clips_are_to_be_converted_first(make, tmp_path):
@@ -717,11 +679,13 @@ def test_the_window_is_bounded(make, monkeypatch):
     assert make(clips(100), concurrency=4)["accepted"] == 100 and gate.is_set()
 
 
-def test_a_disk_that_is_full(make, command, tmp_path):
+def test_a_disk_that_is_full(make, tmp_path):
     """A file-size limit is the nearest thing. What fits is written, half a line perhaps; then the run goes on."""
     examples = clips(40, lambda i: "mode=mixed")
     captions = write_captions(tmp_path / "captions.jsonl", examples)
-    process = command(captions, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)))
+    process = make.command(
+        captions, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+    )
     _, errors = process.communicate()
     assert process.returncode == 2 and "same command goes on" in errors and "Traceback" not in errors
     assert len(make.files()[0]) == 6000 and len(make.ids()) > 5
@@ -760,7 +724,8 @@ def test_memory_is_flat(make, monkeypatch):
     assert resident_mb() - before < 12
 
 
-def test_speed(command, tmp_path):
-    """Clips a second against a server in Python that shares the machine: measured 300 and more on two cores."""
-    said, errors = command(write_captions(tmp_path / "captions.jsonl", clips(1000))).communicate()
-    assert float(re.search(r"answers per second +([\d.]+)", said)[1]) > 100, said + errors
+def test_speed(make, tmp_path):
+    """Processor time for a thousand clips, so that a busy machine does not matter: measured 3.5 s, half of it to start."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    make.command(write_captions(tmp_path / "captions.jsonl", clips(1000))).communicate()
+    assert len(make.ids()) == 1000 and resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 10
