@@ -402,57 +402,14 @@ META = dict(kind="order", spans=[[6, 6.5], [7, 7.5]], events=YARD, duration_s=10
 ASKED = Example("x", "/x.wav", QUESTION, ["Bell", "Wind", "Bark", "Rain"], 2, meta=META)
 HEAD, TAIL = "I wait for the door, and in ", "it slams, so what comes next and answers is the bark. Bark"
 SEG = "<seg>6, 6.5</seg> "
-GOOD = [
-    HEAD + SEG + TAIL,
-    HEAD + "<seg>6.0,6.5</seg> " + TAIL,
-    HEAD + "<seg>6, 6.5</seg>, " + TAIL,
-    HEAD + "<seg>5.5, 10.01</seg> and " + TAIL,
-    HEAD + "<seg>0, 1</seg> nothing, in " + SEG + TAIL,  # one that decides is enough
-    HEAD + SEG + "there is no bell and no rain, just the door.\nNext is a *bark*.",
-    HEAD + " ".join([SEG + "and"] * 8) + TAIL,
-    HEAD + SEG + "a table is hit, so it is the bark",
-]
-BROKEN_TAGS = """<seg>6, 6.5|<seg>nan, 6.5</seg>|<seg>6, inf</seg>|<seg>6</seg>|<seg>6, 7, 8</seg>|<seg>6-7</seg>|
-<seg>-1, 2</seg>|<seg>1e0, 2</seg>|<SEG>6, 7</SEG>|<seg>٦, ٧</seg>|<seg>6 s, 7 s</seg>|<seg>6., 7</seg>|
-<seg>000006, 7</seg>|<seg></seg>|<seg><seg>6, 7</seg></seg>|</seg>|<think>|<answer>Rain</answer>|1 < 2"""
-BETRAYALS = """as the annotation says|by its timestamps|where the label is Door|labelled so|in the metadata|as captioned|
-in the caption|the list says so|as described|a time-stamped door|of the given events|according to it"""
-BAD = {
-    "chain length": [
-        "So it is Bark",
-        HEAD + SEG + "so " * 300 + "Bark",
-        HEAD + (SEG + "and ") * 10_000 + TAIL,
-    ],
-    "control character": [HEAD + "\x00" + SEG + TAIL],
-    "half a character": [HEAD + "\ud800" + SEG + TAIL],
-    "no segment": [HEAD + TAIL],
-    "too many segments": [HEAD + " ".join([SEG + "and"] * 9) + TAIL, HEAD + (SEG + "and ") * 100 + TAIL],
-    "broken tag": [HEAD + tag + " " + SEG + TAIL for tag in BROKEN_TAGS.replace("\n", "").split("|")],
-    "no JSON object": [HEAD + SEG + "</think>" + TAIL],  # the reply is what follows the thoughts
-    "segment outside the clip": [
-        HEAD + "<seg>6, 10.2</seg> " + TAIL,
-        HEAD + SEG + "and <seg>99998, 99999</seg> " + TAIL,
-    ],
-    "segment too short": [HEAD + f"<seg>{span}</seg> " + TAIL for span in ("6.5, 6", "6, 6.1")],
-    "no segment that decides": [HEAD + f"<seg>{span}</seg> " + TAIL for span in ("1, 2", "6.5, 7")],
-    "new sentence after a segment": [
-        HEAD + SEG + "It slams, so what comes next and answers is Bark",
-        HEAD + SEG + "\n  É slams, so what comes next and answers is Bark",
-        "I wait, and it is after the door slams shut: Bark, in <seg>6, 6.5</seg>",
-        HEAD + "<seg>6, 6.5</seg><seg>7, 7.5</seg> " + TAIL,
-    ],
-    "mentions the notes": [
-        HEAD + SEG + f"{said.strip()}, so the next is Bark" for said in BETRAYALS.split("|")
-    ],
-    "ends at another choice": [
-        HEAD + SEG + "it slams, so what comes next is a rain",
-        HEAD + SEG + "it slams, then comes the Bark, and not the Bell",
-        HEAD + SEG + "it slams, and something else follows it at once",
-    ],
-}
-CHAINS = [(chain, "") for chain in GOOD] + [
-    (chain, reason) for reason, chains in BAD.items() for chain in chains
-]
+
+
+def cases():
+    """chains.jsonl: the reason, "" for what is accepted, and a chain."""
+    with open(os.path.join(ROOT, "tests", "chains.jsonl"), encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    yield from ((row["chain"], row["reason"]) for row in rows)
+    yield HEAD + (SEG + "and ") * 10_000 + TAIL, "chain length"
 
 
 def refusal(check, *args) -> str:
@@ -462,7 +419,7 @@ def refusal(check, *args) -> str:
         return str(e)
 
 
-@pytest.mark.parametrize("chain, reason", CHAINS)
+@pytest.mark.parametrize("chain, reason", list(cases()))
 def test_chains(chain, reason):
     """And a chain that passes is a target that our rewards pay in full."""
     reply = json.dumps({"chain": chain})
@@ -475,7 +432,7 @@ def test_chains(chain, reason):
 
 
 def test_every_reason_has_a_case():
-    assert {*events.chain_faults("", ASKED), "no JSON object"} == BAD.keys()
+    assert {*events.chain_faults("", ASKED), "no JSON object", ""} == {reason for _, reason in cases()}
 
 
 @pytest.mark.parametrize(

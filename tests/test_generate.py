@@ -1,7 +1,6 @@
 """Questions from captions: what is accepted, what is written, and that neither kills, nor limits, nor bad servers lose,
 double or leak anything."""
 
-import inspect
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import threading
 import time
 
 import pytest
-from fake_server import ANIMALS, GOOD, KEY, Runs, good, wait_until
+from fake_server import ANIMALS, GOOD, KEY, ROOT, Runs, good, wait_until
 from fake_server import server as server
 
 import tools.server as client
@@ -62,128 +61,21 @@ def instant(monkeypatch, answer=lambda name: None):
 # What is accepted
 
 
-def reply(changes) -> str:
-    """GOOD with changes; choices are written "a|b|c|d"."""
-    if isinstance(changes, str):
-        return changes
-    if "|" in changes.get("choices", ""):
-        changes = changes | {"choices": changes["choices"].split("|")}
-    return json.dumps(GOOD | changes)
+def cases():
+    """questions.jsonl: a reason, "" for what is accepted, and a reply, or how its object differs from GOOD."""
+    with open(os.path.join(ROOT, "tests", "questions.jsonl"), encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    for row in rows:
+        reason, text = row.pop("reason"), row.pop("reply", "GOOD").replace("GOOD", json.dumps(GOOD | row))
+        yield text, reason
+    for cut in (json.dumps(GOOD)[:-1], json.dumps(GOOD)[:50], "{" * 100_000, '{"a":' * 100_000):
+        yield cut, "broken JSON"
 
 
-WHOLE = json.dumps(GOOD)
-ACCEPTED = [
-    "Sure!\n```json\n" + WHOLE + "\n```\nAnything else?",
-    WHOLE + "\n" + WHOLE,  # twice the same
-    "<think>maybe {this}? no</think>" + WHOLE,
-    json.dumps([GOOD]),
-    dict(note="x"),
-    dict(question="Which animal calls\ntwice before the bell?"),
-    *(dict(answer=answer) for answer in ("a DOG.", "A", "B", "(C)", "B. A cat", "b) A cat")),
-    dict(choices="A. dog|B. cat|C. owl|D. cow", answer="C"),
-    dict(choices="A) dog|B) cat|C) owl|D) cow", answer="owl"),
-    dict(choices="(A) dog|(B) cat|(C) owl|(D) cow", answer="(C) owl"),
-    dict(choices="1. dog|2. cat|3. owl|4. cow", answer="2. cat"),
-    dict(choices="a. dog|b. cat|c. owl|d. cow", answer="b"),
-    dict(choices="a) dog|b) cat|c) owl|d) cow", answer="cat"),
-    dict(choices="G|C|E|B", answer="B"),
-    dict(question="Does the dog, the cat, the duck or the cow call last?"),  # names every choice
-    dict(question="What creaks near the sea?", choices="A see-saw|A gate|A saw|A boat", answer="A see-saw"),
-    dict(choices="Camera shutter|Text message alert|Video game pad|Light switch", answer="Light switch"),
-    dict(question="Which word best describes the mood of this musical passage?"),
-    dict(question="Who is speaking from the other room?"),
-    dict(question="Where do the notes of the coloratura go?", choices="Up|Down|On|To and fro", answer="A"),
-    dict(choices="Two watches|A clock|A seesaw|A metronome", answer="B"),
-    dict(question="At what overseen recital did the audience laugh?"),
-    dict(choices="Two|Three|Four|Five times in a row", answer="Five times in a row"),
-    dict(choices="A dog|A cat|A duck|A cow that stands " + "far " * 10),
-    dict(choices="A dog that stands " + "far " * 8 + "|A cat|A duck|A cow that stands far away", answer="A"),
-    dict(choices="Un perro 🐕|Un gato|¿Qué?|日本", answer="Un gato"),
-    dict(choices="1.5 s|2.5 s|3.5 s|4.5 s", answer="2.5 s"),
-    dict(choices="C|C#|D|Eb", answer="C#"),
-    dict(choices="+10%|-10%|0%|+50%", answer="-10%"),
-    dict(question="Based on the notes of the flute, which key is it?"),
-    dict(question="What is heard in the scene, next to the white noise?"),
-]
-SIGHT = """can you see when|is seen before|looks like it|is visible as|of a brown colour calls as|of that Color calls as|
-in the picture calls as|in this image calls as|in the video calls as|wearing a collar calls as|shown in the scene calls as|
-viewed by us calls as|in the frame calls as|that comes into view calls as|beside a man in a red shirt calls as|
-near the white coats calls as|is near the camera as|appears on-screen when|in the PHOTO calls as"""
-TEXTS = """in the caption|from the description|described here|in the text|of the passage|in the captions|
-according to the notes|based on the notes|as the notes say"""
-REFUSED = {
-    "no JSON object": ["", "I can't help.", '["a", "b"]', f"<think>{WHOLE}</think> done"],
-    "broken JSON": [
-        WHOLE[:-1],
-        WHOLE[:50],
-        "{" * 100_000,
-        '{"a":' * 100_000,
-        "{'a': 'b'}",
-        "as {asked}: " + WHOLE,
-    ],
-    "several JSON objects": [WHOLE + reply(dict(answer="A cat"))],
-    "missing key": ['{"question": "What?"}', json.dumps({"row": GOOD}), "{}"],
-    "wrong type": [
-        *(dict(question=question) for question in (["x"], None)),
-        *(dict(choices=choices) for choices in ({"A": "dog"}, "A dog", ["A dog", "A cat", "A duck", 4])),
-        dict(answer=0),
-    ],
-    "not four choices": [dict(choices="A dog|A cat|A duck"), dict(choices="A dog|A|B|C|D"), dict(choices=[])],
-    "answer not among the choices": [
-        # of what? - letter and text disagree - a note's name is no letter
-        *(dict(answer=answer) for answer in ("A whale", "", "E", "2", "A. A cat", "A dog or A cat")),
-        dict(choices="1. dog|2. cat|3. owl|cow", answer="5. cow"),
-        dict(choices="G|C|E|F", answer="B"),
-    ],
-    "one choice is part of another": [
-        dict(choices=choices, answer="A duck")
-        for choices in ("A dog|A dog barking|A duck|A cow", "Dog barking|The dog|A duck|A cow")
-    ],
-    "choices alike": [
-        dict(choices="A dog|a  DOG!|A duck|A cow"),
-        dict(choices="A cafe\u0301|A caf\u00e9|A duck|A cow", answer="A cow"),
-    ],
-    "half a character": [
-        dict(question="What is \ud83d it that calls?"),
-        dict(choices="A dog|A \udc00|A duck|A cow"),
-    ],
-    "line break or control character": [
-        dict(choices="A dog|A\ncat|A duck|A cow"),
-        dict(question="What calls\x00 twice here?"),
-        dict(choices="A dog|A\u2028cat|A duck|A cow"),
-    ],
-    "question length": [
-        dict(question=q) for q in ("What calls?", " ", "Which " * 41, "Which animal " + "o" * 300)
-    ],
-    "choice length": [
-        dict(choices=f"A dog|{choice}|A duck|A cow") for choice in ("", "?!", "a " * 16, "o" * 101)
-    ],
-    "about sight": [
-        *(dict(question=f"Which animal {words.strip()} the bell rings?") for words in SIGHT.split("|")),
-        dict(choices="A colourful dog|A cat|A duck|A cow", answer="A cat"),
-    ],
-    "mentions a text": [
-        dict(question=f"Which animal {words.strip()} calls twice?") for words in TEXTS.split("|")
-    ],
-    "mentions other choices": [
-        dict(choices=f"A dog|A cat|A duck|{choice}") for choice in ("None of the above", "Both A and B")
-    ],
-    "quotes a caption": [dict(question="After which sound is it that a small dog barks at a passing bus?")],
-    "given away by the question": [
-        dict(question=q) for q in ("How often does the dog bark?", "Is it a dog or a cat that barks?")
-    ],
-    "answer stands out": [
-        dict(choices="A dog that howls at the moon for a long time|A cat|A duck|A cow", answer="A")
-    ],
-}
-CASES = [({}, "")] + [(case, "") for case in ACCEPTED]
-CASES += [(case, reason) for reason, cases in REFUSED.items() for case in cases]
-
-
-@pytest.mark.parametrize("changes, reason", CASES)
-def test_replies(changes, reason):
+@pytest.mark.parametrize("reply, reason", list(cases()))
+def test_replies(reply, reason):
     try:
-        row = gen.check_question(reply(changes), ["A small dog barks at a passing bus", "bell"])
+        row = gen.check_question(reply, ["A small dog barks at a passing bus", "bell"])
     except client.Refused as e:
         assert str(e) == reason
     else:
@@ -191,10 +83,9 @@ def test_replies(changes, reason):
 
 
 def test_every_reason_has_a_case():
-    listed = {*gen.question_faults([], "", ["a", "b"], 0), *gen.BANNED}
-    for function in (client.read_reply, gen.check_question):
-        listed |= set(re.findall(r'"([a-zJSON ]+ [a-zJSON ]+)"', inspect.getsource(function)))
-    assert listed == REFUSED.keys()
+    listed = {*gen.question_faults([], "", ["a", "b"], 0), "not four choices", "answer not among the choices"}
+    listed |= {"no JSON object", "broken JSON", "several JSON objects", "missing key", "wrong type", ""}
+    assert listed == {reason for _, reason in cases()}
 
 
 @pytest.mark.parametrize(
@@ -618,28 +509,29 @@ def test_broken_captions_stop_after_what_came_before(captions, make):
         make(examples)
 
 
-def test_the_command_line(make, tmp_path):
-    """The labels of a clip are one question; what is wrong is one line; --help has an example."""
-    table = tmp_path / "c.csv"
-    table.write_text("audio,category\na.wav,clip one\nb.wav,clip two\na.wav,clip three\n")
+def test_the_command_line(make, tmp_path, capsys):
+    """The labels of a clip are one question; --help has an example."""
+
+    def run(name, text, *flags):
+        (tmp_path / name).write_text(text)
+        flags = ["--model", "m", "--out", make.paths()[0], "--base_url", make.url, *flags]
+        gen.main([str(tmp_path / name), *flags])
+
     for flag, says in (
         ("--timeout_s=1e300", "86400"),
         ("--temprature=1", "--temprature"),
         ("--seed=x", "--seed"),
     ):
-        errors = make.command(str(table), flag).communicate()[1]
-        assert says in errors and len(errors.splitlines()) == 1
-    assert (
-        "python -m tools.generate captions.jsonl --model"
-        in make.command(str(table), "--help").communicate()[0]
-    )
-    make.command(str(table)).communicate()
+        with pytest.raises(UserError, match=says):
+            run("c.csv", "", flag)
+    with pytest.raises(SystemExit):
+        run("c.csv", "", "--help")
+    assert "python -m tools.generate captions.jsonl --model" in capsys.readouterr().out
+    run("c.csv", "audio,category\na.wav,clip one\nb.wav,clip two\na.wav,clip three\n")
     lines = {r["id"]: r["meta"]["captions"] for r in make.rows()[0]}
     assert lines == {"a.wav": ["clip one", "clip three"], "b.wav": ["clip two"]}
-    (tmp_path / "q.jsonl").write_text(
-        '{"audio": "a.wav", "question": "Why?", "choices": ["a", "b"], "answer": 0}\n'
-    )
-    assert "neither captions nor a label" in make.command(str(tmp_path / "q.jsonl")).communicate()[1]
+    with pytest.raises(UserError, match="q.jsonl:1: neither captions nor a label"):
+        run("q.jsonl", '{"audio": "a.wav", "question": "Why?", "choices": ["a", "b"], "answer": 0}\n')
 
 
 def test_an_id_that_stands_there_again_gets_a_number(make):
@@ -725,7 +617,7 @@ def test_memory_is_flat(make, monkeypatch):
 
 
 def test_speed(make, tmp_path):
-    """Processor time for a thousand clips, so that a busy machine does not matter: measured 3.5 s, half of it to start."""
+    """Processor time for 500 clips, so that a busy machine does not matter."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    make.command(write_captions(tmp_path / "captions.jsonl", clips(1000))).communicate()
-    assert len(make.ids()) == 1000 and resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 10
+    make.command(write_captions(tmp_path / "captions.jsonl", clips(500))).communicate()
+    assert len(make.ids()) == 500 and resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 8
