@@ -1,0 +1,12 @@
+"""What is used beside a run. Those with a command are started as `python -m tools.NAME --help`.
+
+generate     captions -> questions that a language model writes and our rules check (a command)
+events       time-stamped events -> questions, and chains of thought that name segments (a command)
+behaviours   what completions do: verification, backtracking, ..., counted by words or by a judge (a command)
+server       the client of an OpenAI-compatible server, and the resumable run that generate and events share
+sounds       the demo's sounds: synthesised, written as wav files, with questions about them
+demo         the demo's tiny base models and its knobs
+pages        report.html and rollouts.html: look through failures by ear
+plots        curves.png
+fits         will a step fit into the memory of the card?
+"""
