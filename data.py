@@ -1341,19 +1341,19 @@ class Examples(collections.abc.Sequence):
             {},
             4,
         )
-        self.items = range(len(self.rows))  # of every question: its row, or the tuple of its rows
+        self.own_items = range(len(self.rows))  # of every question: its row, or the tuple of its rows
         if self.known.group:
             groups = {}
-            for i in self.items:
+            for i in self.own_items:
                 self.ask(
                     lambda row, i=i: groups.setdefault(self.known.group(row) or (None, i), []).append(i), i
                 )
-            self.items = list(map(tuple, groups.values()))
+            self.own_items = list(map(tuple, groups.values()))
         if self.known.skip:
-            reasons = [self.ask(self.known.skip, item) for item in self.items]
+            reasons = [self.ask(self.known.skip, item) for item in self.own_items]
             self.skipped.update(filter(None, reasons))
-            self.items = [item for item, reason in zip(self.items, reasons) if not reason]
-            if not self.items:
+            self.own_items = [item for item, reason in zip(self.own_items, reasons) if not reason]
+            if not self.own_items:
                 raise DataError(
                     f"{source}: {self.format} format, and no question that can be used: "
                     f"{dict(self.skipped)!r:.300}"
@@ -1367,11 +1367,11 @@ class Examples(collections.abc.Sequence):
                     for kind in kinds if answer.strip() and answer.encode() else ():
                         pools[kind].add(answer)
 
-            for item in self.items:
+            for item in self.own_items:
                 self.ask(pooled, item)
             self.pools = {kind: sorted(answers) for kind, answers in pools.items()}
         try:
-            rows = (self.ask(lambda row: row, item) for item in self.items)
+            rows = (self.ask(lambda row: row, item) for item in self.own_items)
             self.version = self.known.about(rows) if self.known.about else ""
         except DataError as e:
             raise e if str(e).startswith(f"{source}:") else DataError(f"{source}: {e}") from None
@@ -1411,7 +1411,14 @@ class Examples(collections.abc.Sequence):
             raise DataError(f"{where}: {why}") from None
 
     def __len__(self):
-        return len(self.items)
+        return len(self.own_items)
+
+    @property
+    def items(self):
+        return [item if isinstance(item, tuple) else (item,) for item in self.own_items]
+
+    def rows_of(self, i: int) -> list:
+        return [self.rows[k] for k in self.items[i]]
 
     def __str__(self):
         skipped = "".join(f"; {n} skipped: {reason}" for reason, n in self.skipped.most_common(4))
@@ -1419,14 +1426,14 @@ class Examples(collections.abc.Sequence):
         return f"{self.path}: {self.format} format{version}, {len(self)} examples{skipped}"
 
     def where(self, i: int) -> str:
-        item = self.items[i]
+        item = self.own_items[i]
         return self.rows.where(item[0] if isinstance(item, tuple) else item)
 
     def __getitem__(self, i: int | slice) -> Example | list[Example]:
         if isinstance(i, slice):
             return [self[j] for j in range(len(self))[i]]
         i = range(len(self))[i]
-        where, item = self.where(i), self.items[i]
+        where, item = self.where(i), self.own_items[i]
         fields = self.ask(self.convert, item)
         if self.pools and not fields.get("choices"):
             kinds, right = self.ask(self.known.pool, item)
@@ -3853,6 +3860,9 @@ def main(argv=None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+normal_words, normal_text, CLIP_KEYS, chat_messages = words, reads, CLIP, chat
 
 
 if __name__ == "__main__":

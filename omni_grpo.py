@@ -1115,7 +1115,7 @@ def in_parts(sizes: list[int], limit: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def rollout(
+def rollout_rows_of(
     policy: Policy,
     prompts: list[Tokens],
     num_generations: int,
@@ -1198,6 +1198,25 @@ def rollout(
         for row, place, n in taken:
             row.logps[n] = values[place]
     return [rows[i : i + g] for i in range(0, len(rows), g)]
+
+
+def load_clips_of(policy, cfg, example):
+    return hear(policy, example, cfg)
+
+
+def load_run_policy(cfg, train=True):
+    return load_policy(cfg, train)
+
+
+def rollout(policy, cfg, prompts, clips, seeds, num_generations, temperature):
+    out, at_once = [], max(1, cfg.rollout_rows // num_generations)
+    for at in range(0, len(prompts), at_once):
+        part = slice(at, at + at_once)
+        insert = relistening(policy, cfg, prompts[part], clips[part])
+        out += rollout_rows_of(
+            policy, prompts[part], num_generations, temperature, cfg.new_tokens, seeds[part], insert
+        )
+    return out
 
 
 def text_of(policy: Policy, completion: Completion) -> str:
@@ -1436,7 +1455,7 @@ def roll_groups(
         with torch.set_grad_enabled(cfg.reuse_prefix):
             prefixes = read_in_parts(policy, prompts[part], cfg.pack_tokens)
         insert = relistening(policy, cfg, prompts[part], heard[part]) if heard else None
-        sampled = rollout(
+        sampled = rollout_rows_of(
             policy,
             prompts[part],
             cfg.num_generations,
@@ -1539,7 +1558,7 @@ def evaluate(policy: Policy, cfg: Config, examples: list[Example], samples: int 
         ]:
             insert = relistening(policy, cfg, prompts, heard)
             for group, e in zip(
-                rollout(policy, prompts, n, temperature, cfg.new_tokens, seeds, insert), questions
+                rollout_rows_of(policy, prompts, n, temperature, cfg.new_tokens, seeds, insert), questions
             ):
                 right[name] += sum(accuracy(text_of(policy, c), e) for c in group) / n
     return {name: n / len(examples) for name, n in total(right).items()}

@@ -579,6 +579,24 @@ def accuracy(completion: str, example) -> float:
     return float(right)
 
 
+choice_words = words
+
+
+@dataclasses.dataclass
+class Said:
+    text: str
+    used: float = 0.0
+    heard: tuple = ()
+    confidence: float | None = None
+
+
+completion_accuracy = accuracy
+
+
+def accuracy(said, example) -> float:
+    return completion_accuracy(getattr(said, "text", said), example)
+
+
 def one_block(tag: str, text: str) -> str:
     """A fullmatch-able pattern would backtrack; this walks: the rest after exactly one <tag>...</tag> at the start."""
     head, middle, tail = text.partition(f"</{tag}>")
