@@ -202,6 +202,11 @@ class Item:
         if self.clips is None:
             self.clips = self.example.clips
 
+    @property
+    def played(self) -> Example:
+        """The question with the clips that are played."""
+        return replace(self.example, audio=self.clips or None)
+
     @functools.cached_property
     def marks(self) -> list[list]:
         """What tells its clips from others."""
@@ -675,8 +680,7 @@ def ask_missing(options: Options, items: list[Item], ledger, policy=None):
     policy = policy or omni_grpo.load_run_policy(cfg, train=False)
 
     def load_clips(item: Item):
-        played = replace(item.example, audio=item.clips or None)
-        return omni_grpo.load_clips_of(policy, cfg, played)[0]
+        return omni_grpo.load_clips_of(policy, cfg, item.played)[0]
 
     def write(item: Item, rotation: int, said=(), error="", **more):
         line = dict(item=item.key, heard=item.marks, rotation=rotation, said=list(said), error=error, **more)
@@ -713,7 +717,7 @@ def roll_out(options: Options, cfg, policy, heard: list) -> list[tuple]:
     embedded = model.embed_clips(policy, [clips for _, clips in heard])
     for (item, clips), audio in zip(heard, embedded):
         for rotation in item.missing:
-            shown = rotate(item.example, rotation)
+            shown = rotate(item.played, rotation)
             prompts.append(model.encode_prompt(policy, shown, audio, cfg.prompt))
             prompt_clips.append(clips)
             seeds.append(data.seed_of(options.seed, item.key, rotation))
@@ -983,11 +987,11 @@ def score_file(path: str, data_path: str = "") -> dict:
     rows = [source[i] for i in range(len(source))]
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list or lines of JSON objects, one a prediction")
+    examples = Examples(data_path or path)
+    asked = unique_examples(examples)
     keys = [prediction_key(row) for row in rows]
     if not any(keys):
         raise DataError(f"{path}: no row has a prediction; looked for {', '.join(PREDICTIONS)}")
-    examples = Examples(data_path or path)
-    asked = unique_examples(examples)
     if data_path:
         places = set(range(len(rows)))
         found = join(rows, asked)
