@@ -3863,6 +3863,7 @@ def main(argv=None) -> int:
 
 
 normal_words, normal_text, CLIP_KEYS, chat_messages = words, reads, CLIP, chat
+SEGMENT = r"<seg>\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*,\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*</seg>"
 
 
 if __name__ == "__main__":

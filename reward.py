@@ -582,6 +582,12 @@ def accuracy(completion: str, example) -> float:
 choice_words = words
 
 
+def same_choice(choices, i, j):
+    if i is None or j is None:
+        return False
+    return i == j or words(choices[i]) == words(choices[j]) != ()
+
+
 @dataclasses.dataclass
 class Said:
     text: str
