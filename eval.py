@@ -33,7 +33,7 @@ import numpy as np
 
 import data
 from data import PROMPTS, DataError, Embedded, Example, Examples, UserError, knob
-from reward import Said, accuracy, choice_words, resolve
+from reward import Said, accuracy, resolve, same_choice
 
 # ------------------------------------------------------------------------------------------------------------
 # Options: every knob is one line here, and one flag
@@ -241,8 +241,9 @@ class Item:
         index = resolve(text, rotate(self.example, rotation).choices)
         if index is None:
             return None
-        index = (index + rotation) % len(self.example.choices)
-        return next(i for i in range(index + 1) if same_choice(self.example, i, index))
+        choices = self.example.choices
+        index = (index + rotation) % len(choices)
+        return next(i for i in range(index + 1) if same_choice(choices, i, index))
 
     @functools.cached_property
     def right(self) -> list[list[bool]]:
@@ -277,13 +278,6 @@ class Item:
 
 def flatten(rows) -> list:
     return [x for row in rows for x in row]
-
-
-def same_choice(example: Example, i: int | None, j: int | None) -> bool:
-    """Choices that read the same are one."""
-    if i is None or j is None:
-        return False
-    return i == j or choice_words(example.choices[i]) == choice_words(example.choices[j]) != ()
 
 
 def rotate(example: Example, r: int) -> Example:
@@ -407,7 +401,7 @@ def score_baselines(examples: list[Example], benchmark: Benchmark) -> dict[str, 
         if benchmark.rule:
             right = [bool(benchmark.rule(benchmark.spell(example, i), example)) for i in indices]
         else:
-            right = [same_choice(example, i, example.answer) for i in indices]
+            right = [same_choice(example.choices, i, example.answer) for i in indices]
         random_choice.append(mean(right))
         first_choice.append(right[0])
         longest_choice.append(right[max(indices, key=lambda i: len(example.choices[i]))])
@@ -425,9 +419,8 @@ def score_samples(known: list[Item], with_choices: list[Item]) -> dict:
         return {}
     scores = {"samples": k, f"pass@{k}": mean(mean(map(any, item.right)) for item in known)}
     if with_choices:
-        scores["majority"] = mean(
-            same_choice(item.example, item.vote, item.example.answer) for item in with_choices
-        )
+        votes = [(item.example, item.vote) for item in with_choices]
+        scores["majority"] = mean(same_choice(e.choices, vote, e.answer) for e, vote in votes)
     return scores
 
 
@@ -673,7 +666,6 @@ def ask(options: Options, examples: list, played: list, out: str, policy=None) -
 
 def ask_missing(options: Options, items: list[Item], ledger, policy=None):
     """A batch of items at a time, while threads read the clips of the next ones."""
-    import model
     import omni_grpo
 
     cfg = config_of(options)
@@ -682,38 +674,35 @@ def ask_missing(options: Options, items: list[Item], ledger, policy=None):
     def load_clips(item: Item):
         return omni_grpo.load_clips_of(policy, cfg, item.played)[0]
 
-    def write(item: Item, rotation: int, said=(), error="", **more):
-        line = dict(item=item.key, heard=item.marks, rotation=rotation, said=list(said), error=error, **more)
-        ledger.append(line)
-        item.lines[rotation] = line
-
     loaded = data.ahead(items, load_clips, workers=4, depth=2 * options.batch_size)
     bar = data.progress(loaded, len(items), "items")
     stream, scores = iter(bar), []
     while batch := list(islice(stream, options.batch_size)):
-        heard = [(item, clips) for item, clips in batch if not isinstance(clips, DataError)]
-        for item, clips in batch:
-            if isinstance(clips, DataError):
-                for rotation in item.missing:
-                    write(item, rotation, error=str(clips))
-        for item, rotation, group in roll_out(options, cfg, policy, heard):
-            more = {}
-            if cfg.relistens:
-                more = dict(again=[c.heard for c in group], refused=[dict(c.refused) for c in group])
-            write(item, rotation, [model.completion_text(policy, c) for c in group], **more)
+        for item, rotation, answer in ask_batch(options, cfg, policy, batch):
+            line = dict(item=item.key, heard=item.marks, rotation=rotation)
+            line.update(answer)
+            ledger.append(line)
+            item.lines[rotation] = line
         scores += [item.score for item, _ in batch if item.example.has_answer]
         bar.set_postfix(accuracy=f"{mean(scores):.3f}", refresh=False)
 
 
-def roll_out(options: Options, cfg, policy, heard: list) -> list[tuple]:
-    """The audio tower hears a clip once, for all rotations and samples.
+def ask_batch(options: Options, cfg, policy, batch: list):
+    """One rollout. The audio tower hears a clip once, for all rotations and samples.
 
-    heard: (item, its clips).       -> (item, rotation, completions)
+    batch: (item, its clips, or the DataError that says why they cannot be heard).
+    Yields (item, rotation, what its line of items.jsonl says of the answer).
     """
     import model
     import omni_grpo
 
-    prompts, prompt_clips, seeds, asked = [], [], [], []
+    heard, asked, prompts, prompt_clips, seeds = [], [], [], [], []
+    for item, clips in batch:
+        if isinstance(clips, DataError):
+            for rotation in item.missing:
+                yield item, rotation, dict(said=[], error=str(clips))
+        else:
+            heard.append((item, clips))
     embedded = model.embed_clips(policy, [clips for _, clips in heard])
     for (item, clips), audio in zip(heard, embedded):
         for rotation in item.missing:
@@ -723,11 +712,16 @@ def roll_out(options: Options, cfg, policy, heard: list) -> list[tuple]:
             seeds.append(data.seed_of(options.seed, item.key, rotation))
             asked.append((item, rotation))
     if not prompts:
-        return []
+        return
     groups = omni_grpo.rollout(
         policy, cfg, prompts, prompt_clips, seeds, options.samples, options.temperature
     )
-    return [(item, rotation, group) for (item, rotation), group in zip(asked, groups)]
+    for (item, rotation), group in zip(asked, groups):
+        answer = dict(said=[model.completion_text(policy, c) for c in group], error="")
+        if cfg.relistens:
+            answer["again"] = [c.heard for c in group]
+            answer["refused"] = [dict(c.refused) for c in group]
+        yield item, rotation, answer
 
 
 def shuffle_clips(examples: list[Example], seed: int) -> list[Example]:
@@ -737,7 +731,7 @@ def shuffle_clips(examples: list[Example], seed: int) -> list[Example]:
     keys = list(map(data.clip_key, examples))
     out = list(examples)
     for place, i in enumerate(order):
-        following = order[place + 1 :] + order[:place]
+        following = (order[(place + step) % len(order)] for step in range(1, len(order)))
         other = next((j for j in following if keys[j] != keys[i]), None)
         if other is None:
             raise UserError("--audio shuffled: all items have the same clip")

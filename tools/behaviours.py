@@ -255,7 +255,6 @@ Quote each occurrence in a few words, one a line. Then end with the number, as <
 AGAIN = "That holds no count. Reply with the number of occurrences, as <count>N</count>, and nothing else."
 ATTEMPTS = 3  # replies until one can be read
 MOST = 100  # a larger count is taken for this one
-GIVE_UP = 20  # requests that fail in a row
 JUDGE_VERSION = hashlib.sha256(
     json.dumps([JUDGE, AGAIN, [about for about, _ in BEHAVIOURS.values()]]).encode()
 ).hexdigest()[:8]
@@ -285,44 +284,35 @@ def ask_judge(send, row: dict, name: str, seed: int) -> list[str]:
     return said
 
 
-def run_judge(options: Options, jobs: dict, keep: Callable) -> list[Exception]:
-    """Send jobs, {key: (row, behaviour)}, and keep(key, replies).     -> the requests that failed
+def run_judge(options: Options, jobs: dict, keep: Callable):
+    """Send jobs, {key: (row, behaviour)}, and keep(key, replies).       -> server.Failures
 
     Raises UserError where no request can succeed, and KeyboardInterrupt once what was begun has come in.
     """
-    url = options.base_url or None
-    send = server.connect(options.judge, url, options.temperature, options.max_new_tokens, 5, 120.0)
+    limits = options.max_new_tokens, 5, 120.0  # tokens, retries, seconds
+    send = server.connect(options.judge, options.base_url, options.temperature, *limits)
 
     def work(key: str):
         try:
-            return ask_judge(send, *jobs[key], options.seed)
+            return ask_judge(send, *jobs[key], options.seed), None
         except (server.RequestFailed, ConnectionError, UserError) as e:
-            return e
+            return [], e
 
-    failed, in_a_row = [], 0
+    failures = server.Failures("request")
     with data.interruptible() as stopping:
         replies = data.ahead(jobs, work, options.concurrency, 2 * options.concurrency, stopping)
-        for n, (key, said) in enumerate(data.progress(replies, len(jobs), "counts"), 1):
-            if isinstance(said, list):
-                in_a_row = 0
+        for key, (said, error) in data.progress(replies, len(jobs), "counts"):
+            if error is None:
                 keep(key, said)
-                continue
-            failed.append(said)
-            in_a_row += 1
-            if isinstance(said, UserError):
-                stopping.append(said)
-            elif isinstance(said, ConnectionError) and len(failed) == n:
-                stopping.append(UserError(f"cannot reach the judge: {said}; is --base_url right?"))
-            elif in_a_row == GIVE_UP:
-                why = f"{GIVE_UP} requests in a row failed, the last with: {said}"
-                stopping.append(UserError(f"{why}; the same command goes on from here"))
+            if problem := failures.enter(error):
+                stopping.append(problem)
     if stopping:
         raise stopping[0]
-    return failed
+    return failures
 
 
-def judge(options: Options, runs: dict[str, list[dict]]) -> list[Exception]:
-    """Give some rows of every step their "judge": {name: count}.     -> the requests that failed"""
+def judge(options: Options, runs: dict[str, list[dict]]):
+    """Give some rows of every step their "judge": {name: count}.       -> server.Failures"""
     sample = []
     for rows in runs.values():
         for step, part in rows_by_step(rows).items():
@@ -340,8 +330,8 @@ def judge(options: Options, runs: dict[str, list[dict]]) -> list[Exception]:
             raise UserError(f"{where}: is damaged: no reply of a judge; give another --out")
         counts[line["item"]] = count_of(said[-1])
 
-    path, failed = f"{options.out}/behaviours_items.jsonl", []
-    with data.Ledger(path, "item", enter) as ledger:
+    failures = server.Failures("request")
+    with data.Ledger(f"{options.out}/behaviours_items.jsonl", "item", enter) as ledger:
         todo = {key: job for key, job in jobs.items() if key not in counts}
 
         def keep(key: str, said: list[str]):
@@ -349,11 +339,11 @@ def judge(options: Options, runs: dict[str, list[dict]]) -> list[Exception]:
             counts[key] = count_of(said[-1])
 
         if todo:
-            failed = run_judge(options, todo, keep)
+            failures = run_judge(options, todo, keep)
     for row in sample:
         for name in BEHAVIOURS:
             row["judge"][name] = counts.get(f"{row['item']} {name}")
-    return failed
+    return failures
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -479,9 +469,9 @@ def behaviours(paths: list[str], options: Options) -> None:
     for row in data.progress(rows, len(rows), "completions"):
         for group, counters in COUNTERS.items():
             row[group] = {name: count(row) for name, count in counters.items()}
-    groups, failed = {}, []
+    groups, failures = {}, None
     if options.judge:
-        failed = judge(options, runs)
+        failures = judge(options, runs)
         groups["judge"] = (f"judge: {options.judge}", list(BEHAVIOURS))
     groups["lexical"] = ("lexical (words, not a judge)", list(COUNTERS["lexical"]))
     groups["audio"] = ("audio, lexical (words, not a judge)", list(COUNTERS["audio"]))
@@ -490,8 +480,8 @@ def behaviours(paths: list[str], options: Options) -> None:
     ev.write_json(f"{options.out}/behaviours.json", report)
     draw_behaviours(report, f"{options.out}/behaviours.png")
     print(f"{behaviours_text(report)}\n{options.out}: behaviours.json, behaviours.png")
-    if failed:
-        why = f"{len(failed)} requests failed, the last with: {failed[-1]}"
+    if failures and failures.failed:
+        why = f"{failures.failed} requests failed, the last with: {failures.last}"
         raise UserError(f"{why}; the same command asks them again")
 
 

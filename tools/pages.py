@@ -54,8 +54,7 @@ def html_table(heads: list, rows: list) -> str:
     return f"<table>{''.join(lines)}</table>" if rows else ""
 
 
-NUMBER = r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*"
-SEGMENT = re.compile(f"&lt;seg&gt;{NUMBER},{NUMBER}&lt;/seg&gt;")  # in escaped text
+SEGMENT = re.compile(html.escape(data.SEGMENT))  # in escaped text
 
 
 def text_html(text: str, heard: list | None) -> str:
