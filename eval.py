@@ -194,13 +194,9 @@ class Item:
 
     example: Example
     key: str  # in items.jsonl
-    clips: list | None = None  # those that are played; None: its own
+    clips: list = field(default_factory=list)  # those that are played
     rotations: int = 1  # of the choices, each of which is asked
     lines: dict[int, dict] = field(default_factory=dict)  # of items.jsonl, by rotation
-
-    def __post_init__(self):
-        if self.clips is None:
-            self.clips = self.example.clips
 
     @property
     def played(self) -> Example:
@@ -235,9 +231,9 @@ class Item:
     @functools.cached_property
     def resolved(self) -> list[list[int | None]]:
         """[rotation][sample]: the choice that was given as the answer, None where none was."""
-        return [[self.resolve(text, r) for text in line["said"]] for r, line in self.answers.items()]
+        return [[self.choice_in(text, r) for text in line["said"]] for r, line in self.answers.items()]
 
-    def resolve(self, text: str, rotation: int) -> int | None:
+    def choice_in(self, text: str, rotation: int) -> int | None:
         index = resolve(text, rotate(self.example, rotation).choices)
         if index is None:
             return None
@@ -607,21 +603,29 @@ def read_object(path: str) -> dict:
     return content
 
 
+ANSWER = dict(item="", rotation=0, error="", said=[""], heard=[[]])  # a line of items.jsonl
+RELISTENED = dict(again=[[[0.0]]], refused=[{"reason": 0}])  # where parts of the clip could be heard again
+
+
 def check_answer(line, where: str):
-    """Raises UserError where a line of items.jsonl has not the shape that `ask_missing` gives it."""
-
-    def are(values, *kinds) -> bool:
-        return {type(value) for value in values} <= set(kinds)
-
-    kinds = dict(item=str, rotation=int, error=str, said=list, heard=list, again=list, refused=list)
-    line = dict(again=[], refused=[]) | line if isinstance(line, dict) else {}
-    again, refused = line.get("again"), line.get("refused")
-    fits = all(type(line.get(key)) is kind for key, kind in kinds.items())
-    fits = fits and are(line["said"], str) and are(line["heard"] + again, list)
-    fits = fits and are(flatten(again), list) and are(flatten(flatten(again)), int, float)
-    fits = fits and are(refused, dict) and are(flatten(map(dict.values, refused)), int)
+    """Raises UserError where a line of items.jsonl has not the shape of ANSWER and RELISTENED."""
+    fits = isinstance(line, dict)
+    fits = fits and all(has_shape(line.get(key), shape) for key, shape in ANSWER.items())
+    fits = fits and all(has_shape(line.get(key, []), shape) for key, shape in RELISTENED.items())
     if not fits:
         raise UserError(f"{where}: is damaged: no answer of eval.py; give another folder")
+
+
+def has_shape(x, shape) -> bool:
+    """Is x of the type of `shape`, and all that it holds of the type of what the shape holds, if anything?"""
+    if type(x) is not type(shape):
+        return False
+    if not shape or not isinstance(x, list | dict):
+        return True
+    if isinstance(x, dict):
+        x, shape = x.values(), shape.values()
+    (inner,) = shape
+    return all(has_shape(entry, inner) for entry in x)
 
 
 def clip_mark(clip) -> list:
@@ -643,9 +647,8 @@ def ask(options: Options, examples: list, played: list, out: str, policy=None) -
     check_settings(out, settings_of(options))
     items = {}
     for key, example, source in zip(item_keys(examples), examples, played):
-        items[key] = Item(example, key, source.clips)
-        if options.rotate_choices and example.choices:
-            items[key].rotations = len(example.choices)
+        n = len(example.choices) if options.rotate_choices else 1
+        items[key] = Item(example, key, source.clips, max(1, n))
 
     def enter(line: dict, where: str):
         check_answer(line, where)
@@ -912,7 +915,7 @@ def load_results(folder: str) -> tuple[dict, dict[str, Item]]:
     if lacks:
         raise UserError(f"{folder}: no finished and scored results of eval.py there (no {', '.join(lacks)})")
     examples = list(Examples(f"{folder}/examples.jsonl"))
-    items = {key: Item(example, key) for key, example in zip(item_keys(examples), examples)}
+    items = {key: Item(e, key, e.clips) for key, e in zip(item_keys(examples), examples)}
     answers = data.TextRows(f"{folder}/items.jsonl")
     for i in range(len(answers)):
         line = answers[i]
@@ -967,8 +970,8 @@ def compare(base: str, new: str, max_audio_s: float):
 
 PREDICTIONS = "raw_output model_output model_prediction answer_prediction response prediction output".split()
 ASKED = (  # the columns of all formats that hold the question or its choices
-    "question instruction question_text question_content QuestionText "
-    "choices multi_choice choice_a choice_b choice_c choice_d"
+    "question instruction question_text question_content templ_values QuestionText query messages "
+    "conversations nums target choices multi_choice choice_a choice_b choice_c choice_d"
 ).split()
 
 
@@ -1076,7 +1079,7 @@ def evaluate(options: Options):
     examples = Examples(options.data, options.audio_dir)
     if not options.out:
         names = [os.path.basename(os.path.normpath(path)) for path in (options.data, options.model)]
-        options.out = os.path.join("results", "-".join(os.path.splitext(name)[0] for name in names))
+        options.out = f"results/{os.path.splitext(names[0])[0]}-{names[1]}"
     if options.controls:
         run_controls(options, examples)
     elif options.prompt == "caption":

@@ -335,17 +335,23 @@ def test_bootstrap_is_the_binomial():
         assert ev.bootstrap([-0.5] * n) == pytest.approx((-0.5 - unseen / 2, -0.5 + 1.5 * unseen))
 
 
-def test_interval_of_half_right_items():
-    """Wilson's on the items, however often each was asked: it holds what the spread gives."""
+def test_half_right_items():
+    """The interval is Wilson's on the items, however often each was asked: it holds what the spread gives. An
+    item changes sides where it passes the half."""
 
-    def interval(*right):  # of four samples each
-        return ev.score_part([item_of(example_of("x", "y"), ["x"] * n + ["y"] * (4 - n)) for n in right])
+    def items(*right):  # of four samples each
+        return [item_of(example_of("x", "y"), ["x"] * n + ["y"] * (4 - n)) for n in right]
 
-    assert interval(0, 4, 4, 4)["interval"] == ev.wilson(0.75, 4)
-    assert interval(*[2] * 10)["interval"] == ev.wilson(0.5, 10)  # all alike, and no certainty
-    low, high = interval(*[1, 3] * 50)["interval"]
+    def interval(*right):
+        return ev.score_part(items(*right))["interval"]
+
+    assert interval(0, 4, 4, 4) == ev.wilson(0.75, 4)
+    assert interval(*[2] * 10) == ev.wilson(0.5, 10)  # all alike, and no certainty
+    low, high = interval(*[1, 3] * 50)
     half = 1.96 * 0.25 / math.sqrt(100)
     assert 0.4 < low < 0.5 - half < 0.5 + half < high < 0.6
+    found = ev.compare_items(items(4, 3, 2, 1, 0), items(3, 1, 1, 2, 1))
+    assert [len(found["lost"]), len(found["won"]), found["difference"]] == pytest.approx([2, 1, -0.1])
 
 
 def test_baselines_need_no_ears():
@@ -795,7 +801,12 @@ def test_questions_of_one_id_or_clip_have_their_own_predictions(score):
     questions = asking(3, id="x", audio="dog.wav")
     said = [dict(id="x", question=f"Number {i}?", response=NAMES[i]) for i in range(3)]
     assert score(said[::-1], questions)["accuracy"] == 1
-    report = score([said[0], dict(id="x", response="dog")], questions)
+    pairs = [(audio, question) for audio in ("dog.wav", "cat.wav") for question in ("a?", "b?")]
+    rows = [asks(i, audio=audio, question=question) for i, (audio, question) in enumerate(pairs)]
+    said = [dict(audio=row["audio"], question=row["question"], response=NAMES[row["answer"]]) for row in rows]
+    assert score(said[::-1], rows)["accuracy"] == 1
+    said = [dict(id="x", question="Number 0?", response="dog"), dict(id="x", response="dog")]
+    report = score(said, questions)
     assert report["missing"] == 2 and [row[-7:] for row in report["left_out"]] == ["entry 2"]
 
 
@@ -1279,13 +1290,13 @@ def test_kill_at_three_moments(ask, tiny, tmp_path):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_the_program(tiny, tmp_path, main):
-    """The tiny base as a program loads it: the files, and the table on the screen."""
-    out = tmp_path / "out"
-    said = main(f"--data {tiny.questions} --model {tiny.base} --out {out} --limit 4")
+def test_the_program(tiny, tmp_path, monkeypatch, main):
+    """The tiny base as a program loads it: the files, where they go, and the table on the screen."""
+    monkeypatch.chdir(tmp_path)
+    said = main(f"--data {tiny.questions} --model {tiny.base} --limit 4")
     files = "config.json examples.jsonl items.jsonl predictions.json report.html report.json"
-    assert sorted(os.listdir(out)) == files.split()
-    report = read(out / "report.json")
+    assert sorted(os.listdir("results/demo-base")) == files.split()
+    report = read("results/demo-base/report.json")
     assert pick(report, "n model model_fingerprint") == [4, tiny.base, ev.hash_weights(tiny.base)]
     table = f"| all | 4 | {100 * report['accuracy']:.1f} |\nwithout listening: random 25.0"
     assert shows(said, table)
