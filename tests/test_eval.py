@@ -1,6 +1,6 @@
-"""Evaluation: the benchmarks' rules on hand values, every statistic against its closed form, and that a model with ears, one
-without and one that likes the first choice get the scores they deserve. The tests of answers use a function as the model; those
-of batches, prefills and kills the tiny base."""
+"""Evaluation: the benchmarks' rules on hand values, every statistic against its closed form, and that a model
+with ears, one without and one that likes the first choice get the scores they deserve. The model is mostly a
+function; for batches and kills it is the tiny base."""
 
 import base64
 import collections
@@ -10,10 +10,8 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -21,13 +19,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 import data
 import eval as ev
-import omni_grpo as og
-from data import Example, Examples, UserError
-from eval import Result
+import model
+import omni_grpo
+from data import DataError, Example, Examples, UserError
+from eval import Item
+from tools import pages
 
 ROOT = os.path.dirname(os.path.abspath(ev.__file__))
 MINI = os.path.join(ROOT, "..", "shared", "data", "mmau-test-mini.json")
@@ -36,16 +35,15 @@ NAMES = ["dog", "cat", "rain", "bell"]  # in the clip of NAMES[i] every sample i
 
 def asks(i: int, **changes) -> dict:
     """Question i: its clip and its answer are NAMES[i % 4], which stands at place i % 4."""
-    return (
-        dict(
-            id=f"q{i}",
-            audio=f"{NAMES[i % 4]}.wav",
-            question=f"What is number {i}?",
-            choices=NAMES,
-            answer=i % 4,
-        )
-        | changes
-    )
+    clip = f"{NAMES[i % 4]}.wav"
+    return dict(id=f"q{i}", audio=clip, question=f"Number {i}?", choices=NAMES, answer=i % 4) | changes
+
+
+def asking(n: int, **changes) -> list[dict]:
+    return [asks(i, **changes) for i in range(n)]
+
+
+# What a model says: (example as shown, clips, number of the sample) -> text, or (text, heard again, refused)
 
 
 def hears(example, waves, n):
@@ -56,32 +54,58 @@ def knows(example, waves, n):
     return example.choices[example.answer]
 
 
-def first(example, waves, n):
-    return example.choices[0]
+def says(text):
+    return lambda *_: text
+
+
+def hears_if(condition):
+    """Of the number of the question."""
+    return lambda e, w, n: hears(e, w, n) if condition(int(e.id[1:])) else "none"
 
 
 def read(path):
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f] if path.endswith(".jsonl") else json.load(f)
+    with open(path, encoding="utf-8", newline="") as f:
+        if str(path).endswith(".html"):
+            return f.read()
+        return [json.loads(line) for line in f] if str(path).endswith(".jsonl") else json.load(f)
 
 
 def save(path, content) -> str:
     """bytes, rows as lines (.jsonl), or one JSON value"""
     if not isinstance(content, bytes):
-        content = (
-            "".join(json.dumps(r) + "\n" for r in content)
-            if str(path).endswith(".jsonl")
-            else json.dumps(content)
-        )
-        content = content.encode()
+        rows = content if str(path).endswith(".jsonl") else [content]
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(content)
     return str(path)
 
 
-def held(out) -> dict:
-    """What report.html in a folder of results holds: items, and sounds by the name of their clip."""
-    with open(os.path.join(out, "report.html"), encoding="utf-8") as f:
-        return json.loads(re.search(r'application/json">(.*?)</script>', f.read(), re.DOTALL)[1])
+def pick(values: dict, names: str) -> list:
+    return [values[name] for name in names.split()]
+
+
+def shows(text: str, lines: str) -> bool:
+    """Every one of the lines stands somewhere in the text."""
+    missing = [line for line in lines.split("\n") if line.strip() not in text]
+    assert not missing, (missing, text)
+    return True
+
+
+def page_of(path) -> SimpleNamespace:
+    """A page: .items (group, state, title, html), .sounds ([address, seconds] of each), .head"""
+    page, items = read(path), []
+    for group, body in re.findall(r"<summary>(.*?): \d+</summary>(.*?)</details>", page, re.DOTALL):
+        for item in body.split('<div class="item ')[1:]:
+            state, title = re.match(r'(\w+)"><div class="small">(.*?)</div>', item, re.DOTALL).groups()
+            items.append((group, state, html.unescape(title), item))
+    sounds = re.search(r'<script id="sounds" type="application/json">(.*?)</script>', page, re.DOTALL)[1]
+    return SimpleNamespace(page=page, items=items, sounds=json.loads(sounds), head=page.split("<details")[0])
+
+
+def clip_in(address: str) -> str:
+    """The name of a clip that is inside a page."""
+    wave, rate_hz = soundfile.read(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+    assert rate_hz == data.RATE_HZ and len(wave) == 800
+    return NAMES[round(np.median(wave) * 10) - 1]
 
 
 @pytest.fixture
@@ -93,136 +117,125 @@ def clips(tmp_path):
 
 @pytest.fixture
 def lab(clips, monkeypatch, capsys):
-    """lab(rows, say, *words) runs the program on questions with a model that answers say(example as shown, clips, n-th sample).
+    """lab(rows, say, flags) runs the program on questions with a model that answers as `say` does.
 
-    -> out (folder), report, predictions, rated (examples.jsonl), shown (examples the model saw), decoding (samples,
-    temperature, longest), stdout, stderr. rows None: as before.
+    -> out (folder), report, predictions, rated (examples.jsonl), shown (ids of the examples the model saw),
+    last (the last of them), cfg, decoding (samples, temperature, longest), said, error. rows None: as before.
     """
-    policy = SimpleNamespace()
+    policy = SimpleNamespace(cfg=None)
 
-    def hear(policy, example, cfg):
+    def load_clips_of(policy, cfg, example):
         waves = [data.load_audio(c, cfg.max_audio_s)[0] for c in example.clips if cfg.audio != "none"]
         return [wave * (cfg.audio != "silence") for wave in waves], False
 
-    def rollout(policy, prompts, n, temperature, max_new_tokens, seeds, insert=None):
-        assert len(seeds) == len(prompts)
-        policy.shown += [example for example, _ in prompts]
-        policy.decoding = n, temperature, max_new_tokens
-        return [[policy.say(example, waves, k) for k in range(n)] for example, waves in prompts]
+    def rollout(policy, cfg, prompts, clips, seeds, num_generations, temperature):
+        assert len(seeds) == len(prompts) == len(clips)
+        policy.cfg, policy.decoding = cfg, (num_generations, temperature, cfg.new_tokens)
+        groups = []
+        for (example, waves), heard in zip(prompts, clips):
+            assert waves is heard
+            policy.shown.append(example.id)
+            policy.last = example
+            groups.append([completion(policy.say(example, waves, k)) for k in range(num_generations)])
+        return groups
 
-    for name, fake in dict(
-        load_policy=lambda cfg, train=True: policy,
-        hear=hear,
-        embeddings=lambda policy, mels: mels,
-        prompt_tokens=lambda policy, example, waves, cfg: (example, waves),
-        rollout=rollout,
-        text_of=lambda policy, text: text,
-    ).items():
-        monkeypatch.setattr(og, name, fake)
+    def completion(said):
+        text, heard, refused = said if isinstance(said, tuple) else (said, [], {})
+        return SimpleNamespace(text=text, heard=heard, refused=collections.Counter(refused))
+
+    monkeypatch.setattr(omni_grpo, "load_run_policy", lambda cfg, train=True: policy)
+    monkeypatch.setattr(omni_grpo, "load_clips_of", load_clips_of)
+    monkeypatch.setattr(omni_grpo, "rollout", rollout)
+    monkeypatch.setattr(model, "embed_clips", lambda policy, clips: clips)
+    monkeypatch.setattr(model, "encode_prompt", lambda policy, example, waves, prompt: (example, waves))
+    monkeypatch.setattr(model, "completion_text", lambda policy, completion: completion.text)
+    monkeypatch.chdir(clips)
     (clips / "model").mkdir()
     save(clips / "model" / "config.json", {})
 
-    def lab(rows, say, *words, out="out", name="q.jsonl", code=0):
+    def lab(rows, say, flags="", out="out", name="q.jsonl", code=0):
         if rows is not None:
             save(clips / name, rows)
-        policy.say, policy.shown, policy.decoding, out = say, [], None, str(clips / out)
-        words = list(map(str, words))
-        try:
-            got = ev.main(
-                ["--data", str(clips / name), "--model", str(clips / "model"), "--out", out, *words]
-            )
-        except SystemExit as e:  # argparse
-            got = e.code
-        stdout, stderr = capsys.readouterr()
-        assert got == code, stderr
-        assert "Traceback" not in stderr
-
-        def content(name):
-            return read(os.path.join(out, name)) if os.path.isfile(os.path.join(out, name)) else None
-
-        return SimpleNamespace(
-            out=out,
-            report=content("report.json"),
-            predictions=content("predictions.json"),
-            rated=content("examples.jsonl"),
-            shown=policy.shown,
-            decoding=policy.decoding,
-            stdout=stdout,
-            stderr=stderr,
-        )
+        policy.say, policy.shown = say, []
+        got = ev.main(f"--data {name} --model model --out {out} {flags}".split())
+        said, error = capsys.readouterr()
+        assert got == code and "Traceback" not in error, error
+        done = SimpleNamespace(**vars(policy), out=out, said=said, error=error)
+        files = dict(report="report.json", predictions="predictions.json", rated="examples.jsonl")
+        for attribute, name in files.items():
+            if os.path.isfile(f"{out}/{name}"):
+                setattr(done, attribute, read(f"{out}/{name}"))
+        return done
 
     return lab
 
 
-def item(*choices, answer=0, **meta):
-    return Example("1", None, "?", list(choices), answer, meta=meta)
+@pytest.fixture
+def main(capsys):
+    """main(flags) -> what it prints, or with code=2 what it complains about"""
+
+    def main(flags, code=0):
+        capsys.readouterr()
+        assert ev.main(flags.split()) == code
+        said, error = capsys.readouterr()
+        assert code == 0 or error.startswith("error: ") and len(error) < 4000
+        return error if code else said
+
+    return main
+
+
+@pytest.fixture
+def score(tmp_path):
+    """score(predictions, questions or None) -> report"""
+
+    def score(rows, asked=None):
+        questions = save(tmp_path / "q.json", asked) if asked else ""
+        return ev.score_file(save(tmp_path / "p.json", rows), questions)
+
+    return score
+
+
+def example_of(*choices, answer=0) -> Example:
+    return Example("1", None, "?", list(choices), answer)
+
+
+def item_of(example, *said) -> Item:
+    """An item with what was said in each rotation."""
+    return Item(example, "", lines={r: dict(said=list(texts), error="") for r, texts in enumerate(said)})
 
 
 # ---- the benchmarks' rules
 
 
-@pytest.mark.parametrize(
-    "text, right",
-    [
-        ("a dog barking", True),
-        ("Barking: DOG, a", True),
-        ("a a dog dog barking loudly", True),
-        ("dog barking", False),
-        ("a dog barking, no cat", False),
-        ("", False),
-        ("...", False),
-        ("A. a dog barking", True),
-        ("(B) a dog barking", True),
-        ("The answer is a dog barking", True),
-        ("a_dog barking", False),
-    ],
-)
-def test_word_rule(text, right):
-    """All words of the answer, and none that only another choice has; order, counts, case and punctuation do not matter."""
-    assert ev.word_rule(text, item("a cat", "a dog barking", "Dog, barking a!", answer=1)) is right
+def test_word_rule():
+    """All words of the answer, and none that only another choice has; neither order, counts nor case matter.
 
-
-def test_word_rule_knows_no_letters():
-    """A letter is a word: where another choice holds it, "A. text" is wrong; and a wrong choice inside the answer is right."""
-    example = item("drum", "a flute", "C# minor", "C minor")
+    A letter is a word: where another choice holds it, "A. text" is wrong. A part of the answer is right.
+    """
+    example = example_of("a cat", "a dog barking", "Dog, barking a!", answer=1)
+    right = "a dog barking|Barking: DOG, a|a a dog dog barking loudly|A. a dog barking|(B) a dog barking"
+    for text in (right + "|The answer is a dog barking").split("|"):
+        assert ev.word_rule(text, example) is True, text
+    for text in "dog barking|a dog barking, no cat||...|a_dog barking".split("|"):
+        assert ev.word_rule(text, example) is False, text
+    example = example_of("drum", "a flute", "C# minor", "C minor")
     assert not ev.word_rule("A. drum", example) and ev.word_rule("B. drum", example)
-    assert (
-        ev.word_rule("C minor", item("C# minor", "C minor"))
-        and ev.word_rule("red blue", item("red", "red blue")) is False
-    )
-    assert ev.word_rule("blue red", item("red blue", "red"))
+    assert ev.word_rule("C minor", example_of("C# minor", "C minor"))
+    assert not ev.word_rule("red blue", example_of("red", "red blue"))
+    assert ev.word_rule("blue red", example_of("red blue", "red"))
 
 
-@pytest.mark.parametrize(
-    "text, right",
-    [
-        ("A", True),
-        ("A.", True),
-        (" A. dog", True),
-        ("A dog is barking", True),
-        ("Answer: B", True),
-        ("B", False),
-        ("(A)", True),
-        ("Because it is a dog", False),
-        ("Dog barking", False),
-        ("\nA\n", True),
-        ("b", None),
-        ("", None),
-        ("a", None),
-        ("<answer>B</answer>", None),
-        ("the answer is\nA\n.", True),
-        ("E", None),
-        ("C", False),
-        ("D", False),
-    ],
-)
-def test_letter_rule(text, right):
-    """First character, else the last but one, if it is A to D; anything else is left out of the count, wrong or not."""
-    assert ev.letter_rule(text, item("dog", "cat", "rain")) is right
-
-
-def test_letter_rule_goes_by_the_text_of_the_choice():
-    assert ev.letter_rule("C", item("dog", "cat", "dog")) is True
+def test_letter_rule():
+    """First character, else the last but one, if it is A to D; all else is left out of the count."""
+    texts = {
+        True: "A|A.| A. dog|A dog is barking|Answer: B|(A)|\nA\n|the answer is\nA\n.",
+        False: "B|Because it is a dog|Dog barking|C|D",
+        None: "b||a|<answer>B</answer>|E",
+    }
+    for verdict, said in texts.items():
+        for text in said.split("|"):
+            assert ev.letter_rule(text, example_of("dog", "cat", "rain")) is verdict, text
+    assert ev.letter_rule("C", example_of("dog", "cat", "dog")) is True  # it goes by the text of the choice
 
 
 @pytest.fixture(scope="module")
@@ -232,54 +245,54 @@ def mini():
     return read(MINI)
 
 
-def letter_of(row):
-    return chr(65 + row["choices"].index(row["answer"]))
+FORMS = [  # what is said of an answer and its letter; right by the official rule; resolved and right
+    ("{answer}", 1000, 1000),
+    ('"{answer}"', 1000, 1000),
+    ("The answer is {answer}.", 907, 1000),
+    ("{letter}. {answer}", 967, 1000),
+    ("({letter}) {answer}", 967, 1000),
+    ("<answer>{answer}</answer>", 1000, 1000),
+    ("{letter}", 2, 998),
+    ("{choices[0]}", 398, None),
+    ("{choices[0]} {choices[1]} {choices[2]} {choices[3]}", 1, None),
+]
 
 
-FORMS = {  # what is said: (right by the official rule, resolved and right)
-    "gold text": (lambda r: r["answer"], 1000, 1000),
-    "quoted": (lambda r: f'"{r["answer"]}"', 1000, 1000),
-    "The answer is X.": (lambda r: f"The answer is {r['answer']}.", 907, 1000),
-    "A. text": (lambda r: f"{letter_of(r)}. {r['answer']}", 967, 1000),
-    "(A) text": (lambda r: f"({letter_of(r)}) {r['answer']}", 967, 1000),
-    "tags": (lambda r: f"<answer>{r['answer']}</answer>", 1000, 1000),
-    "bare letter": (lambda r: letter_of(r), 2, 998),
-    "first choice": (lambda r: r["choices"][0], 398, None),
-    "all choices": (lambda r: " ".join(r["choices"]), 1, None),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_mmau_scores_are_those_of_its_own_script(form, mini, tmp_path, capsys):
-    """v05.15.25 of the benchmark, as counted with the published rule; the resolver is right wherever the answer was given."""
-    say, official, strict = FORMS[form]
-    path = save(tmp_path / "predictions.json", [row | {"model_output": say(row)} for row in mini])
-    report = ev.score_file(path, "")
-    assert (report["n"], report["format"], report["version"]) == (1000, "MMAU", "v05.15.25")
+@pytest.mark.parametrize("form, official, strict", FORMS)
+def test_mmau_scores_are_those_of_its_own_script(form, official, strict, mini, score, capsys):
+    """v05.15.25, as counted with the published rule; the resolver is right wherever there is an answer."""
+    rows = []
+    for row in mini:
+        letter = chr(65 + row["choices"].index(row["answer"]))
+        choices = row["choices"] + [""] * 4
+        said = form.format(answer=row["answer"], letter=letter, choices=choices).strip()
+        rows.append(row | {"model_output": said})
+    report = score(rows)
+    assert pick(report, "n missing format version") == [1000, 0, "MMAU", "v05.15.25"]
     assert report["official_accuracy_raw"] == official / 1000
     assert strict is None or report["accuracy"] == strict / 1000
-    assert report["baselines"] == {
-        k: pytest.approx(v, abs=5e-4)
-        for k, v in dict(random=0.261, first_choice=0.398, longest_choice=0.396).items()
-    }
-    assert report["missing"] == 0 and sum(g["n"] for g in report["by_task"].values()) == 1000
-    assert "MMAU v05.15.25, 1000 items" in capsys.readouterr().out
+    baselines = dict(random=0.261, first_choice=0.398, longest_choice=0.396)
+    assert report["baselines"] == pytest.approx(baselines, abs=5e-4)
+    assert sum(part["n"] for part in report["by_task"].values()) == 1000
+    assert shows(capsys.readouterr().out, "MMAU v05.15.25, 1000 items")
 
 
 def test_mmau_choices_that_read_the_same_are_one(mini):
-    """In 27 rows choices occur twice, in 16 of them the answer; the letter of either is right. A bare letter fails only where
-    it is itself another choice."""
-    examples = list(Examples(MINI))
-    twice = [e for e in examples if len(set(e.choices)) < len(e.choices)]
-    other = [
-        (e, i) for e in twice for i, c in enumerate(e.choices) if c == e.choices[e.answer] and i != e.answer
-    ]
-    assert len(twice) == 27 and len({e.id for e, _ in other}) == 16
-    assert all(Result(e, "", [[chr(65 + i)]]).score == 1 for e, i in other)
-    lost = [e for e in examples if Result(e, "", [[chr(65 + e.answer)]]).score < 1]
-    letters = [e for e in examples if chr(65 + e.answer) in {c.strip().upper() for c in e.choices}]
-    assert len(lost) == 2 and {e.id for e in lost} <= {e.id for e in letters}
-    assert sum(any(ev.word_rule(c, e) for c in e.choices if c != e.choices[e.answer]) for e in examples) == 9
+    """In 27 rows choices occur twice, in 16 of them the answer; the letter of either is right. A bare letter
+    fails only where it is itself another choice."""
+    twice, other, lost, inside = 0, set(), [], 0
+    for e in Examples(MINI):
+        answer, wrong = e.choices[e.answer], [c for c in e.choices if c != e.choices[e.answer]]
+        twice += len(set(e.choices)) < len(e.choices)
+        inside += any(ev.word_rule(choice, e) for choice in wrong)
+        for i, choice in enumerate(e.choices):
+            score = item_of(e, [chr(65 + i)]).score
+            if choice == answer and i != e.answer:
+                other.add(e.id)
+                assert score == 1
+            if i == e.answer and score < 1:
+                lost.append(chr(65 + i) in wrong)
+    assert (twice, len(other), lost, inside) == (27, 16, [True, True], 9)
 
 
 # ---- statistics
@@ -289,41 +302,32 @@ def test_wilson_closed_forms():
     z2 = 1.96**2
     assert ev.wilson(0, 0) == (0, 1)
     for n in (1, 10, 1000):
-        assert ev.wilson(0, n) == pytest.approx((0, z2 / (n + z2))) and ev.wilson(1, n) == pytest.approx(
-            (n / (n + z2), 1)
-        )
+        assert ev.wilson(0, n) == pytest.approx((0, z2 / (n + z2)))
+        assert ev.wilson(1, n) == pytest.approx((n / (n + z2), 1))
         half = 1.96 / 2 / math.sqrt(n + z2)
         assert ev.wilson(0.5, n) == pytest.approx((0.5 - half, 0.5 + half))
     assert ev.wilson(0.7, 1000) == pytest.approx((0.6709, 0.7276), abs=1e-4)
-    ends = [x for p in (0, 1) for n in range(1, 200) for x in ev.wilson(p, n)]
-    assert (
-        0 <= min(ends) and max(ends) <= 1 and "-" not in "".join(map(ev.percent, ends))
-    )  # -2e-17 would read -0.0
+    for p, n in itertools.product((0, 1), range(1, 200)):
+        low, high = ev.wilson(p, n)
+        assert 0 <= low and high <= 1 and "-0" not in ev.percents((low, high))
 
 
 def test_mcnemar_is_a_fair_coin():
     """The exact p, against every outcome of b + c throws."""
-    assert (
-        ev.mcnemar(0, 0) == ev.mcnemar(5, 5) == 1
-        and ev.mcnemar(0, 5) == 2 / 32
-        and ev.mcnemar(1, 9) == 22 / 1024
-    )
-    for b, c in itertools.product(range(5), repeat=2):
+    assert ev.mcnemar(0, 5) == 2 / 32 and ev.mcnemar(1, 9) == 22 / 1024
+    for b, c in itertools.product(range(6), repeat=2):
         heads = [sum(throws) for throws in itertools.product((0, 1), repeat=b + c)]
         p = sum(abs(2 * h - b - c) >= abs(b - c) for h in heads) / len(heads)
-        assert ev.mcnemar(b, c) == ev.mcnemar(c, b) == pytest.approx(p)
+        assert ev.mcnemar(b, c) == pytest.approx(p)
     assert 0 < ev.mcnemar(400, 600) < 1e-9
 
 
 def test_bootstrap_is_the_binomial():
-    """Differences of 0 and 1, half of each: the mean of 100 drawn again is binomial(100, 1/2) / 100, and 40 to 60 hold 95 %."""
+    """Differences of 0 and 1, half of each: the mean of 100 drawn again is binomial(100, 1/2) / 100, of which
+    40 to 60 hold 95 %. Where all are equal, the share that may be anywhere is Wilson's for 0 of n."""
     assert ev.bootstrap([0, 1] * 50) == (0.4, 0.6)
     assert ev.bootstrap([-1, 1] * 50) == pytest.approx((-0.2, 0.2))
     assert ev.bootstrap([0, 0, 1], seed=1) == ev.bootstrap([1, 0, 0], seed=1)
-
-
-def test_bootstrap_of_equal_differences_is_no_certainty():
-    """Of n that agree, the share that may be anywhere from -1 to 1 is Wilson's for none of n."""
     for n in (1, 7, 1000):
         unseen = 1.96**2 / (n + 1.96**2)
         assert ev.bootstrap([0] * n) == pytest.approx((-unseen, unseen))
@@ -331,339 +335,242 @@ def test_bootstrap_of_equal_differences_is_no_certainty():
         assert ev.bootstrap([-0.5] * n) == pytest.approx((-0.5 - unseen / 2, -0.5 + 1.5 * unseen))
 
 
-def test_interval_of_half_right_items():
-    """Wilson's on the items, however often each was asked: it holds what the spread gives, and is none where all are alike."""
+def test_half_right_items():
+    """The interval is Wilson's on the items, however often each was asked: it holds what the spread gives. An
+    item changes sides where it passes the half."""
 
-    def interval(*scores):  # of four samples each
-        results = [
-            Result(item("x", "y"), "", [["x"] * round(4 * s) + ["y"] * round(4 - 4 * s)]) for s in scores
-        ]
-        assert [r.score for r in results] == list(scores)
-        return ev.report_of(
-            results, SimpleNamespace(format="own", path="q.jsonl", version="", skipped={}), {}
-        )["interval"]
+    def items(*right):  # of four samples each
+        return [item_of(example_of("x", "y"), ["x"] * n + ["y"] * (4 - n)) for n in right]
 
-    assert interval(0, 1, 1, 1) == ev.wilson(0.75, 4) and interval(*[0.5] * 10) == ev.wilson(0.5, 10)
-    low, high = interval(*[0.25, 0.75] * 50)
+    def interval(*right):
+        return ev.score_part(items(*right))["interval"]
+
+    assert interval(0, 4, 4, 4) == ev.wilson(0.75, 4)
+    assert interval(*[2] * 10) == ev.wilson(0.5, 10)  # all alike, and no certainty
+    low, high = interval(*[1, 3] * 50)
     half = 1.96 * 0.25 / math.sqrt(100)
     assert 0.4 < low < 0.5 - half < 0.5 + half < high < 0.6
+    found = ev.compare_items(items(4, 3, 2, 1, 0), items(3, 1, 1, 2, 1))
+    assert [len(found["lost"]), len(found["won"]), found["difference"]] == pytest.approx([2, 1, -0.1])
 
 
 def test_baselines_need_no_ears():
-    examples = [
-        item("dog", "Dog.", "the cat"),
-        item("dog", "cat", answer=1),
-        item("a", "bb", "cc", "bb", answer=3),
-    ]
+    """Scored by the benchmark's rule, whose longest choice may hold the words of a shorter one."""
+    examples = [example_of("dog", "Dog.", "the cat"), example_of("dog", "cat", answer=1)]
+    examples.append(example_of("a", "bb", "cc", "bb", answer=3))
     shares = dict(random=(2 / 3 + 1 / 2 + 1 / 2) / 3, first_choice=1 / 3, longest_choice=1 / 3)
-    assert ev.baselines(examples, None) == pytest.approx(shares) == ev.baselines(examples, ev.letter_rule)
-    inside = [item("red blue", "red")]  # the longest choice holds the words of the shorter
-    assert ev.baselines([item("red", "red blue")], ev.word_rule)["random"] == 0.5
-    assert ev.baselines(inside, ev.word_rule)["first_choice"] == 1
+    assert ev.score_baselines(examples, ev.Benchmark()) == pytest.approx(shares)
+    assert ev.score_baselines(examples[1:], ev.BENCHMARKS["MMSU"])["random"] == 0.5
+    mmau = ev.BENCHMARKS["MMAU"]
+    assert ev.score_baselines([example_of("red", "red blue")], mmau)["random"] == 0.5
+    assert ev.score_baselines([example_of("red blue", "red")], mmau)["first_choice"] == 1
 
 
-@pytest.mark.parametrize(
-    "said, vote",
-    [
-        ([["cat", "dog", "dog"]], 1),
-        ([["cat", "dog", "dog", "cat"]], 0),
-        ([["?", "dog", "cat"]], 1),
-        ([["?", "?"]], None),
-        ([["?", "?", "?", "dog"]], 1),
-        ([], None),
-    ],
-)
-def test_majority_of_equals_is_the_one_said_first(said, vote):
+def test_an_item_counts_what_reads_the_same():
+    example = example_of("dog", "cat", "Dog!", answer=2)
+    for right, texts in {1: "dog|Dog!|A|C", 0: "cat|B|A or B|"}.items():
+        assert [item_of(example, [text]).score for text in texts.split("|")] == [right] * 4
+    assert item_of(example).score == 0
+
+
+def test_the_vote_of_equals_goes_to_the_one_said_first():
     """What resolves to nothing has no vote."""
-    assert ev.majority(Result(item("cat", "dog"), "", said)) == vote
+    votes = {"cat dog dog": 1, "cat dog dog cat": 0, "? dog cat": 1, "? ?": None, "? ? ? dog": 1, "": None}
+    for said, vote in votes.items():
+        assert item_of(example_of("cat", "dog"), said.split()).vote == vote
 
 
-def test_a_result_counts_what_reads_the_same():
-    example = item("dog", "cat", "Dog!", answer=2)
-    assert [
-        Result(example, "", [[t]]).score for t in ("dog", "Dog!", "A", "C", "cat", "B", "A or B", "")
-    ] == [1] * 4 + [0] * 4
-    assert Result(example, "").score == 0
-    assert not ev.same(item("?!", "..."), 0, 1) and not ev.same(example, None, None)
-
-
-# ---- rotations
+# ---- rotations and samples
 
 
 def test_rotations_map_back():
-    example = item("a dog", "a cat", "rain", answer=2)
+    example = example_of("a dog", "a cat", "rain", answer=2)
     for r in range(3):
         shown = ev.rotate(example, r)
         assert shown.choices[shown.answer] == "rain" and shown.choices[0] == example.choices[r]
-        assert [Result(example, "", [[]] * r + [[c]]).resolved[r] for c in example.choices] == [[0], [1], [2]]
-        assert Result(example, "", [[]] * r + [["B"]]).resolved[r] == [(r + 1) % 3]
+        item = Item(example, "", lines={r: dict(said=[*example.choices, "B"], error="")})
+        assert item.resolved == [[0, 1, 2, (r + 1) % 3]]
+        assert item.right == [[False, False, True, r == 1]]
 
 
-def test_the_first_choice_is_right_once_and_never_consistent(lab):
-    done = lab([asks(0), asks(1), asks(2, choices=NAMES[:3])], first, "--rotate_choices")
-    assert [r["meta"]["pass_rate"] for r in done.rated] == [1 / 4, 1 / 4, 1 / 3]
-    assert done.report["accuracy"] == pytest.approx(5 / 18) and done.report["consistency"] == 0
-    assert done.report["right_in_every_rotation"] == 0
-    assert collections.Counter(e.choices[0] for e in done.shown if e.id == "q1") == collections.Counter(NAMES)
+@pytest.mark.parametrize(
+    "say, scores",
+    [
+        (lambda e, w, n: e.choices[0], [0.25, 0, 0, 0]),  # whatever stands there
+        (says("B"), [0.25, 0, 0, 0]),
+        (knows, [1, 1, 1, 0]),
+        (says("cat"), [1 / 3, 1, 1 / 3, 0]),
+        (says("hm"), [0, 0, 0, 12]),
+    ],
+)
+def test_rotations(lab, say, scores):
+    """Who likes a place is right once and never consistent."""
+    report = lab(asking(3), say, "--rotate_choices").report
+    names = "accuracy consistency right_in_every_rotation unresolved"
+    assert pick(report, names) == pytest.approx(scores)
 
 
-def test_who_knows_is_right_in_every_rotation(lab):
-    done = lab([asks(i) for i in range(3)], knows, "--rotate_choices")
-    assert (
-        done.report["accuracy"] == done.report["consistency"] == done.report["right_in_every_rotation"] == 1
-    )
-    always_b = lab([asks(i) for i in range(3)], lambda *_: "B", "--rotate_choices", out="letter")
-    assert (always_b.report["accuracy"], always_b.report["consistency"]) == (0.25, 0)
-    mute = lab([asks(i) for i in range(3)], lambda *_: "hm", "--rotate_choices", out="mute")
-    assert (mute.report["accuracy"], mute.report["consistency"], mute.report["unresolved"]) == (0, 0, 12)
-    stubborn = lab([asks(i) for i in range(3)], lambda *_: "cat", "--rotate_choices", out="stubborn")
-    assert (stubborn.report["consistency"], stubborn.report["right_in_every_rotation"]) == (
-        1,
-        pytest.approx(1 / 3),
-    )
+def test_rotations_of_fewer_or_equal_choices(lab):
+    rows = [asks(0), asks(2, choices=NAMES[:3]), asks(4, choices=["dog", "cat", "dog"])]
+    done = lab(rows, knows, "--rotate_choices")
+    assert done.shown == ["q0"] * 4 + ["q2"] * 3 + ["q4"] * 3
+    assert done.report["accuracy"] == done.report["consistency"] == 1  # whichever dog comes first
 
 
-def test_the_same_text_is_consistent(lab):
-    """Whichever of two equal choices comes first."""
-    done = lab([asks(0, choices=["dog", "cat", "dog"])], knows, "--rotate_choices")
-    assert done.report["accuracy"] == 1 and done.report["consistency"] == 1
-
-
-# ---- samples
-
-
-def test_samples_pass_majority_and_pass_rates(lab, tmp_path):
+def test_samples(lab, clips):
     """Item i is right in i of 4 samples, the right ones last; data.py filter reads how often."""
 
     def say(example, waves, n):
-        return (
-            NAMES[int(example.id[1:]) % 4] if n >= 4 - int(example.id[1:]) else "bell" if n < 2 else "no idea"
-        )
+        i = int(example.id[1:])
+        return NAMES[i] if n >= 4 - i else ["bell", "bell", "no idea", "no idea"][n]
 
-    done = lab([asks(i) for i in range(3)], say, "--samples", 4)
-    assert [r["meta"]["pass_rate"] for r in done.rated] == [0, 0.25, 0.5]
-    report = done.report
-    assert (report["accuracy"], report["pass@4"], report["samples"]) == (0.25, pytest.approx(2 / 3), 4)
-    assert report["majority"] == 0 and report["answers"] == 12 and report["unresolved"] == 3
-    assert [p["samples"] for p in done.predictions][1] == [["bell", "bell", "no idea", "cat"]]
-    assert "pass@4: 66.7" in done.stdout and report["decoding"]["temperature"] == 1
-    data.keep(os.path.join(done.out, "examples.jsonl"), str(tmp_path / "kept.jsonl"), (0.1, 0.4))
-    assert [e.id for e in Examples(str(tmp_path / "kept.jsonl"))] == ["q1"]
+    done = lab(asking(3), say, "--samples 4")
+    assert [row["meta"]["pass_rate"] for row in done.rated] == [0, 0.25, 0.5]
+    scores = pick(done.report, "accuracy pass@4 samples majority answers unresolved temperature")
+    assert scores == [0.25, pytest.approx(2 / 3), 4, 0, 12, 3, 1] and "pass@4: 66.7" in done.said
+    assert done.predictions[1]["samples"] == [["bell", "bell", "no idea", "cat"]]
+    assert data.main("filter out/examples.jsonl --pass_rate 0.1..0.4 --out kept.jsonl".split()) == 0
+    assert [e.id for e in Examples("kept.jsonl")] == ["q1"]
+    done = lab(None, lambda e, w, n: knows(e, w, n) if n else "bell", "--samples 3", out="most")
+    assert pick(done.report, "accuracy majority") == [pytest.approx(2 / 3), 1]
+    assert [p["model_output"] for p in done.predictions] == NAMES[:3]
+    assert done.predictions[0]["raw_output"] == "bell"
 
 
 def test_pass_at_k_is_of_k_samples(lab):
     """Rotations are no further samples: right in one of four is a quarter."""
-    done = lab(
-        [asks(0)], lambda e, w, n: "dog" if n and e.answer == 2 else "cat", "--samples", 2, "--rotate_choices"
-    )
-    assert done.report["pass@2"] == 0.25 and done.report["accuracy"] == 0.125
+    flags = "--samples 2 --rotate_choices"
+    done = lab(asking(1), lambda e, w, n: "dog" if n and e.answer == 2 else "cat", flags)
+    assert pick(done.report, "pass@2 accuracy") == [0.25, 0.125]
 
 
-def test_majority_beats_the_single_sample(lab):
-    done = lab([asks(0), asks(1)], lambda e, w, n: knows(e, w, n) if n else "rain", "--samples", 3)
-    assert (done.report["accuracy"], done.report["majority"]) == (pytest.approx(2 / 3), 1)
-    assert [p["model_output"] for p in done.predictions] == ["dog", "cat"] and done.predictions[0][
-        "raw_output"
-    ] == "rain"
+DECODING = {
+    "": (1, 0, 32),
+    "--prompt think": (1, 0, 256),
+    "--prompt caption": (1, 0, 128),
+    "--samples 4": (4, 1, 32),
+    "--samples 2 --temperature 0.7": (2, 0.7, 32),
+    "--temperature 0.5 --max_new_tokens 5": (1, 0.5, 5),
+}
 
 
-@pytest.mark.parametrize(
-    "words, decoding",
-    [
-        ([], (1, 0, 32)),
-        (["--prompt", "think"], (1, 0, 256)),
-        (["--prompt", "caption"], (1, 0, 128)),
-        (["--samples", 4], (4, 1, 32)),
-        (["--samples", 2, "--temperature", 0.7], (2, 0.7, 32)),
-        (["--temperature", 0.5, "--max_new_tokens", 5], (1, 0.5, 5)),
-    ],
-)
-def test_decoding_is_greedy_unless_asked(lab, words, decoding):
-    assert lab([asks(0)], hears, *words).decoding == decoding
+@pytest.mark.parametrize("flags", DECODING)
+def test_decoding_is_greedy_unless_asked(lab, flags):
+    assert lab(asking(1), hears, flags).decoding == DECODING[flags]
 
 
 # ---- controls
 
-
-def test_controls_tell_ears_from_guesses(lab, tmp_path):
-    """A model that hears: right with its clip, unresolved without, and wrong with another's; right again in every rotation."""
-    done = lab([asks(i) for i in range(4)], hears, "--controls")
-    table = done.report
-    assert {k: r["accuracy"] for k, r in table.items()} == dict(
-        real=1, silence=0, none=0, shuffled=0, rotated=1
-    )
-    assert {k: r["unresolved"] for k, r in table.items()} == dict(
-        real=0, silence=4, none=4, shuffled=0, rotated=0
-    )
-    assert "| silence | 0.0 |" in done.stdout and "| -100.0 | 0.12 |" in done.stdout
-    assert "rotated: the same answer in every rotation for 100.0 %" in done.stdout
-    rates = [{k: v for k, v in r["meta"].items() if k.startswith("pass")} for r in done.rated]
-    assert rates == [dict(pass_rate=1, pass_rate_silence=0, pass_rate_none=0, pass_rate_shuffled=0)] * 4
-    data.keep(
-        os.path.join(done.out, "examples.jsonl"),
-        str(tmp_path / "kept.jsonl"),
-        drop_answerable_without_audio=0.5,
-    )
-    assert len(Examples(str(tmp_path / "kept.jsonl"))) == 4
+FILTER = "filter out/examples.jsonl --drop_answerable_without_audio --out kept.jsonl"
 
 
-def test_controls_tell_text_from_ears(lab, tmp_path):
-    """A model that reads the answer off the question is as right without the clip; nothing is left for data.py filter."""
-    done = lab([asks(i) for i in range(4)], lambda e, w, n: NAMES[int(e.id[1:])], "--controls")
-    assert {r["accuracy"] for r in done.report.values()} == {1}
-    with pytest.raises(UserError):
-        data.keep(
-            os.path.join(done.out, "examples.jsonl"),
-            str(tmp_path / "kept.jsonl"),
-            drop_answerable_without_audio=0.5,
-        )
-        Examples(str(tmp_path / "kept.jsonl"))
+def test_controls_tell_ears_from_guesses(lab):
+    """A model that hears: right with its clip, unresolved without, wrong with another's. What is heard is set
+    by the controls, whatever the other flags say."""
+    for flags, out in (("", "out"), ("--audio silence --rotate_choices", "again")):
+        done = lab(asking(4), hears, "--controls " + flags, out=out)
+        scores = {name: pick(report, "accuracy unresolved") for name, report in done.report.items()}
+        assert scores == dict(real=[1, 0], silence=[0, 4], none=[0, 4], shuffled=[0, 0], rotated=[1, 0])
+        assert "consistency" not in done.report["silence"]
+        lines = """| silence | 0.0 | 0.0 - 49.0 | 4 | -100.0 | 0.12 |
+            | rotated | 100.0 | 51.0 - 100.0 | 0 | +0.0 |  |
+            rotated: the same answer in every rotation for 100.0 %"""
+        assert shows(done.said, lines)
+        rates = dict(pass_rate=1, pass_rate_silence=0, pass_rate_none=0, pass_rate_shuffled=0)
+        assert [row["meta"] for row in done.rated] == [rates] * 4
+    assert data.main(FILTER.split()) == 0 and len(Examples("kept.jsonl")) == 4
 
 
-def test_controls_set_what_is_heard_themselves(lab):
-    done = lab([asks(i) for i in range(4)], hears, "--controls", "--audio", "silence", "--rotate_choices")
-    assert {k: r["accuracy"] for k, r in done.report.items()} == dict(
-        real=1, silence=0, none=0, shuffled=0, rotated=1
-    )
-    assert "consistency" not in done.report["silence"]
+def test_controls_tell_text_from_ears(lab):
+    """A model that reads the answer off the question is as right without the clip; filter keeps nothing."""
+    done = lab(asking(4), lambda e, w, n: NAMES[int(e.id[1:])], "--controls")
+    assert {report["accuracy"] for report in done.report.values()} == {1}
+    assert data.main(FILTER.split()) == 2
 
 
 def test_controls_need_answers_before_they_start(lab):
-    done = lab([asks(i, answer=None) for i in range(2)], hears, "--controls", code=2)
-    assert "no answers in this file" in done.stderr and not done.shown
-    done = lab([asks(i) for i in range(2)], hears, "--controls", "--prompt", "caption", code=2)
-    assert "caption" in done.stderr and not done.shown
+    done = lab(asking(2, answer=None), hears, "--controls", code=2)
+    assert "no answers in this file" in done.error and not done.shown
+    done = lab(asking(2), hears, "--controls --prompt caption", code=2)
+    assert "caption" in done.error and not done.shown
 
 
 @pytest.mark.parametrize("n_clips, n", [(2, 2), (3, 9), (5, 17)])
 def test_shuffled_never_plays_its_own_clip(n_clips, n):
     """Several questions a clip; the same for the same seed; every clip is one of the file's."""
-    items = [Example(str(i), f"/{i % n_clips}.wav", f"{i}?", NAMES, i % 4) for i in range(n)] + [
-        item("x", "y")
-    ]
+    items = [Example(str(i), f"/{i % n_clips}.wav", f"{i}?", NAMES, i % 4) for i in range(n)]
+    items.append(example_of("x", "y"))  # without a clip
     orders = set()
     for seed in range(20):
-        other = ev.other_clips(items, seed)
-        assert all(
-            a.audio != b.audio and (a.id, a.question, a.answer) == (b.id, b.question, b.answer)
-            for a, b in zip(items[:-1], other)
-        )
-        assert {e.audio for e in other[:-1]} <= {e.audio for e in items} and other[-1] == items[-1]
-        assert other == ev.other_clips(items, seed)
+        other = ev.shuffle_clips(items, seed)
+        for a, b in zip(items[:-1], other):
+            assert a.audio != b.audio and (a.id, a.question, a.answer) == (b.id, b.question, b.answer)
+        assert {e.audio for e in other} <= {e.audio for e in items} and other[-1] == items[-1]
+        assert other == ev.shuffle_clips(items, seed)
         orders.add(tuple(e.audio for e in other))
     assert len(orders) > 1 or n_clips == 2
 
 
-def test_shuffled_needs_two_clips(lab):
-    done = lab([asks(0), asks(4), asks(8, audio="./dog.wav")], hears, "--audio", "shuffled", code=2)
-    assert done.stderr == "error: --audio shuffled: all items have the same clip\n"
-
-
-def test_shuffled_run_is_wrong_for_who_hears(lab):
-    done = lab([asks(i) for i in range(8)], hears, "--audio", "shuffled")
-    assert done.report["accuracy"] == 0 and "pass_rate_shuffled" in done.rated[0]["meta"]
-    again = lab(None, hears, "--audio", "shuffled", out="again")
-    other = lab(None, hears, "--audio", "shuffled", "--seed", 1, out="seed1")
-    assert again.predictions == done.predictions != other.predictions
-
-
-def test_shuffled_pairs_over_the_whole_file(lab):
-    """The first items alone, then all: the answers of a run that asked all at once."""
-    rows = [asks(i) for i in range(8)]
-    part, more = (lab(rows, hears, "--audio", "shuffled", *words) for words in (["--limit", 3], []))
-    whole = lab(None, hears, "--audio", "shuffled", out="whole")
-    assert len(part.shown) == 3 and len(more.shown) == 5
-    assert part.predictions == whole.predictions[:3] and more.predictions == whole.predictions
-    assert len(lab(rows, hears, "--audio", "shuffled", "--limit", 1, out="one").predictions) == 1
-
-
-def test_shuffled_prompts_have_room_for_the_clips_that_are_played(ask, tiny, tmp_path):
-    """Items of one clip and of two change places."""
-    sounds = [e.audio for e in itertools.islice(Examples(tiny.questions), 4)]
-    rows = [asks(i, audio=[sounds[1], sounds[0]] if i == 1 else sounds[i]) for i in range(4)]
-    assert ask(save(tmp_path / "q.jsonl", rows), tmp_path / "out", "--audio", "shuffled")[0]["errors"] == 0
-
-
-@pytest.mark.parametrize("audio", ["real", "silence", "none", "shuffled"])
-def test_the_page_plays_what_the_model_heard(lab, capsys, audio):
-    """And it and the screen name the condition; so does the page that --compare writes."""
-    done = lab([asks(i) for i in range(4)], hears, "--audio", audio)
-    written = held(done.out)
-    assert ev.main(["--compare", done.out, done.out]) == 0
-    assert held(done.out)["items"] == written["items"] and set(held(done.out)["clips"]) == set(
-        written["clips"]
-    )
-    named = [[os.path.splitext(os.path.basename(c))[0] for c in i["clips"]] for i in written["items"]]
-    heard = [[p["raw_output"]] for p in done.predictions] if audio in ("real", "shuffled") else [[]] * 4
-    assert named == heard and len(written["clips"]) == len(set(sum(heard, [])))
-    with open(os.path.join(done.out, "report.html"), encoding="utf-8") as f:
-        table = f.read().partition("<nav>")[0]
-    assert (
-        (f"4 items; --audio {audio}" in done.stdout)
-        == (f"4 items; --audio {audio}" in table)
-        == (audio != "real")
-    )
+def test_shuffled_run(lab):
+    """Wrong for who hears; over the whole file, whatever the --limit: some items first is as all at once."""
+    whole = lab(asking(8), hears, "--audio shuffled", out="whole")
+    assert whole.report["accuracy"] == 0 and "pass_rate_shuffled" in whole.rated[0]["meta"]
+    other = lab(None, hears, "--audio shuffled --seed 1", out="seed1")
+    part, more = (lab(None, hears, "--audio shuffled " + limit) for limit in ("--limit 3", ""))
+    assert len(part.shown) == 3 and len(more.shown) == 5 and part.predictions == whole.predictions[:3]
+    assert more.predictions == whole.predictions != other.predictions
+    one_clip = [asks(0), asks(4), asks(8, audio="./dog.wav")]
+    error = lab(one_clip, hears, "--audio shuffled", out="one", code=2).error
+    assert error == "error: --audio shuffled: all items have the same clip\n"
 
 
 # ---- resume
 
 
 def test_answered_items_are_not_asked_again(lab):
-    rows = [asks(i) for i in range(5)]
-    assert [e.id for e in lab(rows, hears, "--limit", 2).shown] == ["q0", "q1"]
-    more = lab(None, hears, "--batch_size", 2)
-    assert [e.id for e in more.shown] == ["q2", "q3", "q4"]
-    again = lab(None, lambda *_: pytest.fail("asked again"))
-    assert again.predictions == more.predictions == lab(None, hears, out="whole").predictions
-    assert again.report["n"] == 5
+    assert lab(asking(5), hears, "--limit 2").shown == ["q0", "q1"]
+    more = lab(None, hears, "--batch_size 2")
+    assert more.shown == ["q2", "q3", "q4"] and more.report["n"] == 5
+    again = lab(None, hears, "--batch_size 1 --rollout_rows 2")
+    assert not again.shown and again.predictions == more.predictions
+    part = lab(None, hears, "--limit 3")
+    assert part.report["n"] == len(part.predictions) == len(part.rated) == 3
+    assert lab(None, hears, "--limit 99").predictions == lab(None, hears, out="whole").predictions
 
 
-def test_a_torn_line_is_asked_again(lab):
-    """A kill cuts the last line anywhere, even within a character."""
-    rows = [asks(i, question=f"Qué {i} 犬?") for i in range(3)]
-    whole = lab(rows, lambda e, w, n: f"犬 {hears(e, w, n)}")
-    path = os.path.join(whole.out, "items.jsonl")
-    with open(path, "rb") as f:
-        content = f.read()
+def test_a_torn_line_is_asked_again(lab, clips):
+    """A kill cuts the last line anywhere."""
+    path, say = clips / "out" / "items.jsonl", lambda e, w, n: f"犬 {hears(e, w, n)}"
+    whole = lab(asking(3), say)
+    content = path.read_bytes()
     last = content.rindex(b"\n", 0, -1) + 1
-    for at in (last, last + 1, content.rindex("犬".encode()) + 1, len(content) - 1):
-        with open(path, "wb") as f:
-            f.write(content[:at])
-        again = lab(None, lambda e, w, n: f"犬 {hears(e, w, n)}")
-        assert [e.id for e in again.shown] == ["q2"] and again.predictions == whole.predictions
-        with open(path, "rb") as f:
-            assert f.read() == content
+    for end in (last, last + 1, last + 60, len(content) - 1):
+        os.truncate(path, end)
+        again = lab(None, say)
+        assert again.shown == ["q2"] and again.predictions == whole.predictions
+        assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize(
-    "words, named",
-    [
-        (["--prompt", "answer"], "prompt"),
-        (["--audio", "silence"], "audio"),
-        (["--samples", 2], "decoding"),
-        (["--seed", 1], "decoding"),
-        (["--max_new_tokens", 5], "decoding"),
-        (["--temperature", 0.5], "decoding"),
-        (["--rotate_choices"], "rotate_choices"),
-        (["--max_audio_s", 5], "max_audio_s"),
-        (["--adapter", "a"], "adapter"),
-        (["--prompt", "caption"], "prompt"),
-    ],
-)
-def test_other_settings_are_refused_by_name(lab, words, named):
-    lab([asks(0)], hears)
-    refused = lab(None, hears, *words, code=2)
-    assert (
-        "holds results of another" in refused.stderr
-        and re.search(rf"\b{named}\b", refused.stderr)
-        and not refused.shown
-    )
+def test_rotations_resume_one_by_one(lab, clips):
+    whole = lab(asking(2), hears, "--rotate_choices")
+    path = clips / "out" / "items.jsonl"
+    save(path, read(path)[:5])
+    again = lab(None, hears, "--rotate_choices")
+    assert len(again.shown) == 3 and again.predictions == whole.predictions and again.report == whole.report
 
 
-def test_other_weights_are_refused(lab, clips):
-    lab([asks(0)], hears)
-    (clips / "model" / "model.safetensors").write_bytes(b"other")
-    assert "model_fingerprint" in lab(None, hears, code=2).stderr
+OTHER = """prompt answer|prompt caption|audio silence|samples 2|seed 1|max_new_tokens 5|temperature 0.5
+max_audio_s 5|adapter a|rotate_choices|max_relistens 1|relisten_from embeddings|weights"""
+
+
+@pytest.mark.parametrize("flag", re.split(r"[|\n]", OTHER))
+def test_other_settings_are_refused_by_name(lab, clips, flag):
+    lab(asking(1), hears)
+    if flag == "weights":
+        (clips / "model" / "model.safetensors").write_bytes(b"other")
+    refused = lab(None, hears, "" if flag == "weights" else f"--{flag}", code=2)
+    named = refused.error.partition("holds results of another ")[2]
+    assert ("model_fingerprint" if flag == "weights" else flag.split()[0]) in named and not refused.shown
 
 
 def test_another_clip_is_refused(lab, clips):
@@ -671,64 +578,40 @@ def test_another_clip_is_refused(lab, clips):
     (clips / "b").mkdir()
     for name, other in zip(NAMES, NAMES[::-1]):
         shutil.copy(clips / f"{other}.wav", clips / "b" / f"{name}.wav")
-    rows, there = [asks(i) for i in range(3)], ["--audio_dir", clips / "b"]
-    first = lab(rows, hears, "--audio_dir", clips)
-    refused = lab(None, hears, *there, code=2)
-    assert "q0 was asked on another clip" in refused.stderr and "give another --out" in refused.stderr
-    assert lab(None, hears, *there, out="b").predictions != first.predictions
-    assert not lab(None, hears, "--audio_dir", clips).shown
+    first = lab(asking(3), hears)
+    refused = lab(None, hears, "--audio_dir b", code=2)
+    assert "q0 was asked on another clip" in refused.error and "give another --out" in refused.error
+    assert lab(None, hears, "--audio_dir b", out="there").predictions != first.predictions
+    assert not lab(None, hears).shown
     soundfile.write(clips / "cat.wav", np.full(900, 0.3), data.RATE_HZ)
-    assert "q1 was asked on another clip" in lab(None, hears, code=2).stderr
+    assert "q1 was asked on another clip" in lab(None, hears, code=2).error
     (clips / "cat.wav").unlink()
-    assert "q1 was asked on another clip" in lab(None, hears, code=2).stderr
+    assert "q1 was asked on another clip" in lab(None, hears, code=2).error
 
 
-def test_another_clip_inside_a_parquet_file_is_refused(lab, clips):
+def test_clips_inside_a_parquet_file(lab, clips, main):
+    """Another clip in the same row is refused; captions have a path that can be read again."""
     datasets = pytest.importorskip("datasets")
     for names in (NAMES, NAMES[::-1]):
-        sounds = [{"bytes": (clips / f"{n}.wav").read_bytes(), "path": None} for n in names[:2]]
-        datasets.Dataset.from_dict(
-            dict(audio=sounds, question=["?"] * 2, choices=[NAMES] * 2, answer=NAMES[:2])
-        ).to_parquet(str(clips / f"{names[0]}.parquet"))
-    lab(None, hears, name="dog.parquet")
+        sounds = [{"bytes": (clips / f"{name}.wav").read_bytes(), "path": None} for name in names[:2]]
+        rows = dict(audio=sounds, question=["?"] * 2, choices=[NAMES] * 2, answer=NAMES[:2])
+        datasets.Dataset.from_dict(rows).to_parquet(f"{names[0]}.parquet")
+    assert lab(None, hears, name="dog.parquet").report["accuracy"] == 1
     assert not lab(None, hears, name="dog.parquet").shown
-    assert "was asked on another clip" in lab(None, hears, name="bell.parquet", code=2).stderr
-
-
-def test_two_runs_on_different_clips_are_paired(lab, clips, capsys):
-    """An item is what is asked: where its clip lies is no part of it."""
-    (clips / "b").mkdir()
-    for name in NAMES:
-        shutil.copy(clips / f"{name}.wav", clips / "b")
-    a = lab([asks(i) for i in range(3)], hears, out="a")
-    b = lab(None, hears, "--audio_dir", clips / "b", out="other")
-    assert ev.main(["--compare", a.out, b.out]) == 0 and "3 items" in capsys.readouterr().out
+    assert "was asked on another clip" in lab(None, hears, name="bell.parquet", code=2).error
+    main("--compare out out")
+    lab(None, hears, "--prompt caption", name="dog.parquet", out="captions")
+    written = Examples("captions/captions.jsonl")
+    assert [hears(e, [data.load_audio(e.audio)[0]], 0) for e in written] == NAMES[:2]
 
 
 def test_a_path_that_is_no_text_is_kept(lab, clips):
     """A folder holds names that are not UTF-8; JSON can spell them."""
-    (clips / "sounds").mkdir()
     for folder, name in (("dog", b"1\xff.wav"), ("cat", b"2.wav")):
-        (clips / "sounds" / folder).mkdir()
+        (clips / "sounds" / folder).mkdir(parents=True)
         shutil.copy(clips / f"{folder}.wav", os.path.join(os.fsencode(clips / "sounds" / folder), name))
     assert lab(None, hears, name="sounds").report["accuracy"] == 1
     assert not lab(None, hears, name="sounds").shown
-
-
-def test_speed_is_no_setting(lab):
-    lab([asks(0)], hears)
-    assert not lab(None, hears, "--batch_size", 1, "--rollout_rows", 2).shown
-
-
-def test_rotations_resume_one_by_one(lab):
-    whole = lab([asks(0), asks(1)], hears, "--rotate_choices")
-    path = os.path.join(whole.out, "items.jsonl")
-    with open(path, encoding="utf-8") as f:
-        lines = f.readlines()
-    with open(path, "w", encoding="utf-8") as f:
-        f.writelines(lines[:5])
-    again = lab(None, hears, "--rotate_choices")
-    assert len(again.shown) == 3 and again.predictions == whole.predictions and again.report == whole.report
 
 
 def test_a_failed_start_leaves_nothing_behind(lab, monkeypatch):
@@ -737,10 +620,9 @@ def test_a_failed_start_leaves_nothing_behind(lab, monkeypatch):
     def fails(cfg, train=True):
         raise UserError(f"--adapter {cfg.adapter}: no")
 
-    load = og.load_policy
-    monkeypatch.setattr(og, "load_policy", fails)
-    lab([asks(0)], hears, "--adapter", "misspelt", code=2)
-    monkeypatch.setattr(og, "load_policy", load)
+    with monkeypatch.context() as patched:
+        patched.setattr(omni_grpo, "load_run_policy", fails)
+        lab(asking(1), hears, "--adapter misspelt", code=2)
     assert lab(None, hears).report["accuracy"] == 1
 
 
@@ -752,773 +634,506 @@ def test_ctrl_c(lab):
             raise KeyboardInterrupt
         return hears(example, waves, n)
 
-    assert "goes on" in lab([asks(i) for i in range(4)], say, "--batch_size", 2, code=130).stderr
-    assert [e.id for e in lab(None, hears).shown] == ["q2", "q3"]
+    assert "goes on" in lab(asking(4), say, "--batch_size 2", code=130).error
+    assert lab(None, hears).shown == ["q2", "q3"]
 
 
 # ---- compare
 
 
-def test_compare_finds_what_flipped(lab, clips, capsys):
+def test_compare_finds_what_flipped(lab, main):
     """The base knows items 0-3, the new one 2-7 of 8: 2 lost, 4 won, p = 2 (1 + 6 + 15) / 64."""
     rows = [asks(i, meta={"task": "sound" if i % 2 else "music"}) for i in range(8)]
-    base = lab(rows, lambda e, w, n: hears(e, w, n) if int(e.id[1:]) < 4 else "none", out="base")
-    new = lab(None, lambda e, w, n: hears(e, w, n) if int(e.id[1:]) > 1 else "none", out="new")
-    assert (base.report["accuracy"], new.report["accuracy"]) == (0.5, 0.75)
-    assert ev.main(["--compare", base.out, new.out]) == 0
-    said, found = capsys.readouterr().out, read(os.path.join(new.out, "compare.json"))
-    keys = {ev.item_key(e): e.id for e in Examples(str(clips / "q.jsonl"))}
-    assert {k: [keys[x] for x in found[k]] for k in ("lost", "won")} == dict(
-        lost=["q0", "q1"], won=["q4", "q5", "q6", "q7"]
-    )
-    assert (found["n"], found["difference"], found["p"]) == (8, 0.25, 2 * (1 + 6 + 15) / 64)
+    lab(rows, hears_if(lambda i: i < 4), out="base")
+    lab(None, hears_if(lambda i: i > 1), out="new")
+    lines = """base -> new, 8 items
+        | all | 8 | 50.0 | 75.0 | +25.0 |
+        | 4 | 2 | 0.69 |
+        | task: music | 4 | 50.0 | 75.0 |
+        won: q4: Number 4? -> dog
+        lost: q0: Number 0? -> none"""
+    assert shows(main("--compare base new"), lines)
+    found, keys = read("new/compare.json"), [ev.item_key(e) for e in Examples("q.jsonl")]
+    assert (found["lost"], found["won"]) == (keys[:2], keys[4:])
+    assert pick(found, "n base new difference p") == [8, 0.5, 0.75, 0.25, 2 * (1 + 6 + 15) / 64]
     assert found["interval"] == list(ev.bootstrap([-1] * 2 + [0] * 2 + [1] * 4))
-    assert "| **all** | 8 | 50.0 | 75.0 | +25.0 |" in said and "| task: music | 4 | 50.0 | 75.0 |" in said
-    with open(os.path.join(new.out, "report.html"), encoding="utf-8") as f:
-        flips = [
-            i["flip"]
-            for i in json.loads(re.search(r'application/json">(.*?)</script>', f.read(), re.DOTALL)[1])[
-                "items"
-            ]
-        ]
-    assert flips == ["lost"] * 2 + [""] * 2 + ["won"] * 4
-    assert ev.main(["--compare", new.out, new.out]) == 0
-    assert "| 8 | 75.0 | 75.0 | +0.0 | -32.4 to +32.4 | 0 | 0 | 1 |" in capsys.readouterr().out
+    groups = collections.Counter(group for group, *_ in page_of("new/report.html").items)
+    assert groups == dict(won=4, lost=2, right=2)
+    assert shows(main("--compare new new"), "| 8 | 75.0 | 75.0 | +0.0 | -32.4 to +32.4 | 0 | 0 | 1 |")
 
 
-def test_compare_pairs_items_and_not_lines(lab, capsys):
-    rows = [asks(i) for i in range(4)]
-    a = lab(rows, lambda e, w, n: hears(e, w, n) if e.id in ("q0", "q1") else "none", out="a")
-    b = lab(
-        rows[::-1],
-        lambda e, w, n: hears(e, w, n) if e.id in ("q0", "q1") else "none",
-        out="b",
-        name="reversed.jsonl",
-    )
-    assert ev.main(["--compare", a.out, b.out]) == 0
-    assert "| 0 | 0 | 1 |" in capsys.readouterr().out
+def test_compare_pairs_items_and_not_lines(lab, clips, main):
+    """In any order, and wherever the clips lie."""
+    lab(asking(4), hears_if(lambda i: i < 2), out="a")
+    shutil.copytree(clips, clips / "b")
+    lab(asking(4)[::-1], hears_if(lambda i: i < 2), "--audio_dir b", out="other", name="reversed.jsonl")
+    assert shows(main("--compare a other"), "| 0 | 0 | 1 |")
 
 
 @pytest.mark.parametrize(
-    "change, words, named",
+    "change, flags, named",
     [
-        ({"question": "Who?"}, [], "items"),
-        ({"answer": 2}, [], "items"),
-        ({"choices": NAMES[::-1]}, [], "items"),
-        ({"id": "x"}, [], "items"),
-        ({}, ["--prompt", "answer"], "prompt"),
-        ({}, ["--rotate_choices"], "rotate_choices"),
-        ({}, ["--limit", 1], "items"),
+        (dict(question="Who?"), "", "items"),
+        (dict(answer=2), "", "items"),
+        (dict(choices=NAMES[::-1]), "", "items"),
+        (dict(id="x"), "", "items"),
+        ({}, "--limit 1", "items"),
+        ({}, "--prompt answer", "prompt"),
+        ({}, "--rotate_choices", "rotate_choices"),
+        ({}, "", "version"),
     ],
 )
-def test_compare_refuses_what_cannot_be_compared(lab, capsys, change, words, named):
-    a = lab([asks(0), asks(1)], hears, out="a")
-    b = lab([asks(0), asks(1, **change)], hears, *words, out="b")
-    assert ev.main(["--compare", a.out, b.out]) == 2
-    stderr = capsys.readouterr().err
-    assert f"have different {named} (" in stderr and not os.path.exists(os.path.join(b.out, "compare.json"))
+def test_compare_refuses_what_cannot_be_compared(lab, clips, main, change, flags, named):
+    lab(asking(2), hears, out="a")
+    b = lab([asks(0), asks(1, **change)], hears, flags, out="b")
+    if named == "version":
+        save(clips / "b" / "report.json", b.report | {"version": "original"})
+    assert f"have different {named} (" in main("--compare a b", code=2)
+    assert not os.path.exists("b/compare.json")
 
 
-def test_compare_refuses_other_versions(lab, capsys):
-    """The same items, said to be of another version."""
-    a, b = lab([asks(0)], hears, out="a"), lab([asks(0)], hears, out="b")
-    save(pathlib.Path(b.out, "report.json"), b.report | {"version": "original"})
-    assert ev.main(["--compare", a.out, b.out]) == 2
-    assert "have different version" in capsys.readouterr().err
+LINE = dict(item="x", heard=[], rotation=0, said=["dog"], error="", again=[[]], refused=[{}])
+DAMAGE = dict(
+    item=(None, 1),
+    rotation=(None, "0"),
+    error=(None, 1),
+    heard=(None, 1, [1]),
+    said=(None, "dog", ["dog", 1], [["dog"]], {"dog": 1}),
+    again=(3, [3], [[1]], [[["a", "b"]]]),
+    refused=(3, [3], [{"long": "x"}]),
+)
 
 
-NO_ANSWERS = [
-    json.dumps({k: v for k, v in record.items() if v != "left out"}) + "\n"
-    for change in (
-        dict(item="left out"),
-        dict(item=1),
-        dict(rotation="left out"),
-        dict(rotation="0"),
-        dict(rotation=None),
-        dict(error="left out"),
-        dict(error=None),
-        dict(said="left out"),
-        dict(said=None),
-        dict(said="dog"),
-        dict(said=["dog", 1]),
-        dict(said=[["dog"]]),
-        dict(said={"dog": 1}),
-    )
-    for record in [dict(item="x", rotation=0, said=["dog"], error="") | change]
-]
+def test_damaged_results_are_refused(lab, clips, main):
+    """In one line, by --compare and by a run that would go on; nothing is asked or changed."""
+    lab(asking(1), hears, out="good")
+    main("--compare good good")
+    table = [("config.json", b"{"), ("config.json", b"[]"), ("report.json", b"{"), ("report.json", b"[]")]
+    table += [("report.json", b'{"items_hash": "", "accuracy": 1}'), ("items.jsonl", b"1\n{}\n")]
+    for key, value in [(key, value) for key, values in DAMAGE.items() for value in values]:
+        line = {k: v for k, v in (LINE | {key: value}).items() if v is not None}
+        table.append(("items.jsonl", json.dumps(line).encode() + b"\n"))
+    for n, (name, content) in enumerate(table):
+        broken = shutil.copytree("good", f"broken{n}") + "/" + name
+        (clips / broken).write_bytes(content)
+        errors = []
+        if name != "config.json":
+            errors.append(main(f"--compare good broken{n}", code=2))
+        if name != "report.json":
+            errors.append(lab(None, hears, out=f"broken{n}", code=2).error)
+            assert (clips / broken).read_bytes() == content
+        assert all(error.count("\n") == 1 for error in errors), (name, content)
 
 
-def test_compare_refuses_what_is_no_result(lab, clips, capsys):
-    a = lab([asks(0)], hears, out="a").out
-    blank = lab([asks(0, answer=None)], hears, out="blank").out
-    controls = lab([asks(0), asks(1)], hears, "--controls", out="controls").out
+def test_compare_refuses_what_is_no_result(lab, clips, main):
+    lab(asking(1), hears)
+    lab(asking(1, answer=None), hears, out="blank")
+    lab(asking(2), hears, "--controls", out="controls")
     (clips / "empty").mkdir()
-    for other in (str(clips / "empty"), str(clips / "none"), str(clips / "q.jsonl"), blank, controls):
-        assert ev.main(["--compare", a, other]) == 2 == ev.main(["--compare", other, a])
-        assert "no finished and scored results" in capsys.readouterr().err
-    for n, (name, content) in enumerate(
-        [
-            ("report.json", b"{"),
-            ("report.json", b"[]"),
-            ("report.json", b'{"items_hash": "", "accuracy": 1}'),
-            ("items.jsonl", b"1\n"),
-            *(("items.jsonl", line.encode()) for line in NO_ANSWERS),
-        ]
-    ):
-        broken = shutil.copytree(a, clips / f"broken{n}")
-        (broken / name).write_bytes(content)
-        assert ev.main(["--compare", a, str(broken)]) == 2
-        stderr = capsys.readouterr().err
-        assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    for other in "empty none q.jsonl blank controls".split():
+        for pair in (f"out {other}", f"{other} out"):
+            assert other in main(f"--compare {pair}", code=2)
 
 
 # ---- other people's predictions
 
 
-MMAU = [
-    dict(
-        id=f"m{i}",
-        audio_id=f"./{NAMES[i]}.wav",
-        question="What is it?",
-        choices=NAMES,
-        answer=NAMES[i],
-        task=["sound", "music"][i % 2],
-        difficulty="easy",
-        category=["Reasoning"],
-    )
-    for i in range(4)
-]
+def mmau(i: int, **more) -> dict:
+    name = NAMES[i]
+    row = dict(id=f"m{i}", audio_id=f"./{name}.wav", question="What is it?", choices=NAMES, answer=name)
+    return row | dict(task=["sound", "music"][i % 2], difficulty="easy", category=["Reasoning"]) | more
 
 
-@pytest.mark.parametrize(
-    "key", ["model_output", "model_prediction", "answer_prediction", "response", "raw_output"]
-)
-@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
-def test_every_key_is_scored(tmp_path, capsys, key, name):
-    """A list or lines; a row that lacks the key, or holds null, is wrong and counted."""
-    rows = [MMAU[0] | {key: "The answer is dog."}, MMAU[1], MMAU[2] | {key: None}, MMAU[3] | {key: "cat"}]
-    assert ev.main(["--score", save(tmp_path / name, rows)]) == 0
-    said = capsys.readouterr().out
-    assert (
-        "| **all** | 4 | **25.0** |" in said
-        and "0 clips that could not be heard, 2 items without a prediction" in said
-    )
-    report = ev.score_file(str(tmp_path / name), "")
-    assert (report["missing"], report["prediction_key"], report["unresolved"]) == (2, key, 0)
-    assert {k: v["accuracy"] for k, v in report["by_task"].items()} == dict(sound=0.5, music=0)
+MMAU = [mmau(i) for i in range(4)]
+ANSWERED = [mmau(i, model_output=NAMES[i]) for i in range(4)]
+MMSU = dict(task_name="t", audio_path="a.wav", question="?", choice_a="dog", choice_b="cat", answer_gt="cat")
+MMSU |= dict(choice_c=None, choice_d=None)
+
+
+@pytest.mark.parametrize("key", ev.PREDICTIONS[:5])
+def test_every_key_is_scored(score, capsys, key):
+    """A row that lacks the key, or holds null, is wrong and counted."""
+    report = score([mmau(0) | {key: "It is dog."}, MMAU[1], mmau(2) | {key: None}, mmau(3) | {key: "cat"}])
+    assert pick(report, "missing prediction_key unresolved") == [2, key, 0]
+    assert {task: part["accuracy"] for task, part in report["by_task"].items()} == dict(sound=0.5, music=0)
     assert report["by"]["category"] == {"Reasoning": report["by"]["difficulty"]["easy"]}
+    lines = """p.json: MMAU unknown version, 4 items
+        | all | 4 | 25.0 | 4.6 - 69.9 | 0 |
+        counted as wrong: 0 clips that could not be heard, 2 items without a prediction"""
+    assert shows(capsys.readouterr().out, lines)
 
 
-@pytest.mark.parametrize(
-    "ids", [["m0", "m1", "m2", "m3"], [0, 1, 2, 3], [None] * 4], ids=["names", "numbers", "only the clip"]
-)
-def test_predictions_join_by_id(tmp_path, ids):
-    """In any order, to the item of that id and to no other that asks the same question; a row that is not there is missing."""
+@pytest.mark.parametrize("ids", [["m0", "m1", "m2", "m3"], [0, 1, 2, 3], [None] * 4])
+def test_predictions_join_by_id(score, ids):
+    """Or by the clip: in any order, to no other item that asks the same; a row may be missing."""
     items = [row | {"id": i} for row, i in zip(MMAU, ids)]
-    key = "id" if ids[0] is not None else "audio_id"
-    said = [{key: row[key], "question": row["question"], "model_output": row["answer"]} for row in items]
-    questions = save(tmp_path / "q.json", items)
-    for rows, right in (
-        (said, 4),
-        (said[::-1], 4),
-        (said[1:3], 2),
-        (said[:1], 1),
-        ([*said[2:], said[0] | {key: "x"}], 2),
-    ):
-        report = ev.score_file(save(tmp_path / "p.json", rows), questions)
-        assert (report["n"], report["accuracy"], report["missing"]) == (4, right / 4, 4 - right)
+    key = "audio_id" if None in ids else "id"
+    said = [dict(question="What is it?", response=row["answer"]) | {key: row[key]} for row in items]
+    other = [*said[2:], said[0] | {key: "x"}]
+    for rows, right in ((said, 4), (said[::-1], 4), (said[1:3], 2), (said[:1], 1), (other, 2)):
+        report = score(rows, items)
+        assert pick(report, "n accuracy missing") == [4, right / 4, 4 - right]
 
 
-def test_every_row_has_its_own_key(tmp_path):
+def test_every_row_has_its_own_key(score):
     """A file merged from several: the first key of a row that is not null."""
-    rows = [
-        MMAU[0] | {"model_output": "dog"},
-        MMAU[1] | {"model_prediction": "cat"},
-        MMAU[2] | {"model_output": None, "model_prediction": "rain"},
-        MMAU[3] | {"model_output": None},
-    ]
-    for words in ("", save(tmp_path / "q.json", MMAU)):
-        report = ev.score_file(save(tmp_path / "p.json", rows), words)
-        assert (report["accuracy"], report["missing"]) == (0.75, 1)
+    rows = [mmau(0, model_output="dog"), mmau(1, model_prediction="cat"), mmau(3, model_output=None)]
+    rows.append(mmau(2, model_output=None, model_prediction="rain"))
+    for questions in (None, MMAU):
+        report = score(rows, questions)
+        assert pick(report, "accuracy missing") == [0.75, 1]
         assert report["prediction_key"] == "model_output, model_prediction"
 
 
-def test_predictions_join_by_what_they_have(tmp_path, capsys):
+def test_predictions_join_by_what_they_have(score):
     """Ids of their own, and the right clip, or the right question: the surest name that leads to one item."""
-    data_file = save(tmp_path / "q.json", [row | {"question": f"What is {row['id']}?"} for row in MMAU])
-    asked = read(data_file)
-    said = [
-        {
-            "id": i,
-            "model_output": row["answer"],
-            "audio_id": f"elsewhere/{os.path.basename(row['audio_id'])}",
-            "question": row["question"],
-        }
-        for i, row in enumerate(asked)
-    ]
-    for keys in (
-        ("id", "audio_id"),
-        ("id", "question"),
-        ("audio_id",),
-        ("question",),
-        ("id", "audio_id", "question"),
-    ):
-        rows = [{k: v for k, v in row.items() if k in (*keys, "model_output")} for row in said[::-1]]
-        report = ev.score_file(save(tmp_path / "p.json", rows), data_file)
-        assert (report["accuracy"], report["missing"], report["left_out"]) == (1, 0, [])
-    capsys.readouterr()
-    assert (
-        ev.main(
-            ["--score", save(tmp_path / "p.json", [{"id": 7, "model_output": "dog"}]), "--data", data_file]
-        )
-        == 2
-    )
-    stderr = capsys.readouterr().err
-    assert (
-        stderr.startswith("error: ")
-        and "p.json:entry 1: no row has an id, a clip or a question of " in stderr
-    )
+    questions = [mmau(i, question=f"What is {i}?") for i in range(4)]
+    said = [row | dict(id=i, audio_id=f"elsewhere/{NAMES[i]}.wav") for i, row in enumerate(questions)]
+    for keys in ("id audio_id", "id question", "audio_id", "question", "id audio_id question"):
+        rows = [dict(response=row["answer"]) | {key: row[key] for key in keys.split()} for row in said[::-1]]
+        assert pick(score(rows, questions), "accuracy missing left_out") == [1, 0, []]
+    with pytest.raises(DataError, match="p.json:entry 1: no row has an id, a clip or a question of "):
+        score([dict(id=7, response="dog")], questions)
 
 
-def test_questions_of_one_id_or_clip_have_their_own_predictions(tmp_path):
+def test_questions_of_one_id_or_clip_have_their_own_predictions(score):
     """Told apart by the question; where a row does not hold it, it is a guess and does not count."""
-    items = [asks(i, id="x", audio="dog.wav") for i in range(3)]
-    questions = save(tmp_path / "q.jsonl", items)
-    said = [dict(id="x", question=row["question"], response=NAMES[row["answer"]]) for row in items]
-    assert ev.score_file(save(tmp_path / "p.jsonl", said[::-1]), questions)["accuracy"] == 1
-    report = ev.score_file(save(tmp_path / "p.jsonl", [said[0], dict(id="x", response="dog")]), questions)
-    assert (report["missing"], report["left_out"]) == (2, [f"{tmp_path}/p.jsonl:2"])
+    questions = asking(3, id="x", audio="dog.wav")
+    said = [dict(id="x", question=f"Number {i}?", response=NAMES[i]) for i in range(3)]
+    assert score(said[::-1], questions)["accuracy"] == 1
+    pairs = [(audio, question) for audio in ("dog.wav", "cat.wav") for question in ("a?", "b?")]
+    rows = [asks(i, audio=audio, question=question) for i, (audio, question) in enumerate(pairs)]
+    said = [dict(audio=row["audio"], question=row["question"], response=NAMES[row["answer"]]) for row in rows]
+    assert score(said[::-1], rows)["accuracy"] == 1
+    said = [dict(id="x", question="Number 0?", response="dog"), dict(id="x", response="dog")]
+    report = score(said, questions)
+    assert report["missing"] == 2 and [row[-7:] for row in report["left_out"]] == ["entry 2"]
 
 
-def test_predictions_of_other_questions_are_refused(tmp_path, capsys):
+def test_predictions_of_other_questions_are_refused(score):
     """Rows that hold what was asked must have asked the same: the text, the choices, and their order."""
-    questions = save(tmp_path / "q.json", MMAU)
-    said = [row | {"model_output": row["answer"]} for row in MMAU]
-    for change in (
-        dict(question="Who?"),
-        dict(choices=NAMES[::-1]),
-        dict(choices=NAMES[:3]),
-        dict(choices=None, question="Who?"),
-        dict(choices="dog"),
-        dict(choices=json.dumps(NAMES[::-1])),
-    ):
-        rows = [said[0], said[1], said[2] | change, said[3] | change]
-        assert ev.main(["--score", save(tmp_path / "p.json", rows), "--data", questions]) == 2
-        stderr = capsys.readouterr().err
-        assert (
-            stderr.startswith("error: ")
-            and "p.json:entry 3: its question or choices are not those of" in stderr
-        )
-        assert stderr.count("\n") == 1
-    for change in (
-        dict(choices=None),
-        dict(choices=json.dumps(NAMES)),
-        dict(question=None),
-        dict(answer="", task="?"),
-    ):
-        assert (
-            ev.score_file(save(tmp_path / "p.json", [row | change for row in said]), questions)["accuracy"]
-            == 1
-        )
-    columns = [
-        dict(id=f"c{i}", audio_path=f"{i}.wav", question="?", choice_a="dog", choice_b="cat", answer_gt="cat")
-        for i in range(2)
-    ]
-    questions = save(tmp_path / "q.json", columns)
-    rows = [row | dict(response="B", choice_a="cat", choice_b="dog") for row in columns]
-    assert ev.main(["--score", save(tmp_path / "p.json", rows), "--data", questions]) == 2
+    changes = [dict(question="Who?"), dict(question="Who?", choices=None)]
+    changes += [dict(choices=x) for x in (NAMES[::-1], NAMES[:3], "dog", json.dumps(NAMES[::-1]))]
+    for change in changes:
+        with pytest.raises(DataError, match="p.json:entry 3: its question or choices are not those of"):
+            score(ANSWERED[:2] + [row | change for row in ANSWERED[2:]], MMAU)
+    for change in (dict(choices=None), dict(choices=json.dumps(NAMES)), dict(question=None), dict(answer="")):
+        assert score([row | change for row in ANSWERED], MMAU)["accuracy"] == 1
+    with pytest.raises(DataError, match="its question or choices"):
+        score([MMSU | dict(id="c", response="B", choice_a="cat", choice_b="dog")], [MMSU | dict(id="c")])
 
 
-def test_predictions_of_an_item_of_several_rows(tmp_path):
-    rows = [dict(file_name="a.wav", QuestionText="Is it a dog?", answer=a) for a in ("yes", "yes", "no")]
-    questions = save(tmp_path / "q.json", rows)
-    report = ev.score_file(save(tmp_path / "p.json", [dict(file_name="a.wav", response="yes")]), questions)
-    assert (report["n"], report["accuracy"]) == (1, 1)
-
-
-def test_no_item_counts_twice(tmp_path, capsys):
+def test_no_item_counts_twice(score, capsys):
     """Rows of an item that has one, and of none: the first counts, the others are counted and named."""
-    said = [row | {"model_output": row["answer"]} for row in MMAU]
-    again = said[0] | {"model_output": "cat"}
-    rows = save(tmp_path / "p.json", [*said, again, again])
-    for words in ([], ["--data", save(tmp_path / "q.json", MMAU)]):
-        assert ev.main(["--score", rows, *words]) == 0
-        stdout = capsys.readouterr().out
-        assert (
-            "| **all** | 4 | **100.0** |" in stdout
-            and "2 rows not counted" in stdout
-            and "p.json:entry 5, " in stdout
-        )
-    rows = save(
-        tmp_path / "p.json", [{"id": "m9", "model_output": "dog"}, {"id": "m1", "model_output": "cat"}]
-    )
-    report = ev.score_file(rows, words[1])
-    assert (report["n"], report["missing"], report["left_out"]) == (4, 3, [f"{rows}:entry 1"])
-    assert "1 rows not counted" in capsys.readouterr().out
+    again = mmau(0, model_output="cat")
+    for questions in (None, [*MMAU, MMAU[0]]):
+        report = score([*ANSWERED, again, again], questions)
+        assert pick(report, "n accuracy") == [4, 1] and len(report["left_out"]) == 2
+        assert shows(capsys.readouterr().out, "2 rows not counted, of no item\np.json:entry 5, ")
+    rows = [dict(id="m9", model_output="dog"), dict(id="m1", model_output="cat")]
+    assert pick(score(rows, MMAU), "n missing") == [4, 3] and "1 rows not" in capsys.readouterr().out
+    rows = [dict(file_name="a.wav", QuestionText="Is it a dog?", answer=a) for a in ("yes", "yes", "no")]
+    report = score([dict(file_name="a.wav", response="yes")], rows)  # an item of several rows
+    assert pick(report, "n accuracy") == [1, 1]
 
 
-def test_mmsu_and_air_bench_predictions_join(tmp_path):
+def test_mmsu_and_air_bench_predictions_join(score):
     """Many of their items ask the same and have the same choices: only the id tells them apart."""
-    asked = dict(question="Which?", task_name="t", choice_a="dog", choice_b="cat", answer_gt="cat")
-    mmsu = [asked | dict(id=f"code_{i}", audio_path=f"{i}.wav") for i in range(3)]
-    air = [asked | dict(path=f"{i}.wav", uniq_id=i, dataset_name="d") for i in range(3)]
+    mmsu = [MMSU | dict(id=f"code_{i}", audio_path=f"{i}.wav") for i in range(3)]
+    air = [dict(path=f"{i}.wav", uniq_id=i, dataset_name="d") for i in range(3)]
+    air = [{k: v for k, v in MMSU.items() if k != "audio_path"} | row for row in air]
     for rows, key in ((mmsu, "id"), (air, "uniq_id")):
-        questions = save(tmp_path / "q.json", rows)
-        assert [e.id for e in Examples(questions)] == [str(r[key]) for r in rows]
-        said = [{key: r[key], "response": "B" if i else "A"} for i, r in enumerate(rows)]
-        report = ev.score_file(save(tmp_path / "p.jsonl", said[::-1]), questions)
-        assert (report["accuracy"], report["missing"]) == (pytest.approx(2 / 3), 0)
+        said = [{key: row[key], "response": letter} for row, letter in zip(rows, "ABB")]
+        assert pick(score(said[::-1], rows), "accuracy missing") == [pytest.approx(2 / 3), 0]
 
 
-def test_numbers_and_lists_are_read_as_text(tmp_path):
-    rows = [
-        dict(id=str(i), audio=None, question=f"{i}?", choices=["1", "2"], answer=0, response=r)
-        for i, r in enumerate([1, "1", [1], True, ""])
-    ]
-    report = ev.score_file(save(tmp_path / "p.json", rows), "")
-    assert report["missing"] == 0 and report["accuracy"] >= 0.4 and report["n"] == 5
+def test_numbers_and_lists_are_read_as_text(score):
+    said = [1, "1", [1], True, ""]
+    rows = [asks(i, choices=["1", "2"], answer=0, response=x) for i, x in enumerate(said)]
+    report = score(rows)
+    assert pick(report, "n missing") == [5, 0] and report["accuracy"] >= 0.4
 
 
-def test_pro_is_not_called_official(tmp_path, capsys):
-    row = dict(
-        audio_path=["a.wav"],
-        question="?",
-        choices=["x", "y"],
-        answer="x",
-        task_identifier="t",
-        category="sound",
-    )
-    changes = ({"model_output": "x"}, {"choices": []}, {"model_output": "y"}, {"category": "open"})
-    rows = [row | change for change in changes]
-    report = ev.score_file(save(tmp_path / "p.json", rows), "")
-    assert (report["format"], report["accuracy"], report["n"]) == ("MMAU-Pro", 0.5, 2)
-    said = capsys.readouterr().out
-    assert (
-        "not the official NV-Embed similarity" in said
-        and "2 skipped" in said
-        and "official_accuracy" not in report
-    )
+def test_pro_is_not_called_official(score, capsys):
+    row = dict(audio_path=["a.wav"], question="?", choices=["x", "y"], answer="x", task_identifier="t")
+    changes = (dict(model_output="x"), dict(choices=[]), dict(model_output="y"), dict(category="open"))
+    report = score([row | dict(category="sound") | change for change in changes])
+    assert pick(report, "format accuracy n") == ["MMAU-Pro", 0.5, 2] and "official_accuracy" not in report
+    assert shows(capsys.readouterr().out, "not the official NV-Embed similarity\n2 skipped")
 
 
-def test_items_left_out_by_the_letter_rule_are_counted(tmp_path):
+def test_items_left_out_by_the_letter_rule_are_counted(score):
     """Wrong in the strict score, left out of the benchmark's, and said to be."""
     answers = ["B", "b", "B. cat", "cat", "The answer is cat", "Answer: B", "<answer>B</answer>"]
-    rows = [
-        dict(
-            id=str(i),
-            task_name="t",
-            audio_path="a.wav",
-            question="?",
-            choice_a="dog",
-            choice_b="cat",
-            choice_c=None,
-            choice_d=None,
-            answer_gt="cat",
-            response=a,
-        )
-        for i, a in enumerate(answers)
-    ]
-    report = ev.score_file(save(tmp_path / "p.jsonl", rows), "")
-    assert report["format"] == "MMSU" and report["accuracy"] == 1 == report["official_accuracy"]
-    assert report["official_accuracy_raw_left_out"] == 4 and report["official_accuracy_raw"] == pytest.approx(
-        2 / 3
-    )
+    report = score([MMSU | dict(id=str(i), response=text) for i, text in enumerate(answers)])
+    assert pick(report, "format accuracy official_accuracy") == ["MMSU", 1, 1]
+    assert pick(report, "official_accuracy_raw_left_out official_accuracy_raw") == [4, pytest.approx(2 / 3)]
     assert list(report["by_task"]) == ["t"]
 
 
 @pytest.mark.parametrize(
-    "content, words, message",
+    "content, flags, message",
     [
-        (b"", [], "is empty"),
-        (b"[", [], "broken JSON"),
-        (b"[1, 2]", [], "expected a list or lines of JSON objects"),
-        (b"{", [], "broken JSON"),
-        (b"\xff\xfe\x00", [], "p.json"),
-        (b"[]", [], "holds no question"),
-        (b"null", [], "expected a"),
-        (b'[{"id": "a", "model_output": "x"}]', [], "unknown format"),
-        (json.dumps(MMAU).encode(), [], "no row has a prediction"),
-        (b'[{"id": "a", "model_output": "x"}]', ["--data", "none.json"], "no such file"),
-        (b'[{"id": "a"}]', ["--data", "p.json"], "p.json"),
+        (b"", "", "is empty"),
+        (b"[", "", "broken JSON"),
+        (b"[1, 2]", "", "expected a list or lines of JSON objects"),
+        (b"{", "", "broken JSON"),
+        (b"\xff\xfe\x00", "", "p.json"),
+        (b"[]", "", "holds no question"),
+        (b"null", "", "expected a"),
+        (b'[{"id": "a", "model_output": "x"}]', "", "unknown format"),
+        (json.dumps(MMAU).encode(), "", "no row has a prediction"),
+        (b'[{"id": "a", "model_output": "x"}]', "--data none.json", "no such file"),
+        (b'[{"id": "a"}]', "--data p.json", "p.json"),
     ],
 )
-def test_bad_predictions(tmp_path, monkeypatch, capsys, content, words, message):
+def test_bad_predictions(tmp_path, monkeypatch, main, content, flags, message):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "p.json", content)
-    assert ev.main(["--score", "p.json", *words]) == 2
-    stderr = capsys.readouterr().err
-    assert stderr.startswith("error: ") and message in stderr and len(stderr) < 4000
-    assert ev.main(["--score", "nowhere.json"]) == ev.main(["--score", "."]) == 2
+    assert message in main(f"--score p.json {flags}", code=2)
+    main("--score nowhere.json", code=2)
+    main("--score .", code=2)
 
 
 def test_from_the_shell(tmp_path):
     """Exit codes and messages are those of the program, too; --score needs no model and no torch."""
 
     def run(*words):
-        code = (
-            f"import sys; sys.path.insert(0, {ROOT!r}); import eval as ev; code = ev.main(sys.argv[1:]); "
-            "assert 'torch' not in sys.modules; sys.exit(code)"
-        )
-        return subprocess.run(
-            [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
+        flags = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT}, timeout=60)
+        return subprocess.run([sys.executable, *words], capture_output=True, text=True, **flags)
 
-    save(tmp_path / "p.json", [row | {"model_output": row["answer"]} for row in MMAU])
-    done = run("--score", "p.json")
-    assert (done.returncode, done.stderr) == (0, "") and "**100.0**" in done.stdout
-    (tmp_path / "bad.json").write_text("[{]")
-    done = subprocess.run(
-        [sys.executable, os.path.join(ROOT, "eval.py"), "--score", "bad.json"],
-        cwd=tmp_path,
-        timeout=60,
-        capture_output=True,
-        text=True,
+    code = (
+        "import sys, eval; code = eval.main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
     )
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(
-        "error: bad.json: broken JSON"
-    )
-    assert done.stderr.count("\n") == 1
+    save(tmp_path / "p.jsonl", ANSWERED)
+    done = run("-c", code, "--score", "p.jsonl")
+    assert (done.returncode, done.stderr) == (0, "") and "| all | 4 | 100.0 |" in done.stdout
+    save(tmp_path / "bad.json", b"[{]")
+    done = run(f"{ROOT}/eval.py", "--score", "bad.json")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: bad.json: broken JSON")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "",
-        "--samples 0",
-        "--data q --samples 2 --temperature 0",
-        "--data q --batch_size 0",
-        "--limit -1",
-        "--data q --max_audio_s 301",
-        "--data q --temperature nan",
-        "--dta q",
-        "--data q --audio loud",
-        "--compare a",
-        "--data q --prompt none",
-        "--data q --prompt caption --audio shuffled",
-    ],
-)
-def test_bad_flags(words, capsys):
-    with pytest.raises(SystemExit) as e:
-        ev.parse_args(words.split())
-    assert e.value.code == 2 and "error: " in capsys.readouterr().err
+BAD = """|--samples 0|--data q --samples 2 --temperature 0|--data q --batch_size 0|--limit -1|--dta q
+--compare a|--data q --max_audio_s 301|--data q --temperature nan|--data q --audio loud|--data q --prompt none
+--data q --prompt caption --audio shuffled|--data q --max_relistens -2|--data q --relisten_from ear"""
+
+
+def test_bad_flags(main):
+    for flags in re.split(r"[|\n]", BAD):
+        main(flags, code=2)
 
 
 # ---- predictions in the benchmark's own layout
 
 
-def test_mmau_layout(lab):
-    """The rows of the file, in its order and with nothing lost, both prediction keys, the raw text and the choice."""
+def test_mmau_layout(lab, score):
+    """The rows of the file, in its order and with nothing lost, and all keys of predictions."""
     done = lab(
         MMAU, lambda e, w, n: f"It is a {hears(e, w, n)}." if e.id != "m3" else "a bird", name="q.json"
     )
     for i, (row, p) in enumerate(zip(MMAU, done.predictions)):
+        text, raw, resolved = (NAMES[i], f"It is a {NAMES[i]}.", i) if i < 3 else ("a bird", "a bird", None)
         assert {k: p[k] for k in row} == row and list(p)[: len(row)] == list(row)
-        said = NAMES[i] if i < 3 else "a bird"
-        assert p["model_output"] == p["model_prediction"] == p["answer_prediction"] == said
-        assert p["raw_output"] == (f"It is a {NAMES[i]}." if i < 3 else "a bird") and p["resolved"] == (
-            i if i < 3 else None
-        )
-        assert ev.word_rule(p["model_output"], Example("", None, "?", NAMES, i)) is (i < 3)
-    report = done.report
-    assert report["official_accuracy"] == 0.75 == report["accuracy"] and report["unresolved"] == 1
-    again = ev.score_file(os.path.join(done.out, "predictions.json"), "")
-    for key in (
-        "accuracy",
-        "official_accuracy",
-        "official_accuracy_raw",
-        "unresolved",
-        "baselines",
-        "version",
-    ):
-        assert again[key] == report[key]
+        assert pick(p, "model_output model_prediction answer_prediction") == [text] * 3
+        assert pick(p, "raw_output resolved") == [raw, resolved]
+        assert ev.word_rule(text, Example("", None, "?", NAMES, i)) is (i < 3)
+    names = "accuracy official_accuracy unresolved official_accuracy_raw baselines version"
+    assert pick(done.report, names)[:3] == [0.75, 0.75, 1]
+    assert pick(score(done.predictions), names) == pick(done.report, names)
 
 
-def test_hub_layout_keeps_its_letters(lab):
-    """Its script compares with "(A) dog", so that is what it is given; the model is shown the bare choices."""
-    lettered = [f"({c}) {n}" for c, n in zip("ABCD", NAMES)]
-    rows = [
-        dict(
-            context=f"{NAMES[i]}.wav",
-            instruction="What is it?",
-            choices=lettered,
-            answer=lettered[i],
-            other_attributes=json.dumps(dict(id=f"h{i}", task="sound")),
-        )
-        for i in range(3)
-    ]
+def test_hub_layout_keeps_its_letters(lab, score):
+    """Its script compares with "(A) dog", so that is what it is given; the model sees bare choices."""
+    lettered, rows = [f"({c}) {n}" for c, n in zip("ABCD", NAMES)], []
+    for i in range(3):
+        row = dict(context=f"{NAMES[i]}.wav", instruction="What is it?", choices=lettered, answer=lettered[i])
+        rows.append(row | dict(other_attributes=json.dumps(dict(id=f"h{i}", task="sound"))))
     done = lab(rows, hears)
-    assert (
-        done.shown[0].choices == NAMES
-        and done.report["format"] == "MMAU (Hub)"
-        and done.report["accuracy"] == 1
-    )
-    for row, p in zip(rows, done.predictions):
-        assert p["model_output"] == row["answer"]
-        assert ev.word_rule(p["model_output"], item(*lettered, answer=lettered.index(row["answer"])))
-    assert ev.score_file(os.path.join(done.out, "predictions.json"), "")["accuracy"] == 1
+    assert done.last.choices == NAMES and pick(done.report, "format accuracy") == ["MMAU (Hub)", 1]
+    assert [p["model_output"] for p in done.predictions] == lettered[:3]
+    assert ev.word_rule(lettered[1], example_of(*lettered, answer=1))
+    assert score(done.predictions)["accuracy"] == 1
 
 
 def test_mmsu_layout_answers_with_letters(lab):
-    rows = [
-        dict(
-            id=f"c{i}",
-            task_name="t",
-            audio_path=f"{NAMES[i]}.wav",
-            question="?",
-            choice_a="dog",
-            choice_b="cat",
-            choice_c=None if i < 2 else "rain",
-            choice_d=None,
-            answer_gt=NAMES[i],
-        )
-        for i in range(3)
-    ]
+    rows = [MMSU | dict(id=f"c{i}", audio_path=f"{NAMES[i]}.wav", answer_gt=NAMES[i]) for i in range(3)]
+    rows[2]["choice_c"] = "rain"
     done = lab(rows, hears)
-    assert [p["response"] for p in done.predictions] == ["A", "B", "C"]
-    assert [p["model_output"] for p in done.predictions] == NAMES[:3] and done.report[
-        "official_accuracy"
-    ] == 1
-    assert [p["choice_c"] for p in done.predictions] == [None, None, "rain"]
-    assert done.report["official_accuracy_raw_left_out"] == 3
+    answers = [pick(p, "response model_output choice_c") for p in done.predictions]
+    assert answers == [["A", "dog", None], ["B", "cat", None], ["C", "rain", "rain"]]
+    assert pick(done.report, "official_accuracy official_accuracy_raw_left_out") == [1, 3]
 
 
-def test_blank_answers_are_written_and_not_scored(lab):
-    """A test set that withholds its answers."""
+def test_blank_answers_are_written_and_not_scored(lab, score):
+    """A test set that withholds its answers, or some; clips that are not there are named all the same."""
     done = lab([row | {"answer": ""} for row in MMAU], hears, name="q.json")
-    assert [p["model_output"] for p in done.predictions] == NAMES and [
-        p["answer"] for p in done.predictions
-    ] == [""] * 4
-    assert "accuracy" not in done.report and "nothing to score" in done.stdout and "%" not in done.stdout
+    assert [pick(p, "model_output answer") for p in done.predictions] == [[name, ""] for name in NAMES]
+    assert "accuracy" not in done.report and "nothing to score" in done.said and "%" not in done.said
     assert done.report["version"] == "answers withheld"
-    ev.score_file(os.path.join(done.out, "predictions.json"), "")
-
-
-def test_missing_clips_are_named_without_answers_too(lab):
-    done = lab([asks(i, answer=None, audio=f"gone{i}.wav") for i in range(4)], hears)
-    assert "nothing to score" in done.stdout and "4 clips that could not be heard" in done.stdout
-    assert (
-        "gone3.wav: no such file" in done.stdout
-        and "counted as wrong" not in done.stdout
-        and done.report["errors"] == 4
-    )
-
-
-def test_some_answers_are_blank(lab):
-    """Only the others are scored."""
-    done = lab([asks(0), asks(1, answer=None), asks(2, answer=0)], hears)
-    assert (done.report["n"], done.report["items"], done.report["accuracy"]) == (2, 3, 0.5) and len(
-        done.predictions
-    ) == 3
+    score(done.predictions)
+    done = lab([asks(i, answer=None, audio=f"gone{i}.wav") for i in range(4)], hears, out="gone")
+    assert shows(done.said, "nothing to score\n4 clips that could not be heard\ngone3.wav: no such file")
+    assert "counted as wrong" not in done.said and done.report["errors"] == 4
+    done = lab([asks(0), asks(1, answer=None), asks(2, answer=0)], hears, out="some")
+    assert pick(done.report, "n items accuracy") == [2, 3, 0.5] and len(done.predictions) == 3
 
 
 # ---- odd data
 
 
 def test_a_missing_clip_is_wrong_and_listed(lab, clips):
-    """Never skipped: the count stays, the message names the file, and predictions and page have the item."""
-    (clips / "text.wav").write_text("no sound")
+    """Never skipped: the count stays, the message names the file, and predictions and page have the item. The
+    same command tries it again."""
+    save(clips / "text.wav", b"no sound")
     rows = [asks(0), asks(1, audio="gone.wav"), asks(2), asks(3, audio="text.wav")]
-    done = lab(rows, hears, "--batch_size", 2)
-    report = done.report
-    assert (report["n"], report["accuracy"], report["errors"], report["missing"]) == (4, 0.5, 2, 0)
-    assert ["gone.wav" in report["error_items"].popitem()[1] for _ in range(2)] == [
-        False,
-        True,
-    ] and not report["error_items"]
-    assert "2 clips that could not be heard" in done.stdout and "gone.wav: no such file" in done.stdout
-    assert (
-        "no such file" in done.predictions[1]["error"]
-        and len(done.predictions) == 4
-        and "error" not in done.predictions[0]
-    )
-    assert [r["meta"]["pass_rate"] for r in done.rated] == [1, 0, 1, 0]
-    rotated = lab(None, hears, "--rotate_choices", "--samples", 2, out="rotated").report
-    assert (
-        rotated["accuracy"]
-        == rotated["right_in_every_rotation"]
-        == rotated["pass@2"]
-        == rotated["majority"]
-        == 0.5
-    )
-    allgone = lab([asks(1, audio="gone.wav")], hears, out="gone", name="gone.jsonl")
-    assert allgone.report["accuracy"] == 0 and allgone.report["errors"] == 1 and not allgone.shown
-
-
-def test_a_clip_that_came_back_is_heard(lab, clips):
-    """The same command tries again what could not be heard."""
-    rows = [asks(0), asks(1)]
-    (clips / "cat.wav").rename(clips / "away.wav")
-    assert lab(rows, hears).report["errors"] == 1
-    (clips / "away.wav").rename(clips / "cat.wav")
+    done = lab(rows, hears, "--batch_size 2")
+    assert pick(done.report, "n accuracy errors missing") == [4, 0.5, 2, 0]
+    assert ["gone.wav" in why for why in done.report["error_items"].values()] == [True, False]
+    assert shows(done.said, "counted as wrong: 2 clips that could not be heard\ngone.wav: no such file")
+    assert ["no such file" in p.get("error", "") for p in done.predictions] == [False, True, False, False]
+    assert [row["meta"]["pass_rate"] for row in done.rated] == [1, 0, 1, 0]
+    groups = [(group, "no such file" in item) for group, _, _, item in page_of("out/report.html").items]
+    assert groups == [("unheard", True), ("unheard", False), ("right", False), ("right", False)]
+    rotated = lab(None, hears, "--rotate_choices --samples 2", out="rotated").report
+    assert pick(rotated, "accuracy right_in_every_rotation pass@2 majority consistency") == [0.5] * 4 + [1]
+    shutil.copy("cat.wav", "gone.wav")
     again = lab(None, hears)
-    assert (
-        [e.id for e in again.shown] == ["q1"]
-        and again.report["accuracy"] == 1
-        and again.report["errors"] == 0
-    )
+    assert again.shown == ["q1"] and pick(again.report, "accuracy errors") == [0.75, 1]
+    done = lab([asks(1, audio="away.wav")], hears, out="away")
+    assert pick(done.report, "accuracy errors") == [0, 1] and not done.shown
 
 
-def test_the_same_item_twice(lab):
-    done = lab([asks(0), asks(1), asks(0)], hears)
-    assert done.report["n"] == 3 == len(done.predictions) and done.report["accuracy"] == 1
-    assert not lab(None, hears).shown and ev.main(["--compare", done.out, done.out]) == 0
-
-
-def test_two_items_with_one_id(lab):
-    """Each has its own answer, whatever they share but the clip."""
-    done = lab([asks(0, id="x"), asks(1, id="x"), asks(2, id="x")], hears)
-    assert [p["raw_output"] for p in done.predictions] == NAMES[:3]
+def test_items_that_look_alike(lab, main):
+    """The same item twice, and items of one id that share all but the clip: each has its own answer."""
     same = dict(id="x", question="?", answer=1)
-    done = lab([asks(i, **same) for i in range(3)], hears, out="clips", name="clips.jsonl")
-    assert [p["raw_output"] for p in done.predictions] == NAMES[:3] and done.report[
-        "accuracy"
-    ] == pytest.approx(1 / 3)
-    again = lab(None, hears, out="clips", name="clips.jsonl")
-    assert not again.shown and again.predictions == done.predictions
-    assert ev.main(["--compare", done.out, done.out]) == 0
+    for rows, accuracy, out in (([asks(0), asks(1), asks(0)], 1, "a"), (asking(3, **same), 1 / 3, "b")):
+        done = lab(rows, hears, out=out)
+        assert [p["raw_output"] for p in done.predictions] == [row["audio"][:-4] for row in rows]
+        assert pick(done.report, "n accuracy") == [3, pytest.approx(accuracy)]
+        again = lab(None, hears, out=out)
+        assert not again.shown and again.predictions == done.predictions
+        main(f"--compare {out} {out}")
 
 
 def test_items_without_choices(lab):
-    done = lab([asks(i, choices=None, answer=None) for i in range(2)], hears)
-    assert [p["raw_output"] for p in done.predictions] == NAMES[:2] and "nothing to score" in done.stdout
-    assert [p["resolved"] for p in done.predictions] == [None] * 2
-    mixed = lab(
-        [asks(0), asks(1, choices=None, answer=None)],
-        hears,
-        "--rotate_choices",
-        out="mixed",
-        name="mixed.jsonl",
-    )
-    assert (mixed.report["n"], mixed.report["items"], mixed.report["accuracy"]) == (1, 2, 1)
+    open_one = asks(1, choices=None, answer=None)
+    done = lab([open_one], hears)
+    assert pick(done.predictions[0], "raw_output resolved") == ["cat", None] and "nothing to" in done.said
+    mixed = lab([asks(0), open_one], hears, "--rotate_choices", out="mixed")
+    assert pick(mixed.report, "n items accuracy") == [1, 2, 1]
 
 
 def test_countdown_is_scored(lab):
-    """By its reward, which reads <answer>: the prompt asks for it unless told otherwise. There is nothing to vote on."""
-    done = lab([dict(nums=[3, 4, 5], target=12)], lambda *_: "<answer>3 + 4 + 5</answer>")
-    assert (done.report["items"], done.report["accuracy"], done.report["prompt"]) == (1, 1, "answer")
-    sampled = lab(None, lambda e, w, n: f"<answer>{n} + 12</answer>", "--samples", 2, out="sampled")
-    assert (
-        sampled.report["pass@2"] == 0
-        and "majority" not in sampled.report
-        and "majority" not in sampled.stdout
-    )
-    assert lab(None, lambda *_: "12", "--prompt", "think", out="think").report["prompt"] == "think"
-    assert lab([asks(0)], hears, out="other").report["prompt"] == "direct"
+    """By its reward, which reads <answer>: the prompt asks for it unless told otherwise."""
+    done = lab([dict(nums=[3, 4, 5], target=12)], says("<answer>3 + 4 + 5</answer>"))
+    assert pick(done.report, "items accuracy prompt") == [1, 1, "answer"]
+    sampled = lab(None, lambda e, w, n: f"<answer>{n} + 12</answer>", "--samples 2", out="sampled")
+    assert sampled.report["pass@2"] == 0 and "majority" not in sampled.report
+    assert lab(None, says("12"), "--prompt think", out="think").report["prompt"] == "think"
+    assert lab(asking(1), hears, out="other").report["prompt"] == "direct"
 
 
-def test_files_of_labels_and_captions(lab, clips):
+def test_files_of_labels_and_captions(lab):
     """Labels become questions; captions are described and not scored."""
-    done = lab(
-        ("audio,label\n" + "".join(f"{n}.wav,{n}\n" for n in NAMES)).encode(), hears, name="labels.csv"
-    )
-    assert (done.report["format"], done.report["n"], done.report["accuracy"]) == ("labels", 4, 1)
+    rows = "audio,label\n" + "".join(f"{name}.wav,{name}\n" for name in NAMES)
+    done = lab(rows.encode(), hears, name="labels.csv")
+    assert pick(done.report, "format n accuracy") == ["labels", 4, 1]
     assert [p["label"] for p in done.predictions] == NAMES
-    rows = [dict(audio="dog.wav", captions=["a dog", "barking"]), dict(audio="cat.wav", captions=["a cat"])]
+    rows = [dict(audio=f"{name}.wav", captions=[f"a {name}", "a sound"]) for name in NAMES]
     done = lab(rows, hears, out="captions", name="captions.jsonl")
-    assert [p["raw_output"] for p in done.predictions] == NAMES[:2] and "nothing to score" in done.stdout
+    assert [p["raw_output"] for p in done.predictions] == NAMES and "nothing to score" in done.said
 
 
 def test_several_clips_a_question(lab, clips):
-    done = lab(
-        [asks(0, audio=["dog.wav", "cat.wav"]), asks(1, audio=None)],
-        lambda e, waves, n: NAMES[len(waves)] if len(waves) != 2 else "dog",
-    )
-    assert done.report["accuracy"] == 0.5 and [p["raw_output"] for p in done.predictions] == NAMES[:1] * 2
-    assert done.shown[0].clips == [str(clips / "dog.wav"), str(clips / "cat.wav")] and not done.shown[1].clips
+    rows = [asks(1, audio=None), asks(0, audio=["dog.wav", "cat.wav"])]
+    done = lab(rows, lambda e, waves, n: NAMES[len(waves)])
+    assert [p["raw_output"] for p in done.predictions] == ["dog", "rain"]
+    assert done.last.clips == [str(clips / "dog.wav"), str(clips / "cat.wav")]
 
 
-def test_unicode_survives(lab, clips, capsys):
-    row = asks(
-        0, id="é", question="Was hört man? 犬 🐕\u2028", choices=["Hund 🐕", "Kätzchen", "雨"], answer=2
-    )
-    done = lab([row, asks(1)], lambda e, w, n: "雨\u2028\r\n" if e.id == "é" else "cat")
-    assert done.report["accuracy"] == 1 and done.predictions[0]["raw_output"] == "雨\u2028\r\n"
-    assert done.predictions[0]["model_output"] == "雨" and done.rated[0]["question"] == row["question"]
-    assert not lab(None, hears).shown and ev.main(["--compare", done.out, done.out]) == 0
-
-
-def test_half_a_character_anywhere(lab):
-    """JSON can write it, UTF-8 cannot; what the questions do not show must not end a run that has answered them all."""
-    done = lab([asks(0, id="\ud800", comment="\udfff")], hears)
-    assert done.report["accuracy"] == 1 and len(done.predictions) == 1
-
-
-def test_limit(lab):
-    done = lab([asks(i) for i in range(5)], hears, "--limit", 3)
-    assert done.report["n"] == len(done.predictions) == len(done.rated) == len(done.shown) == 3
-    assert lab(None, hears, "--limit", 99).report["n"] == 5
+def test_unicode_survives(lab, main):
+    """Half a character, too: JSON can write it, UTF-8 cannot, and it must not end a run that has answered."""
+    choices, question = ["Hund 🐕", "Kätzchen", "雨"], "Was hört man? 犬 🐕\u2028"
+    rows = [asks(0, id="é", question=question, choices=choices, answer=2), asks(1)]
+    rows.append(asks(2, id="\ud800", comment="\udfff"))
+    done = lab(rows, lambda e, w, n: "雨\u2028\r\n" if e.id == "é" else hears(e, w, n))
+    assert done.report["accuracy"] == 1 and done.rated[0]["question"] == question
+    assert pick(done.predictions[0], "raw_output model_output") == ["雨\u2028\r\n", "雨"]
+    assert not lab(None, hears).shown
+    main("--compare out out")
 
 
 @pytest.mark.parametrize(
-    "rows, words, message",
+    "rows, flags, message",
     [
-        (b"", [], "q.jsonl: is empty"),
-        (b"{", [], "q.jsonl:1: broken JSON"),
-        ([{"a": 1}], [], "unknown format"),
-        ([asks(0, answer=9)], [], 'q.jsonl:1: field "answer"'),
-        ([asks(0), asks(1, choices=["x"])], [], 'q.jsonl:2: field "choices"'),
-        ([r | {"answer": "x"} for r in MMAU] * 6, [], "q.jsonl: 24 answers are not among their choices"),
-        ([asks(0)], ["--model", "nowhere"], "--model nowhere: "),
-        ([asks(0)], ["--data", "none.jsonl"], "none.jsonl: no such file"),
+        (b"", "", "q.jsonl: is empty"),
+        (b"{", "", "q.jsonl:1: broken JSON"),
+        ([{"a": 1}], "", "unknown format"),
+        ([asks(0, answer=9)], "", 'q.jsonl:1: field "answer"'),
+        ([asks(0), asks(1, choices=["x"])], "", 'q.jsonl:2: field "choices"'),
+        ([row | {"answer": "x"} for row in MMAU] * 6, "", "24 answers are not among their choices"),
+        ([asks(0)], "--model nowhere", "--model nowhere: "),
+        ([asks(0)], "--data none.jsonl", "none.jsonl: no such file"),
+        ([asks(0)], "--out q.jsonl", "q.jsonl: "),
+        ([asks(0)], "--out q.jsonl/x", "q.jsonl/x: "),
     ],
 )
-def test_bad_data(lab, rows, words, message):
-    done = lab(rows, hears, *words, code=2)
-    assert done.stderr.startswith("error: ") and message in done.stderr and not done.shown
-
-
-def test_bad_out(lab, clips):
-    """A file; below a file; a folder that holds something else; results that are damaged."""
-    (clips / "file").write_text("x")
-    for out in ("file", "file/x"):
-        done = lab([asks(0)], hears, out=out, code=2)
-        assert done.stderr.startswith("error: ") and "--out" in done.stderr
-    assert (clips / "file").read_text() == "x"
-    for n, (name, content) in enumerate(
-        [
-            ("config.json", "{"),
-            ("config.json", "[]"),
-            ("items.jsonl", "{}\n"),
-            *(("items.jsonl", line) for line in NO_ANSWERS),
-        ]
-    ):
-        done = lab([asks(0)], hears, out=f"damaged{n}")
-        with open(os.path.join(done.out, name), "w", encoding="utf-8") as f:
-            f.write(content)
-        stderr = lab(None, hears, out=f"damaged{n}", code=2).stderr
-        assert stderr.startswith("error: ") and "is damaged" in stderr and stderr.count("\n") == 1
-
-
-# ---- captions
+def test_bad_data_and_bad_out(lab, rows, flags, message):
+    done = lab(rows, hears, flags, code=2)
+    assert done.error.startswith("error: ") and message in done.error and not done.shown
 
 
 def test_captions_are_read_by_the_loader(lab, clips):
-    """k texts a clip, asked once a clip however many questions it has; what cannot be heard is left out and said."""
+    """k texts a clip, asked once a clip however many questions it has; what cannot be heard is left out, and
+    said to be."""
     rows = [asks(0), asks(4), asks(1), asks(2, audio="gone.wav"), asks(3, audio=None)]
-    done = lab(rows, lambda e, w, n: f"{hears(e, w, n)} {n} é", "--prompt", "caption", "--samples", 3)
-    written = Examples(os.path.join(done.out, "captions.jsonl"))
-    assert written.format == "captions" and [e.target for e in written] == [
-        [f"{n} {k} é" for k in range(3)] for n in NAMES[:2]
+    flags = "--prompt caption --samples 3"
+    done = lab(rows, lambda e, w, n: f"{hears(e, w, n)} {n} é", flags)
+    written = Examples("out/captions.jsonl")
+    assert written.format == "captions" and [e.audio for e in written] == [
+        f"{clips}/dog.wav",
+        f"{clips}/cat.wav",
     ]
-    assert [os.path.samefile(e.audio, clips / f"{n}.wav") for e, n in zip(written, NAMES)] == [True] * 2
-    assert "2 clips, 3 captions each; 1 clips could not be heard" in done.stdout
-    assert not any(e.choices for e in done.shown) and len(done.shown) == 2
-    assert not lab(None, hears, "--prompt", "caption", "--samples", 3).shown
+    assert [e.target for e in written] == [[f"{name} {k} é" for k in range(3)] for name in NAMES[:2]]
+    assert shows(done.said, "2 clips, 3 captions each; 1 clips could not be heard")
+    assert len(done.shown) == 2 and not done.last.choices and not lab(None, hears, flags).shown
 
 
-def test_captions_of_clips_inside_a_parquet_file(lab, clips):
-    """They have no path; what is written can be read again."""
-    datasets = pytest.importorskip("datasets")
-    sounds = [{"bytes": (clips / f"{n}.wav").read_bytes(), "path": None} for n in NAMES[:2]]
-    datasets.Dataset.from_dict(
-        dict(audio=sounds, question=["?"] * 2, choices=[NAMES] * 2, answer=NAMES[:2])
-    ).to_parquet(str(clips / "q.parquet"))
-    done = lab(None, hears, "--prompt", "caption", name="q.parquet")
-    assert [
-        hears(e, [data.load_audio(e.audio)[0]], 0) for e in Examples(os.path.join(done.out, "captions.jsonl"))
-    ] == NAMES[:2]
-    scored = lab(None, hears, out="scored", name="q.parquet")
-    assert scored.report["accuracy"] == 1 and ev.main(["--compare", scored.out, scored.out]) == 0
+# ---- re-listening
+
+SAID = "<think>I hear <seg>0.5, 1.25</seg> a bell, and <seg>9, 12</seg>, <seg>3.0, 3.4</seg>.</think>dog"
+
+
+def hears_again(example, waves, n):
+    """Parts of the clip of question i: the first i of two; one was outside."""
+    return SAID, [[0.5, 1.25], [3.0, 3.217]][: int(example.id[1:])], {"outside": 1}
+
+
+def test_an_evaluation_hears_again(lab):
+    """Counted over all answers; the page tells what was heard from what was refused."""
+    done = lab(asking(3), hears_again, "--prompt relisten --samples 2")
+    assert (done.cfg.relistens, done.cfg.prompt, done.cfg.relisten_from) == (8, "relisten", "audio")
+    names = "heard_again heard_again_share accuracy refused"
+    assert pick(done.report, names) == [1, pytest.approx(2 / 3), pytest.approx(1 / 3), {"outside": 6}]
+    heard = "heard again: 1.00 parts an answer, at least one in 66.7 % of them; refused: 6 outside"
+    assert shows(done.said, heard)
+    buttons = {}
+    for _, _, title, item in page_of("out/report.html").items:
+        buttons[title[:2]] = re.findall(r'<button class="(\w+)"', item)
+    none, one, two = ["refused"] * 3, ["heard", "refused", "refused"], ["heard", "refused", "heard"]
+    assert buttons == dict(q0=none * 2, q1=one * 2, q2=two * 2)  # of both samples
+    assert not lab(None, hears_again, "--prompt relisten --samples 2").shown
+    once = lab(None, hears, "--prompt relisten --max_relistens 0", out="once")
+    assert once.cfg.relistens == 0 and "heard_again" not in once.report
+    assert "again" not in read("once/items.jsonl")[0]
+
+
+def test_the_control_hears_once(lab):
+    done = lab(asking(4), hears, "--controls --prompt relisten")
+    assert list(done.report) == ["real", "silence", "none", "shuffled", "rotated", "once"]
+    assert [name for name, report in done.report.items() if "heard_again" not in report] == ["none", "once"]
+    assert "| once | 100.0 |" in done.said
 
 
 # ---- the tiny base
@@ -1526,20 +1141,19 @@ def test_captions_of_clips_inside_a_parquet_file(lab, clips):
 
 @pytest.fixture(scope="module")
 def taught(tiny):
-    return og.load_policy(og.Config(model=tiny.base), train=False)
+    return omni_grpo.load_run_policy(omni_grpo.Config(model=tiny.base), train=False)
 
 
 @pytest.fixture
 def ask(taught, tiny, monkeypatch):
-    """ask(questions, out, *words) -> (report, predictions), by the tiny base loaded once; without the page, which takes time"""
-    monkeypatch.setattr(ev, "page", lambda *_: "")
+    """ask(questions, out, flags) -> predictions, by the tiny base loaded once, without the page"""
+    monkeypatch.setattr(omni_grpo, "load_run_policy", lambda cfg, train=True: taught)
+    monkeypatch.setattr(pages, "write_report", lambda *_: None)
 
-    def ask(questions, out, *words):
-        args = ev.parse_args(
-            ["--data", str(questions), "--model", tiny.base, "--max_new_tokens", "6", *map(str, words)]
-        )
-        report, _ = ev.run(args, Examples(str(questions)), str(out), taught)
-        return report, read(os.path.join(out, "predictions.json"))
+    def ask(questions, out, flags):
+        flags = f"--data {questions} --model {tiny.base} --max_new_tokens 6 --out {out} {flags}"
+        assert ev.main(flags.split()) == 0
+        return read(f"{out}/predictions.json")
 
     return ask
 
@@ -1548,87 +1162,72 @@ def ask(taught, tiny, monkeypatch):
 def ragged(tiny, tmp_path_factory):
     """Questions of 3 to 90 words on clips of 0.1 to 3 s, on two clips and on none, one of them missing."""
     folder, rows = tmp_path_factory.mktemp("ragged"), []
-    for i, e in enumerate(itertools.islice(Examples(tiny.questions), 8)):
+    for i, e in enumerate(Examples(tiny.questions)[:8]):
         wave, rate_hz = soundfile.read(e.audio)
-        soundfile.write(
-            folder / f"{i}.wav", np.tile(wave, 8)[: int(rate_hz * (0.1, 3, 1, 0.5, 2)[i % 5])], rate_hz
-        )
-        row = dict(
-            id=str(i),
-            audio=f"{i}.wav",
-            question="What is this? " * (1, 3, 30, 10)[i % 4],
-            choices=e.choices[: 2 + i % 3],
-            answer=i % 2,
-        )
-        rows.append(
-            row
-            | (
-                {"audio": [f"{i}.wav", "0.wav"]}
-                if i == 4
-                else {"audio": None}
-                if i == 5
-                else {"audio": "gone.wav"}
-                if i == 6
-                else {}
-            )
-        )
+        length = int(rate_hz * (0.1, 3, 1, 0.5, 2)[i % 5])
+        soundfile.write(folder / f"{i}.wav", np.tile(wave, 8)[:length], rate_hz)
+        question, choices = "What is this? " * (1, 3, 30, 10)[i % 4], e.choices[: 2 + i % 3]
+        rows.append(asks(i, audio=f"{i}.wav", question=question, choices=choices, answer=i % 2))
+    rows[4]["audio"], rows[5]["audio"], rows[6]["audio"] = ["4.wav", "0.wav"], None, "gone.wav"
     return save(folder / "q.jsonl", rows)
 
 
-def test_batches_change_nothing(ask, ragged, tmp_path):
-    """The same predictions, byte for byte, for batches of 1, 3 and 16, greedy and sampled, however many rows decode at once."""
-    for words in ([], ["--samples", 2]):
-        seen = []
-        for size in (["--batch_size", 1], ["--batch_size", 3], ["--batch_size", 16], ["--rollout_rows", 2]):
-            out = tmp_path / " ".join(map(str, words + size))
-            ask(ragged, out, *size, *words)
-            seen.append((out / "predictions.json").read_bytes())
-        assert len(set(seen)) == 1
-    said = {t for p in json.loads(seen[0]) for row in p.get("samples", []) for t in row}
-    assert len(said) > 5 and ask(ragged, tmp_path / "seed", "--seed", 1, *words)[1] != json.loads(seen[0])
+@pytest.mark.parametrize("flags", ["", "--samples 2", "--prompt relisten"])
+def test_batches_change_nothing(ask, ragged, tmp_path, flags):
+    """The same predictions for any number of items or rows at once."""
+    seen = []
+    for n, size in enumerate(("batch_size 1", "batch_size 3", "batch_size 16", "rollout_rows 2")):
+        seen.append(ask(ragged, tmp_path / str(n), f"--{size} {flags}"))
+    assert all(predictions == seen[0] for predictions in seen)
+    assert len({p["raw_output"] for p in seen[0]}) > 2
+    if "--samples" in flags:
+        assert ask(ragged, tmp_path / "seed", f"--seed 1 {flags}") != seen[0]
 
 
-def test_the_tower_hears_a_clip_once_and_a_prompt_is_read_once(ask, taught, tmp_path, monkeypatch):
-    """30 s clips: one run of the tower a clip for any number of samples and rotations, one prefill an item and rotation."""
+def test_shuffled_prompts_have_room_for_the_clips_that_are_played(ask, tiny, tmp_path):
+    """Items of one clip and of two change places."""
+    sounds = [e.audio for e in Examples(tiny.questions)[:4]]
+    rows = [asks(i, audio=[sounds[1], sounds[0]] if i == 1 else sounds[i]) for i in range(4)]
+    predictions = ask(save(tmp_path / "q.jsonl", rows), tmp_path / "out", "--audio shuffled")
+    assert not any("error" in p for p in predictions)
+
+
+@pytest.mark.parametrize("flags, prompts", [("", 2), ("--samples 4", 2), ("--rotate_choices", 6)])
+def test_the_tower_hears_a_clip_once(ask, taught, tmp_path, monkeypatch, flags, prompts):
+    """30 s clips: one run of the tower a clip for all samples and rotations, one prompt a rotation."""
     for i in range(2):
-        soundfile.write(
-            tmp_path / f"{i}.wav", np.sin(np.arange(30 * data.RATE_HZ) / (5 + i)) / 2, data.RATE_HZ
-        )
-    questions = save(tmp_path / "q.jsonl", [asks(i, audio=f"{i}.wav", choices=NAMES[:3]) for i in range(2)])
-    count = collections.Counter()
-    encode, read_prompts = taught.encode_audio, og.read
+        wave = np.sin(np.arange(30 * data.RATE_HZ) / (5 + i)) / 2
+        soundfile.write(tmp_path / f"{i}.wav", wave, data.RATE_HZ)
+    rows = [asks(i, audio=f"{i}.wav", choices=NAMES[:3]) for i in range(2)]
+    questions, count = save(tmp_path / "q.jsonl", rows), collections.Counter()
+    encode, rollout = taught.encode_audio, omni_grpo.rollout
 
     def hearing(mels):
-        count["clips"] += len(mels)
-        count["frames"] += sum(mel.shape[1] for mel in mels)
+        count.update(clips=len(mels), frames=sum(mel.shape[1] for mel in mels))
         return encode(mels)
 
-    def reading(policy, prompts):
-        count["prompts"] += len(prompts)
-        return read_prompts(policy, prompts)
+    def rolling(policy, cfg, prompts, *rest):
+        count.update(prompts=len(prompts))
+        return rollout(policy, cfg, prompts, *rest)
 
     monkeypatch.setattr(taught, "encode_audio", hearing)
-    monkeypatch.setattr(og, "read", reading)
-    for name, words, prompts in (
-        ("one", [], 2),
-        ("four", ["--samples", 4], 2),
-        ("rotated", ["--rotate_choices"], 6),
-    ):
-        count.clear()
-        ask(questions, tmp_path / name, "--batch_size", 2, "--rollout_rows", 4, *words)
-        assert count == dict(clips=2, frames=6000, prompts=prompts)
-    count.clear()
-    ask(questions, tmp_path / "four", "--samples", 4)  # all is answered
-    assert not count
+    monkeypatch.setattr(omni_grpo, "rollout", rolling)
+    ask(questions, tmp_path / "out", f"--batch_size 2 --rollout_rows 4 {flags}")
+    assert count == dict(clips=2, frames=6000, prompts=prompts)
+    ask(questions, tmp_path / "out", flags)  # all is answered
+    assert count["prompts"] == prompts
 
 
 DIE = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
 import torch
-import data, eval as ev, omni_grpo as og
+import data, eval as ev, omni_grpo
 torch.set_num_threads(1)
-policy, rollout, replace, n = og.load_policy(og.Config(model={model!r}), train=False), og.rollout, os.replace, 0
+words = sys.argv[1:]
+out = words[words.index("--out") + 1]
+policy = omni_grpo.load_run_policy(omni_grpo.Config(model=words[words.index("--model") + 1]), train=False)
+omni_grpo.load_run_policy = lambda cfg, train=True: policy
+rollout, replace, append, n = omni_grpo.rollout, os.replace, data.Ledger.append, 0
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -1638,239 +1237,199 @@ def in_the_second_rollout():
         global n
         n += 1
         return rollout(*args) if n < 2 else die()
-    og.rollout = dying
-
-class Torn:  # as much of the answers as had reached the disk
-    def __init__(self, path, *args, **kwargs):
-        self.path, self.file = path, open(path, *args, **kwargs)
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-    def __enter__(self):
-        return self
-    def __exit__(self, *_):
-        self.file.close()
-    def flush(self):
-        global n
-        n += 1
-        self.file.flush()
-        if n == 2:
-            os.truncate(self.path, os.path.getsize(self.path) - 20)
-            die()
+    omni_grpo.rollout = dying
 
 def in_a_line():
-    ev.open = lambda path, mode="r", **kw: (Torn if path.endswith("items.jsonl") and mode == "a" else open)(path, mode, **kw)
+    def dying(ledger, line):
+        global n
+        n += 1
+        append(ledger, line)
+        if n == 4:
+            os.truncate(ledger.path, os.path.getsize(ledger.path) - 20)
+            die()
+    data.Ledger.append = dying
 
 def before_the_report():
     os.replace = lambda a, b: die() if b.endswith("report.json") else replace(a, b)
 
-args = ev.parse_args({words!r})
 for moment in (in_the_second_rollout, in_a_line, before_the_report):
     pid = os.fork()
     if not pid:
-        torch.set_num_threads(1)  # torch renews its pool after a fork, and not safely from several threads at once
+        torch.set_num_threads(1)  # torch renews its pool after a fork, and not safely from several threads
         moment()
-        ev.run(args, data.Examples(args.data), args.out, policy)
-        os._exit(0)
+        os._exit(ev.main(words))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    with open(args.out + "/items.jsonl", "rb") as f:
-        print(code, f.read().count(b"\\n"), os.path.exists(args.out + "/report.json"))
+    with open(out + "/items.jsonl", "rb") as f:
+        print("died", code, f.read().count(b"\\n"), os.path.exists(out + "/report.json"))
 """
 
 
 def test_kill_at_three_moments(ask, tiny, tmp_path):
-    """kill -9 in a rollout, with half a line on the disk, and before the report is in place, each time going on from there:
-    the files are those of the run never killed, and no answer was asked for twice."""
-    words = [
-        "--data",
-        tiny.questions,
-        "--model",
-        tiny.base,
-        "--out",
-        str(tmp_path / "killed"),
-        "--max_new_tokens",
-        "6",
-        "--limit",
-        "8",
-        "--batch_size",
-        "2",
-        "--samples",
-        "2",
-    ]
-    code = DIE.format(root=ROOT, model=tiny.base, words=words)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
+    """kill -9 in a rollout, with half a line on the disk, and before the report is in place, going on from
+    there each time: the files are those of the run never killed, and no answer was asked for twice."""
+    import torch
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    flags = "--limit 8 --batch_size 2 --samples 2"
+    words = f"--data {tiny.questions} --model {tiny.base} --max_new_tokens 6 --out {killed} {flags}".split()
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+    command = [sys.executable, "-c", DIE, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{-signal.SIGKILL} {n} False" for n in (2, 5, 8)], done.stderr
-    before, threads = (tmp_path / "killed" / "items.jsonl").read_bytes(), torch.get_num_threads()
+    died = re.findall(r"died (.*)", done.stdout)
+    assert died == ["-9 2 False", "-9 5 False", "-9 8 False"], done.stderr
+    before, threads = (killed / "items.jsonl").read_bytes(), torch.get_num_threads()
     torch.set_num_threads(1)  # as in the killed run: another number of threads sums in another order
     try:
-        ask(tiny.questions, tmp_path / "killed", *words[8:])
-        ask(tiny.questions, tmp_path / "whole", *words[8:])
+        ask(tiny.questions, killed, flags)
+        ask(tiny.questions, whole, flags)
     finally:
         torch.set_num_threads(threads)
-    assert (tmp_path / "killed" / "items.jsonl").read_bytes() == before
+    assert (killed / "items.jsonl").read_bytes() == before
     for name in ("predictions.json", "report.json", "examples.jsonl"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_the_program(tiny, tmp_path, capsys):
-    """main() with the tiny base: the files, and the table on the screen."""
-    out = tmp_path / "out"
-    assert ev.main(["--data", tiny.questions, "--model", tiny.base, "--out", str(out), "--limit", "4"]) == 0
-    assert {f.name for f in out.iterdir()} == {
-        "config.json",
-        "items.jsonl",
-        "predictions.json",
-        "report.json",
-        "report.html",
-        "examples.jsonl",
-    }
-    report = read(str(out / "report.json"))
-    assert (
-        report["n"] == 4
-        and report["model"] == tiny.base
-        and report["model_fingerprint"] == ev.fingerprint(tiny.base)
-    )
-    said = capsys.readouterr().out
-    assert (
-        f"| **all** | 4 | **{100 * report['accuracy']:.1f}** |" in said
-        and "without listening: random 25.0" in said
-    )
+def test_the_program(tiny, tmp_path, monkeypatch, main):
+    """The tiny base as a program loads it: the files, where they go, and the table on the screen."""
+    monkeypatch.chdir(tmp_path)
+    said = main(f"--data {tiny.questions} --model {tiny.base} --limit 4")
+    files = "config.json examples.jsonl items.jsonl predictions.json report.html report.json"
+    assert sorted(os.listdir("results/demo-base")) == files.split()
+    report = read("results/demo-base/report.json")
+    assert pick(report, "n model model_fingerprint") == [4, tiny.base, ev.hash_weights(tiny.base)]
+    table = f"| all | 4 | {100 * report['accuracy']:.1f} |\nwithout listening: random 25.0"
+    assert shows(said, table)
 
 
-# ---- report.html
+# ---- the pages
 
-
-EVIL = "<script>document.title = 'owned'; console.error(1)</script></script><img src=x onerror=alert(1)> &lt;b&gt; __DATA__"
-DRIVE = """
-<script>
-(async () => {
-  const wait = () => new Promise(r => setTimeout(r, 50)), seen = {}, search = document.getElementById("search");
-  const shown = () => [...document.querySelectorAll("#items .item")].map(i => i.firstChild.textContent.split(" ")[0]);
-  for (const b of [...document.querySelectorAll("nav button")]) { b.click(); await wait(); seen[b.dataset.kind] = shown(); }
-  location.hash = "all"; await wait();
-  search.value = "NUMBER 2"; search.oninput(); seen.search = shown();
-  const out = document.createElement("pre"); out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
-})();
-</script></html>"""
-
-
-def browse(path, profile) -> tuple[str, str]:
-    """-> (the page as the browser sees it once its script has run, what the console says)"""
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-sync --disable-component-update --virtual-time-budget=3000 --enable-logging=stderr --dump-dom"
-    ).split()
-    done = subprocess.run(
-        [shutil.which("chromium"), *flags, f"--user-data-dir={profile}", f"file://{path}"],
-        timeout=60,
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+EVIL = (
+    "<script>document.title = 'owned'; console.error(1)</script></script><img src=x onerror=alert(1)>"
+    '&lt;b&gt;" onclick="x <seg>1, 2</seg><details>'
+)
 
 
 @pytest.fixture
-def reported(lab):
+def reported(lab, main):
     """Two runs compared: 0 right in both, 1 won, 2 lost, 3 unresolved, 4 unheard, 5 all markup and wrong."""
-    rows = [
-        *(asks(i) for i in range(4)),
-        asks(4, audio="gone.wav"),
-        asks(5, question=EVIL, choices=[EVIL, "cat"], answer=1, meta={"category": EVIL, "task": "__DATA__"}),
-    ]
-    said = [(NAMES[0], EVIL, NAMES[2], EVIL, "", EVIL), (NAMES[0], NAMES[1], "cat", EVIL, "", EVIL)]
-    base, new = (
-        lab(rows, lambda e, w, n, s=s: s[int(e.id[1:])], out=out) for s, out in zip(said, ("base", "new"))
-    )
-    assert ev.main(["--compare", base.out, new.out]) == 0
-    return os.path.join(new.out, "report.html")
+    markup = dict(question=EVIL, choices=[EVIL, "cat"], answer=1, id="q5" + EVIL, meta=dict(category=EVIL))
+    rows = [*asking(4), asks(4, audio="gone.wav"), asks(5, **markup)]
+    for out, second, third in (("base", EVIL, "rain"), ("new", "cat", "cat")):
+        said = ["dog", second, third, EVIL, "", EVIL]
+        lab(rows, lambda e, w, n, said=said: said[int(e.id[1])], out=out)
+    main("--compare base new")
+    return "new/report.html"
 
 
-def test_a_category_cannot_break_the_table(lab, capsys):
+def test_the_page_of_an_evaluation(reported):
+    """Groups in order, sounds once each and whole, nothing fetched, and markup in any text is text."""
+    page = page_of(reported)
+    groups = "won right q1|lost wrong q2|unheard unresolved q4|wrong wrong q5|unresolved unresolved q3"
+    titles = [f"{group} {state} {title[:2]}" for group, state, title, _ in page.items]
+    assert titles == (groups + "|right right q0").split("|")
+    assert sorted(clip_in(address) for address, _ in page.sounds) == sorted(NAMES)
+    assert [seconds for _, seconds in page.sounds] == [0.05] * 4
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//)|@import|url\(""", page.page)
+    counts = {tag: page.page.count(f"<{tag}") for tag in ("script", "img", "details", "/details")}
+    assert counts == {"script": 2, "img": 0, "details": 6, "/details": 6}
+    evil = page.items[3][3]
+    assert evil.count(html.escape(EVIL)) == 5 and f"category: {html.escape(EVIL)}" in page.head
+    assert set(re.findall(r"<(\w+)", evil)) == set("div audio ul li q".split())
+    assert shows(evil, '<li class="bad">\n<li class="gold">cat ✓</li>')
+    assert "gone.wav: no such file" in page.items[2][3] and "<title>q.jsonl: " in page.head
+
+
+@pytest.mark.parametrize("audio", ["real", "silence", "none", "shuffled"])
+def test_the_page_plays_what_the_model_heard(lab, main, audio):
+    """And it and the screen name the condition; so does the page that --compare writes."""
+    done = lab(asking(4), hears, f"--audio {audio}")
+    heard = [[p["raw_output"]] if audio in ("real", "shuffled") else [] for p in done.predictions]
+    for _ in range(2):
+        page, played = page_of("out/report.html"), {}
+        for _, _, title, item in page.items:
+            numbers = re.findall(r'<audio [^>]*data-clip="(\d+)"', item)
+            played[title[:2]] = [clip_in(page.sounds[int(n)][0]) for n in numbers]
+        assert [played[f"q{i}"] for i in range(4)] == heard
+        for text in (done.said, page.head):
+            assert (f"4 items; --audio {audio}" in text) == (audio != "real")
+        main("--compare out out")
+
+
+def test_a_category_cannot_break_the_tables(lab, main):
     """However it is spelt it is one cell of one row."""
     names = ["a|b", "c\nd | e", "\u2028f\r\n|", "| - |", "plain"]
     done = lab([asks(i, meta=dict(category=name)) for i, name in enumerate(names)], hears)
-    assert ev.main(["--compare", done.out, done.out]) == 0
-    for text, width in ((done.stdout, 5), (capsys.readouterr().out, 9)):
+    for text, width in ((done.said, 5), (main("--compare out out"), 9)):
         rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if "|" in line]
         assert {len(row) for row in rows} == {width} and len(rows) == 8
-    with open(os.path.join(done.out, "report.html"), encoding="utf-8") as f:
-        cells = [
-            re.findall("<td>(.*?)</td>", row)
-            for row in re.findall("<tr>(.*?)</tr>", f.read().partition("<nav>")[0])
-        ]
-    cells = [row for row in cells if row and row[0].startswith("category")]
-    assert sorted(row[0] for row in cells) == sorted("category: " + " ".join(name.split()) for name in names)
+    rows = re.findall("<tr>(.*?)</tr>", page_of("out/report.html").head, re.DOTALL)
+    cells = [re.findall("<td>(.*?)</td>", row, re.DOTALL) for row in rows[2:]]
+    assert sorted(cell for cell, *_ in cells) == sorted(f"category: {name}" for name in names)
     assert {len(row) for row in cells} == {5}
 
 
+def test_past_its_budget_the_page_links_to_the_files(lab, clips, monkeypatch):
+    monkeypatch.setattr(pages, "BUDGET_MIB", 1e-6)
+    lab(asking(4), hears)
+    sounds = page_of("out/report.html").sounds
+    assert [address.partition(":")[0] for address, _ in sounds] == ["data", "file", "file", "file"]
+    assert sounds[1] == [f"file://{clips}/cat.wav", 0.05]
+
+
+DRIVE = """<script>
+const players = [...document.querySelectorAll(".item audio")].slice(0, 2), played = [];
+for (const [n, player] of players.entries()) player.play = () => played.push([n, player.currentTime]);
+for (const button of document.querySelectorAll(".item button")) button.click();
+document.title = JSON.stringify([players.map(p => p.src.slice(0, 14)), played]);
+</script>"""
+
+
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-def test_the_page_in_a_browser(reported, tmp_path):
-    """Players, filters, search, no console error, and markup in a question is text."""
-    dom, console = browse(reported + "#wrong", tmp_path / "profile")
-    assert not console
-    assert re.findall(r'class="item (\w+)"><div class="small">(\w+)', dom) == [
-        ("wrong", "q2"),
-        ("unresolved", "q3"),
-        ("unresolved", "q4"),
-        ("wrong", "q5"),
-    ]
-    assert (
-        len(re.findall(r'<audio [^>]*controls=""[^>]*src="data:audio/ogg;base64,', dom)) == 3
-    )  # the clip of q4 is not there
-    assert '<span id="count" class="small">4 of 6</span>' in dom and "gone.wav: no such file" in dom
-    assert (
-        "<title>q.jsonl: " in dom
-        and ">task: __DATA__<" in dom
-        and "<img" not in dom.split('<script id="data"')[0]
+def test_the_page_in_a_browser(reported, lab, clips):
+    """No complaint on the console; a segment plays in its clip, several clips on one time line."""
+    for name in ("dog", "cat"):
+        soundfile.write(clips / f"{name}.wav", np.full(data.RATE_HZ, 0.1), data.RATE_HZ)
+    text = "<seg>0.25, 0.5</seg> <seg>1.5, 1.75</seg>"
+    rows = [asks(0, audio=["dog.wav", "cat.wav"])]
+    lab(rows, says((text, [[0.25, 0.5]], {})), "--prompt relisten", out="two")
+    driven = clips / "driven.html"
+    driven.write_text(read("two/report.html").replace("</html>", DRIVE), encoding="utf-8")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --virtual-time-budget=3000 --enable-logging=stderr --dump-dom"
     )
-    assert html.escape(EVIL, quote=False) in dom and dom.count("<script>") == 1
-    with open(reported, encoding="utf-8") as f:
-        page = f.read()
-    driven = tmp_path / "driven.html"
-    driven.write_text(page.replace("</html>", DRIVE), encoding="utf-8")
-    dom, console = browse(driven, tmp_path / "profile")
-    assert not console
-    assert json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', dom)[1])) == dict(
-        all=["q0", "q1", "q2", "q3", "q4", "q5"],
-        wrong=["q2", "q3", "q4", "q5"],
-        right=["q0", "q1"],
-        unresolved=["q3", "q4"],
-        flipped=["q1", "q2"],
-        unheard=["q4"],
-        search=["q2"],
-    )
+    for path in (clips / reported, driven):
+        command = ["chromium", *flags.split(), f"--user-data-dir={clips}/profile", f"file://{path}"]
+        seen = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert "CONSOLE" not in seen.stderr
+    title = html.unescape(re.search("<title>(.*?)</title>", seen.stdout)[1])
+    assert json.loads(title) == [["data:audio/ogg"] * 2, [[0, 0.25], [1, 0.5]]]
 
 
-def test_the_page_holds_its_sounds_and_nothing_from_outside(reported):
-    """Each clip is in the page once, decodes, and lasts as long as it did; nothing is fetched; no tag ends the data."""
-    with open(reported, encoding="utf-8") as f:
-        page = f.read()
-    assert not re.search(
-        r"""(src|href)\s*=\s*["']?(https?:|//)|@import|url\(""", page.split('<script id="data"')[0]
-    )
-    packed = json.loads(
-        re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1]
-    )
-    assert packed["items"][5]["question"] == EVIL and len(packed["items"]) == 6 and len(packed["clips"]) == 4
-    for path, uri in packed["clips"].items():
-        wave, rate_hz = soundfile.read(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-        level = (NAMES.index(os.path.splitext(os.path.basename(path))[0]) + 1) / 10
-        assert rate_hz == data.RATE_HZ and len(wave) == 800 and abs(np.median(wave) - level) < 0.05
+ROLLOUT = dict(id="q", audio=None, question="?", choices=["bell", "hum"], answer=0, completion=EVIL)
+ROLLOUT |= dict(step=0, parts={"accuracy": 0.0}, reward=0.0, advantage=-0.5)
 
 
-def test_past_its_budget_the_page_links_to_the_files(clips):
-    results = [
-        Result(Example(n, str(clips / f"{n}.wav"), "?", NAMES, i), n, [[n]]) for i, n in enumerate(NAMES)
-    ]
-    examples = SimpleNamespace(format="own", path="q.jsonl", version="", skipped={})
-    page = ev.page(ev.report_of(results, examples, {}), results, 30.0, budget_mib=1e-6)
-    packed = json.loads(re.search(r'application/json">(.*?)</script>', page, re.DOTALL)[1])["clips"]
-    assert [uri.partition(":")[0] for uri in packed.values()] == ["data", "file", "file", "file"]
-    assert packed[str(clips / "cat.wav")] == f"file://{clips / 'cat.wav'}"
+def test_the_page_of_rollouts(clips, capsys):
+    """The newest step first, each with its clips and what was heard again; older lines; no torn one."""
+    dog, parts = str(clips / "dog.wav"), [[0.5, 1.25], [3.0, 3.217]]
+    rows = [ROLLOUT, ROLLOUT | dict(step=1, audio=[None, dog], parts={"accuracy": 1.0})]
+    rows.append(ROLLOUT | dict(step=2, audio=dog, completion=SAID, heard=parts, advantage=1, parts={}))
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    path = save(clips / "rollouts.jsonl", b"".join(lines) + b'{"half')
+    for run in (str(clips), path):
+        assert pages.main([run]) == 0
+        page = page_of(clips / "rollouts.html")
+        assert [f"{group} {state}" for group, state, *_ in page.items] == [
+            "step 2 right",
+            "step 1 right",
+            "step 0 wrong",
+        ]
+        assert [item.count("<audio") for *_, item in page.items] == [1, 1, 0] and len(page.sounds) == 1
+        assert re.findall(r'<button class="(\w+)"', page.items[0][3]) == ["heard", "refused", "heard"]
+        assert html.escape(EVIL) in page.items[2][3]
+        assert page.items[1][2] == "q · reward 0 · advantage -0.50 · accuracy 1"
+    for row in ({"step": 1}, [], ROLLOUT | dict(choices="ab"), ROLLOUT | dict(reward="x")):
+        save(clips / "rollouts.jsonl", json.dumps(row).encode() + b"\n")
+        assert pages.main([str(clips)]) == 2 and "rollouts.jsonl:1: not a line" in capsys.readouterr().err
+    assert pages.main([f"{clips}/missing.jsonl"]) == 2 and "no such file" in capsys.readouterr().err
