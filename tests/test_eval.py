@@ -1370,11 +1370,13 @@ def test_a_category_cannot_break_the_tables(lab, main):
 
 
 def test_past_its_budget_the_page_links_to_the_files(lab, clips, monkeypatch):
+    """And no name of a file ends its script."""
     monkeypatch.setattr(pages, "BUDGET_MIB", 1e-6)
-    lab(asking(4), hears)
-    sounds = page_of("out/report.html").sounds
-    assert [address.partition(":")[0] for address, _ in sounds] == ["data", "file", "file", "file"]
-    assert sounds[1] == [f"file://{clips}/cat.wav", 0.05]
+    (clips / "<").mkdir()
+    shutil.copy("cat.wav", "</script>.wav")
+    lab([asks(0), asks(1, audio="</script>.wav")], hears)
+    (address, _), linked = page_of("out/report.html").sounds
+    assert address.startswith("data:") and linked == [f"file://{clips}/</script>.wav", 0.05]
 
 
 DRIVE = """<script>
@@ -1414,6 +1416,7 @@ def test_the_page_of_rollouts(clips, capsys):
     """The newest step first, each with its clips and what was heard again; older lines; no torn one."""
     dog, parts = str(clips / "dog.wav"), [[0.5, 1.25], [3.0, 3.217]]
     rows = [ROLLOUT, ROLLOUT | dict(step=1, audio=[None, dog], parts={"accuracy": 1.0})]
+    rows[1] |= dict(completion="<seg>1, 2</seg>" * 2, heard=[[1.0, 2.0]])  # the second time it was refused
     rows.append(ROLLOUT | dict(step=2, audio=dog, completion=SAID, heard=parts, advantage=1, parts={}))
     lines = [json.dumps(row).encode() + b"\n" for row in rows]
     path = save(clips / "rollouts.jsonl", b"".join(lines) + b'{"half')
@@ -1426,10 +1429,12 @@ def test_the_page_of_rollouts(clips, capsys):
             "step 0 wrong",
         ]
         assert [item.count("<audio") for *_, item in page.items] == [1, 1, 0] and len(page.sounds) == 1
-        assert re.findall(r'<button class="(\w+)"', page.items[0][3]) == ["heard", "refused", "heard"]
+        buttons = [re.findall(r'<button class="(\w+)"', item) for *_, item in page.items]
+        assert buttons == [["heard", "refused", "heard"], ["heard", "refused"], []]
         assert html.escape(EVIL) in page.items[2][3]
         assert page.items[1][2] == "q · reward 0 · advantage -0.50 · accuracy 1"
     for row in ({"step": 1}, [], ROLLOUT | dict(choices="ab"), ROLLOUT | dict(reward="x")):
         save(clips / "rollouts.jsonl", json.dumps(row).encode() + b"\n")
         assert pages.main([str(clips)]) == 2 and "rollouts.jsonl:1: not a line" in capsys.readouterr().err
-    assert pages.main([f"{clips}/missing.jsonl"]) == 2 and "no such file" in capsys.readouterr().err
+    for flags, message in (("missing.jsonl", "no such file"), (". --max_audio_s 0", "--max_audio_s")):
+        assert pages.main(flags.split()) == 2 and message in capsys.readouterr().err

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import data
 import eval as ev
-from data import UserError
+from data import UserError, knob
 
 BUDGET_MIB = 96.0  # of sounds in a page; further clips are linked by their path
 ORDER = ("won", "lost", "unheard", "wrong", "unresolved", "right", "unscored")  # of the groups of report.html
@@ -300,14 +300,23 @@ def write_page(path: str, title: str, head: str, groups: dict[str, list[Entry]],
     data.write_text(path, make_page(title, head, groups, encode_sounds(groups, max_audio_s)))
 
 
+@dataclass
+class Options:
+    max_audio_s: float = knob(30.0, "seconds of a clip that are played", above=0, high=300)
+
+    def __post_init__(self):
+        data.check_knobs(self)
+
+
 def main(argv=None) -> int:
     parser = data.Parser(description=__doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a run, or a rollouts.jsonl")
-    parser.add_argument("--max_audio_s", type=float, default=30.0, help="seconds of a clip that are played")
+    parser.add_knobs(Options)
 
     def command():
-        args = parser.parse_args(argv)
-        print(write_rollouts(args.run, args.max_audio_s))
+        given = vars(parser.parse_args(argv))
+        path = given.pop("run")
+        print(write_rollouts(path, Options(**given).max_audio_s))
 
     return data.exit_code(command)
 
