@@ -581,7 +581,7 @@ def backward(policy: Policy, cfg: Config, batch: Batch, through_rollout: bool) -
             n = batch.copies[pack.row]
             too_low, too_high = ratio < 1 - cfg.clip_low, ratio > 1 + cfg.clip_high
             clipped = (too_low & (adv < 0)) | (too_high & (adv > 0))
-            sums.update({"tokens": n.sum(), "loss": loss})
+            sums.update({"tokens": n.sum(), "loss": loss.detach()})
             sums.update({"policy/logp": (n * logp).sum(), "policy/entropy": (n * entropy).sum()})
             sums.update({"policy/clip_frac": (n * clipped).sum()})
             sums.update({"policy/kl_old": (n * kl_k3(logp, old_logp)).sum()})

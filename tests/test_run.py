@@ -39,7 +39,8 @@ def train(cfg, out):
 @pytest.fixture(scope="module")
 def base_run(config, tiny, tmp_path_factory):
     # held-out questions from a file: those that are split off depend on the clips' paths, which pytest numbers
-    cfg = config(steps=3, save_every=2, eval_data=tiny.questions, eval_size=4, eval_every=2)
+    cfg = config(steps=3, save_every=2, prompts_per_step=4, num_generations=4)
+    cfg = dataclasses.replace(cfg, eval_data=tiny.questions, eval_size=4, eval_every=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(og, "LOG_ROLLOUTS", 1)
         return cfg, train(cfg, tmp_path_factory.mktemp("runs") / "run")
@@ -52,7 +53,7 @@ def test_run_directory(base_run):
     log = runs.read(out)
     assert [r["step"] for r in log] == [0, 1, 2, 3]
     assert all(r.keys() >= set(KEYS) for r in log[1:])
-    assert any(r["group/frac_zero_std"] < 1 for r in log[1:])  # there was something to learn
+    assert any(r["optim/grad_norm"] > 1e-3 for r in log[1:])  # there was something to learn
     assert [r["step"] for r in log if "eval/accuracy" in r and "eval/accuracy_sampled" in r] == [0, 2, 3]
     assert [r["step"] for r in log if "eval/accuracy_silence" in r] == [0, 3]
     with open(os.path.join(out, "config.json"), encoding="utf-8") as f:
@@ -62,7 +63,7 @@ def test_run_directory(base_run):
     for r in runs.read(out, "rollouts.jsonl"):
         assert r["reward"] == r["parts"]["accuracy"]
         groups[r["step"], r["id"]].append(r["advantage"])
-    assert [len(group) for group in groups.values()] == [3] * 6
+    assert [len(group) for group in groups.values()] == [4] * 12
     assert all(abs(sum(group)) < 1e-4 for group in groups.values())
 
 
@@ -130,7 +131,7 @@ def die_in_step(n, cfg, out, monkeypatch):
 def test_resume_equals_the_unbroken_run(config, tiny, tmp_path, monkeypatch, often):
     """Steps 1-2, then 3-4 from the checkpoint: the log, the rollouts and the adapter are those of steps 1-4. The killed run had
     logged step 3."""
-    cfg = config(steps=4, save_every=2, updates_per_rollout=2)
+    cfg = config(steps=4, save_every=2, prompts_per_step=4, updates_per_rollout=2)
     cfg = dataclasses.replace(cfg, eval_data=tiny.questions, eval_size=4, eval_every=3)
     whole, half = train(cfg, tmp_path / "whole"), str(tmp_path / "half")
     die_in_step(4, cfg, half, monkeypatch)
