@@ -1,4 +1,5 @@
-"""Bad input: exit code 2, one message with the file, line, field and remedy, no traceback, and in time: before the model."""
+"""Bad input: exit code 2, one message with the file, line, field and remedy, no traceback, and in time:
+before the model."""
 
 import json
 import os
@@ -16,8 +17,9 @@ import omni_grpo as og
 
 @pytest.fixture
 def refuses(tiny, tmp_path, monkeypatch, capsys):
-    """Run the trainer on arguments that it must refuse, and check its message: what stands before " ... " begins it, the rest
-    is in it. TMP is the test's folder. `loads`: the fault is one that only loading can find."""
+    """Run the trainer on arguments that it must refuse, and check its message: what stands before " ... "
+    begins it, the rest is in it. TMP is the test's folder. `loads`: the fault is one that only loading can
+    find."""
 
     def refuses(words, expected, loads=False):
         if not loads:
@@ -160,9 +162,10 @@ def test_what_is_not_a_file(refuses, tmp_path):
 # ---- flags
 
 OUT_OF_RANGE = """
-    --seed -1, --seed 99999999999999999999, --prompts_per_step 99999999999999999999, --prompts_per_step 0, --num_generations 1,
-    --temperature 0, --temperature nan, --temperature inf, --lr nan, --lr -1, --lr inf, --beta -0.1, --steps -1, --clip_low 1.5,
-    --max_audio_s 301, --max_audio_s 0, --max_audio_s nan, --max_relistens -2, --prompt dirct, --scale sdt, --relisten_from tower
+    --seed -1, --seed 99999999999999999999, --prompts_per_step 99999999999999999999, --prompts_per_step 0,
+    --num_generations 1, --temperature 0, --temperature nan, --temperature inf, --lr nan, --lr -1, --lr inf,
+    --beta -0.1, --steps -1, --clip_low 1.5, --max_audio_s 301, --max_audio_s 0, --max_audio_s nan,
+    --max_relistens -2, --prompt dirct, --scale sdt, --relisten_from tower
 """
 BAD_FLAGS = {  # arguments: the message
     "--reward accuracy=nan": "--reward accuracy=nan: ... is not finite",
@@ -217,7 +220,8 @@ def test_bad_model(refuses, tmp_path, words, message):
 
 
 def test_from_the_shell(tiny, tmp_path):
-    """What the table checks within this process holds for the program: exit code 2, and nothing on stderr but the message."""
+    """What the table checks within this process holds for the program: exit code 2, and nothing on stderr but
+    the message."""
     write_rows(tmp_path, {"answer": 3})
     command = [sys.executable, os.path.join(runs.ROOT, "omni_grpo.py"), "--model", tiny.base]
     command += ["--data", "questions.jsonl"]

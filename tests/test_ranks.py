@@ -1,4 +1,5 @@
-"""Several ranks: the step of two processes is the step of one, a rank that dies ends the run, and the run can go on."""
+"""Several ranks: the step of two processes is the step of one, a rank that dies ends the run, and the run can
+go on."""
 
 import os
 
@@ -9,7 +10,8 @@ from safetensors.torch import load_file
 import omni_grpo as og
 import reward
 
-# Every step has a gradient to speak of. Without any spread of rewards it is the rounding in the KL, which differs with the
+# Every step has a gradient to speak of. Without any spread of rewards it is the rounding in the KL, which
+# differs with the
 # order of sums, and AdamW makes full steps of it.
 SETTING = """
 import reward
@@ -34,7 +36,8 @@ def adapter(run):
 
 @pytest.fixture(scope="module")
 def words(config, tiny):
-    # held-out questions from a file: those that are split off depend on the clips' paths, which pytest numbers
+    # held-out questions from a file: those that are split off depend on the clips' paths, which pytest
+    # numbers
     cfg = config(
         eval_data=tiny.questions,
         eval_size=4,
@@ -61,7 +64,8 @@ def two(words, tmp_path_factory):
 
 
 def test_two_ranks_take_the_step_of_one(words, two, tmp_path, monkeypatch):
-    """Same prompts, same completions, and the same adapter to 1e-6 after four steps, with lengths that differ and a KL."""
+    """Same prompts, same completions, and the same adapter to 1e-6 after four steps, with lengths that differ
+    and a KL."""
     one = str(tmp_path / "one")
     monkeypatch.setattr(og, "LOG_ROLLOUTS", 1)
     monkeypatch.setattr(og, "EVAL_SAMPLES", 2)
@@ -83,7 +87,8 @@ def test_two_ranks_take_the_step_of_one(words, two, tmp_path, monkeypatch):
 
 
 def test_a_rank_that_dies_ends_the_run_and_the_run_goes_on(words, two, tmp_path):
-    """Killed in step 4: a message and a whole checkpoint of step 2; two ranks go on to the same end, one rank may not."""
+    """Killed in step 4: a message and a whole checkpoint of step 2; two ranks go on to the same end, one rank
+    may not."""
     out = str(tmp_path / "run")
     process = runs.start([*words, "--out", out], SETTING + DIES, tmp_path, ranks=2)
     _, stderr = runs.finish(process, code=None)

@@ -1,4 +1,5 @@
-"""Runs from end to end: what they leave, that they repeat, that a kill at any moment costs nothing, every ablation."""
+"""Runs from end to end: what they leave, that they repeat, that a kill at any moment costs nothing, every
+ablation."""
 
 import collections
 import dataclasses
@@ -19,8 +20,10 @@ import data
 import omni_grpo as og
 import reward
 
-KEYS = """step reward/mean reward/accuracy group/frac_zero_std len/mean len/frac_truncated policy/entropy policy/kl_old
-    policy/clip_frac policy/loss optim/grad_norm optim/lr time/rollout_s time/update_s mem/peak_gib""".split()
+KEYS = """
+    step reward/mean reward/accuracy group/frac_zero_std len/mean len/frac_truncated optim/grad_norm optim/lr
+    policy/entropy policy/loss policy/kl_old policy/clip_frac time/rollout_s time/update_s mem/peak_gib
+""".split()
 
 
 @pytest.fixture
@@ -38,7 +41,8 @@ def train(cfg, out):
 
 @pytest.fixture(scope="module")
 def base_run(config, tiny, tmp_path_factory):
-    # held-out questions from a file: those that are split off depend on the clips' paths, which pytest numbers
+    # held-out questions from a file: those that are split off depend on the clips' paths, which pytest
+    # numbers
     cfg = config(steps=3, save_every=2, prompts_per_step=4, num_generations=4)
     cfg = dataclasses.replace(cfg, eval_data=tiny.questions, eval_size=4, eval_every=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +90,8 @@ def test_held_out_items_are_never_trained_on(config):
 
 
 def test_tower_hears_every_clip_once(config, tmp_path, monkeypatch):
-    """G completions, the reference pass and two updates on the rollout share one run of the tower per clip and step."""
+    """G completions, the reference pass and two updates on the rollout share one run of the tower per clip
+    and step."""
     heard, load = [], og.load_run_policy
 
     def counting(cfg):
@@ -129,8 +134,8 @@ def die_in_step(n, cfg, out, monkeypatch):
 
 
 def test_resume_equals_the_unbroken_run(config, tiny, tmp_path, monkeypatch, often):
-    """Steps 1-2, then 3-4 from the checkpoint: the log, the rollouts and the adapter are those of steps 1-4. The killed run had
-    logged step 3."""
+    """Steps 1-2, then 3-4 from the checkpoint: the log, the rollouts and the adapter are those of steps 1-4.
+    The killed run had logged step 3."""
     cfg = config(steps=4, save_every=2, prompts_per_step=4, updates_per_rollout=2)
     cfg = dataclasses.replace(cfg, eval_data=tiny.questions, eval_size=4, eval_every=3)
     whole, half = train(cfg, tmp_path / "whole"), str(tmp_path / "half")
@@ -141,7 +146,8 @@ def test_resume_equals_the_unbroken_run(config, tiny, tmp_path, monkeypatch, oft
 
 @pytest.mark.parametrize("start", ["cold start", "adapter", "full"])
 def test_resume_keeps_the_reference(start, base_run, tiny, config, tmp_path, monkeypatch):
-    """Where the reference is a frozen copy it survives the resume, and the KL goes on as if nothing had happened."""
+    """Where the reference is a frozen copy it survives the resume, and the KL goes on as if nothing had
+    happened."""
     changes = {
         "cold start": dict(cold_start_data=tiny.lessons, cold_start_steps=2, steps=2),
         "adapter": dict(adapter=os.path.join(base_run[1], "adapter"), steps=4),
@@ -176,8 +182,8 @@ os.replace, torch.save = dying_replace, dying_save
 
 
 def test_kill_at_any_moment(config, tmp_path, monkeypatch):
-    """kill -9 between the files of a checkpoint, in the middle of writing one, and at a random moment, resumed each time:
-    equal to the run never killed."""
+    """kill -9 between the files of a checkpoint, in the middle of writing one, and at a random moment,
+    resumed each time: equal to the run never killed."""
     cfg, out = config(steps=10, save_every=2, prompts_per_step=4), str(tmp_path / "killed")
     monkeypatch.setattr(og, "LOG_ROLLOUTS", 3)
     whole = train(cfg, tmp_path / "whole")
@@ -248,7 +254,8 @@ def test_every_option_takes_a_step(changes, config, tiny, tmp_path):
 
 
 def test_recordings_of_every_kind_train(config, tmp_path):
-    """wav, flac, ogg and mp3, 8 to 96 kHz, one to six channels, long and short, one named wrongly: nothing to convert."""
+    """wav, flac, ogg and mp3, 8 to 96 kHz, one to six channels, long and short, one named wrongly: nothing to
+    convert."""
     rng, rows = np.random.default_rng(0), []
     for i, (name, rate_hz, channels, subtype, seconds) in enumerate(
         [
@@ -294,7 +301,8 @@ def test_markup_in_a_question_is_text(policy, config, tiny):
 
 
 def test_a_bad_clip_is_skipped_and_too_many_end_the_run(config, tiny, tmp_path, monkeypatch):
-    """A clip that breaks after the checks is skipped and counted; past MAX_BAD_AUDIO the run ends with a checkpoint."""
+    """A clip that breaks after the checks is skipped and counted; past MAX_BAD_AUDIO the run ends with a
+    checkpoint."""
     folder, out = tmp_path / "data", str(tmp_path / "run")
     shutil.copytree(tiny.folder, folder)
     cfg = config(data=str(folder / "demo.jsonl"), steps=12, save_every=100)
