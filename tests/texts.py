@@ -13,3 +13,10 @@ def read(name: str) -> str:
 README = read("README.md")
 DOCS = {name: read(os.path.join("docs", name)) for name in sorted(os.listdir(os.path.join(ROOT, "docs")))}
 ALL = "\n".join([README, *DOCS.values()])
+
+
+def table_rows(header: str) -> list[list[str]]:
+    """The cells of the table with this header line, wherever it stands."""
+    assert ALL.count(header + "\n") == 1, header
+    _, _, *lines = ALL[ALL.index(header) :].partition("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
