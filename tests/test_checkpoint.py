@@ -41,7 +41,7 @@ def write(folder, name, content):
 
 
 def read(folder, name):
-    return json.loads(texts.read_text(os.path.join(folder, name)))
+    return json.loads(texts.read(os.path.join(folder, name)))
 
 
 def published_name(name):
