@@ -1,9 +1,14 @@
 """What the tests of whole runs share: to start the trainer as a user does, and to read what it leaves."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+
+import pytest
+
+import omni_grpo as og
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TORCHRUN = """-m torch.distributed.run --nproc_per_node 2
@@ -36,6 +41,29 @@ def finish(process, code=0):
     assert process.returncode == code if code is not None else process.returncode, stderr
     assert "Traceback" not in stderr or code not in (0, 2)
     return stdout, stderr
+
+
+def train(cfg, out):
+    """-> the run directory, which is `out`"""
+    folder, finished = og.train(dataclasses.replace(cfg, out=str(out)))
+    assert finished and folder == str(out)
+    return folder
+
+
+def die_in_step(n, cfg, out, monkeypatch):
+    """Train until the update of step n fails."""
+    update, calls = og.update, []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == n:
+            raise RuntimeError("the lights went out")
+        return update(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the lights"):
+        patch.setattr(og, "update", dies)
+        train(cfg, out)
+    assert len(read(out)) == n
 
 
 def flags(cfg):

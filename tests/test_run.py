@@ -32,13 +32,6 @@ def often(monkeypatch):
     monkeypatch.setattr(og, "LOG_ROLLOUTS", 1)
 
 
-def train(cfg, out):
-    """-> the run directory, which is `out`"""
-    folder, finished = og.train(dataclasses.replace(cfg, out=str(out)))
-    assert finished and folder == str(out)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def base_run(config, tiny, tmp_path_factory):
     # held-out questions from a file: those that are split off depend on the clips' paths, which pytest
@@ -47,7 +40,7 @@ def base_run(config, tiny, tmp_path_factory):
     cfg = dataclasses.replace(cfg, eval_data=tiny.questions, eval_size=4, eval_every=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(og, "LOG_ROLLOUTS", 1)
-        return cfg, train(cfg, tmp_path_factory.mktemp("runs") / "run")
+        return cfg, runs.train(cfg, tmp_path_factory.mktemp("runs") / "run")
 
 
 def test_run_directory(base_run):
@@ -73,7 +66,7 @@ def test_run_directory(base_run):
 
 def test_same_seed_same_run_other_seed_other_run(base_run, tmp_path, often):
     cfg, out = base_run
-    same, other = (train(dataclasses.replace(cfg, seed=seed), tmp_path / f"{seed}") for seed in (0, 1))
+    same, other = (runs.train(dataclasses.replace(cfg, seed=seed), tmp_path / f"{seed}") for seed in (0, 1))
     assert runs.left_by(same) == runs.left_by(out)
     assert all(a != b for a, b in zip(runs.left_by(other), runs.left_by(out)))
 
@@ -101,7 +94,7 @@ def test_tower_hears_every_clip_once(config, tmp_path, monkeypatch):
         return policy
 
     monkeypatch.setattr(og, "load_run_policy", counting)
-    train(config(steps=3, updates_per_rollout=2), tmp_path / "run")
+    runs.train(config(steps=3, updates_per_rollout=2), tmp_path / "run")
     assert heard == [2, 2, 2]
 
 
@@ -109,7 +102,7 @@ def test_the_reward_is_learned(config, tmp_path, monkeypatch):
     """A reward that is easy to find (texts of even length) rises: the sign of everything is right."""
     monkeypatch.setitem(reward.REWARDS, "even", lambda said, example: float(len(said.text) % 2 == 0))
     easy = dict(steps=25, num_generations=8, lr=1e-2, beta=0.0, max_new_tokens=3)
-    log = runs.read(train(config(reward="even=1", **easy), tmp_path / "run"))[1:]
+    log = runs.read(runs.train(config(reward="even=1", **easy), tmp_path / "run"))[1:]
     first, last = (sum(r["reward/even"] for r in part) / len(part) for part in (log[:4], log[-4:]))
     assert last > first + 0.2 and last > 0.85
 
@@ -117,29 +110,13 @@ def test_the_reward_is_learned(config, tmp_path, monkeypatch):
 # ---- resume
 
 
-def die_in_step(n, cfg, out, monkeypatch):
-    """Train until the update of step n fails."""
-    update, calls = og.update, []
-
-    def dies(*args):
-        calls.append(args)
-        if len(calls) == n:
-            raise RuntimeError("the lights went out")
-        return update(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the lights"):
-        patch.setattr(og, "update", dies)
-        train(cfg, out)
-    assert len(runs.read(out)) == n
-
-
 def test_resume_equals_the_unbroken_run(config, tiny, tmp_path, monkeypatch, often):
     """Steps 1-2, then 3-4 from the checkpoint: the log, the rollouts and the adapter are those of steps 1-4.
     The killed run had logged step 3."""
     cfg = config(steps=4, save_every=2, prompts_per_step=4, updates_per_rollout=2)
     cfg = dataclasses.replace(cfg, eval_data=tiny.questions, eval_size=4, eval_every=3)
-    whole, half = train(cfg, tmp_path / "whole"), str(tmp_path / "half")
-    die_in_step(4, cfg, half, monkeypatch)
+    whole, half = runs.train(cfg, tmp_path / "whole"), str(tmp_path / "half")
+    runs.die_in_step(4, cfg, half, monkeypatch)
     assert og.main(["--resume", half]) == 0
     assert runs.left_by(half) == runs.left_by(whole)
 
@@ -154,8 +131,8 @@ def test_resume_keeps_the_reference(start, base_run, tiny, config, tmp_path, mon
         "full": dict(lora_rank=0, steps=4),
     }[start]
     cfg = config(save_every=1, beta=0.1, prompts_per_step=4, num_generations=6, **changes)
-    whole, half = train(cfg, tmp_path / "whole"), str(tmp_path / "half")
-    die_in_step(4, cfg, half, monkeypatch)
+    whole, half = runs.train(cfg, tmp_path / "whole"), str(tmp_path / "half")
+    runs.die_in_step(4, cfg, half, monkeypatch)
     assert runs.saved_state(half)["step"] == 3
     assert og.main(["--resume", half]) == 0
     assert runs.left_by(half) == runs.left_by(whole)
@@ -186,7 +163,7 @@ def test_kill_at_any_moment(config, tmp_path, monkeypatch):
     resumed each time: equal to the run never killed."""
     cfg, out = config(steps=10, save_every=2, prompts_per_step=4), str(tmp_path / "killed")
     monkeypatch.setattr(og, "LOG_ROLLOUTS", 3)
-    whole = train(cfg, tmp_path / "whole")
+    whole = runs.train(cfg, tmp_path / "whole")
 
     def start(words, n_replace=10**9, n_save=10**9):
         return runs.start(words, DIES.format(n_replace=n_replace, n_save=n_save), tmp_path)
@@ -243,7 +220,7 @@ def test_every_option_takes_a_step(changes, config, tiny, tmp_path):
         for i, e in enumerate(data.Examples(tiny.questions)):
             f.write(json.dumps(vars(e) | {"meta": {"pass_rate": i / 24}}) + "\n")
     cfg = config(data=questions, steps=1, **changes)
-    log = runs.read(train(cfg, tmp_path / "run"))
+    log = runs.read(runs.train(cfg, tmp_path / "run"))
     assert [r["step"] for r in log] == [0, 1]
     stream = og.draw(cfg, data.Examples(questions), range(24), 0, "rl")
     served = [next(stream)[1] for _ in range(24)]
@@ -274,7 +251,7 @@ def test_recordings_of_every_kind_train(config, tmp_path):
     rows[1]["audio"] = "wrong.mp3"
     questions = tmp_path / "own.jsonl"
     questions.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    log = runs.read(train(config(data=str(questions), steps=2, prompts_per_step=6), tmp_path / "run"))
+    log = runs.read(runs.train(config(data=str(questions), steps=2, prompts_per_step=6), tmp_path / "run"))
     assert [(r["audio/bad"], r["audio/cut"]) for r in log[1:]] == [(0, 1)] * 2
 
 
@@ -312,7 +289,7 @@ def test_a_bad_clip_is_skipped_and_too_many_end_the_run(config, tiny, tmp_path, 
     monkeypatch.setattr(og, "open_data", lambda cfg: opened)
     monkeypatch.setattr(og, "MAX_BAD_AUDIO", 3)
     with pytest.raises(data.UserError, match="more than 3 clips could not be heard"):
-        train(cfg, out)
+        runs.train(cfg, out)
     log = runs.read(out)
     assert runs.saved_state(out)["step"] == log[-1]["step"] > 0
     assert 0 < log[-1]["audio/bad"] <= 3
