@@ -1547,7 +1547,7 @@ def ahead(
 
 
 def write_atomically(path: str, write: Callable[[str], None]) -> None:
-    """write(a temporary path), and rename it: whenever a kill comes, the old file or the new one is there, whole."""
+    """write(a temporary path), and rename it: after a kill the old file or the new one is there, whole."""
     part = path + ".part"
     try:
         write(part)
