@@ -1,4 +1,4 @@
-"""Data: a row becomes a valid Example or an error with file, line and field; a clip 16 kHz mono or an error."""
+"""Data: a row becomes a valid Example, or an error with file, line and field; a clip becomes 16 kHz mono."""
 
 import collections
 import dataclasses
@@ -277,7 +277,7 @@ def test_what_is_not_a_file(tmp_path):
     for name, reason in (
         ("pipe", "is not a regular file"),
         ("/dev/null", "is not a regular file"),
-        (".", "is a directory"),
+        (".", "expected a data set, or sounds"),
         ("none.jsonl", "no such file"),
         ("x" * 5000, "no such file"),
     ):

@@ -821,7 +821,7 @@ def quiz(path, clips) -> Examples:
 
 
 def test_paths_inside_parquet_are_found_as_others_are(tmp_path, datasets, monkeypatch):
-    """A clip without bytes is a path, relative to the file or --audio_dir and not to the working directory."""
+    """A clip without bytes is a path, relative to the file or --audio_dir, not to the working directory."""
     monkeypatch.chdir("/")
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.wav").write_bytes(sound())
