@@ -818,7 +818,7 @@ class TextRows(Rows):
 
     def read_header(self, first):
         """Usually the first record; VGGSound's files have none."""
-        if len(first) == 4 and first[1].isdigit() and first[3] in ("train", "test", "validation", "val"):
+        if len(first) == 4 and first[1].isdigit():
             self.header = ["youtube_id", "start_s", "label", "split"]
             return
         if len(first) == 2 and first[0].endswith(SOUND_FILES + VIDEO_FILES):
@@ -844,12 +844,9 @@ class TextRows(Rows):
         return dict(zip(self.header, row))
 
 
-OTHER_COLUMNS = f"{START_KEYS} id family confidence caption_2 caption_3 caption_4 caption_5"
-COLUMNS = {  # of tables, whose headers may be written in any case
-    name.casefold(): name
-    for keys in [*(known.keys for known in FORMATS.values()), OTHER_COLUMNS]
-    for name in re.split("[ |]", keys)
-}
+COLUMN_NAMES = " ".join(known.keys for known in FORMATS.values())
+COLUMN_NAMES += f" {START_KEYS} id family confidence caption_2 caption_3 caption_4 caption_5"
+COLUMNS = {name.casefold(): name for name in re.split("[ |]", COLUMN_NAMES)}  # headers come in any case
 SOUND_FILES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff")
 VIDEO_FILES = (".mp4", ".mkv", ".webm", ".m4a")
 
@@ -917,15 +914,12 @@ class FolderRows(Rows):
             sounds = [name for name in files if name.lower().endswith(SOUND_FILES) and name[0] != "."]
             names += [os.path.relpath(os.path.join(folder, name), path) for name in sounds]
         self.places = sorted(names)
-        if not names:
-            expected = f"neither sounds ({', '.join(SOUND_FILES)}) nor a data set"
-            raise DataError(f"{path}: is a directory, and holds {expected}")
         labels = {row["label"]: row["audio"] for row in self}
         if len(labels) < 2 or "" in labels:
-            found = labels.get("", names[0])
+            found = labels.get("") or (names or ["no sound"])[0]
             raise DataError(
-                f"{path}: expected sounds in two or more folders named after what is heard, found {found}; "
-                "sort them in such folders, or write a CSV with the columns audio,label"
+                f"{path}: expected a data set, or sounds ({', '.join(SOUND_FILES)}) in folders named after "
+                f"what is heard, found {found}; sort them so, or write a CSV with the columns audio,label"
             )
 
     def __getitem__(self, i):
@@ -1105,7 +1099,7 @@ class Examples(collections.abc.Sequence):
         fields = self.known.read(rows)
         fields["choices"] = fields.get("choices") or drawn
         if fields.get("id") is None:
-            fields["id"] = re.split(":| ", self.where(i))[-1]
+            fields["id"] = self.rows.places[self.items[i][0]]
         example = make_example(fields, self.known)
         find = below if self.known.verbatim else locate
         clips = [find(clip, self.folder) if isinstance(clip, str) else clip for clip in example.clips]
@@ -1183,12 +1177,11 @@ def clip_key(example: Example) -> int:
 
     Questions with the same key belong together.
     """
-    clip, *_ = example.clips or [example.id]
-    if isinstance(clip, Embedded):
-        clip = clip.key
-    elif example.clips and ("/." in clip or "//" in clip):  # one file, however its path is spelt
-        clip = os.path.normpath(clip)
-    return zlib.crc32(clip.encode("utf-8", "replace"))
+    key = example.id
+    if example.clips:
+        clip = example.clips[0]
+        key = clip.key if isinstance(clip, Embedded) else os.path.normpath(clip)
+    return zlib.crc32(key.encode("utf-8", "replace"))
 
 
 def held_out(keys: array, n: int):
@@ -1550,7 +1543,7 @@ def ahead(
 
 
 def write_atomically(path: str, write: Callable[[str], None]) -> None:
-    """write(a temporary path), and rename it: whenever a kill comes, the old file or the new one is there, whole."""
+    """write(a temporary path), and rename it: after a kill the old file or the new one is there, whole."""
     part = path + ".part"
     try:
         write(part)
@@ -1665,6 +1658,7 @@ class Survey:
 
     def __init__(self):
         self.findings, self.clips, self.heard, self.unread = [], {}, {}, 0
+        self.first = {}  # (kind, value) -> the first line that has it
         self.lines = collections.defaultdict(list)  # of a clip
         self.asked = collections.defaultdict(list)  # the lines of a question
         self.choices, self.answers = collections.Counter(), collections.Counter()
@@ -1674,6 +1668,11 @@ class Survey:
 
     def note(self, where, text):
         self.findings.append((where, "note", text))
+
+    def earlier(self, kind, value, where):
+        """The line before this one that has the same value, or "" """
+        line = self.first.setdefault((kind, value), where)
+        return "" if line == where else line
 
     def facts(self, max_s):
         """Counts, for the screen and the report."""
@@ -1692,13 +1691,14 @@ class Survey:
 
 def survey(examples, max_s):
     """Read every line, and decode every clip with all cores."""
-    found, first, unanswered = Survey(), {}, []
+    found = Survey()
+    read_lines(found, examples)
+    hear_clips(found, max_s)
+    return found
 
-    def earlier(kind, value, where):
-        """The line that had this value before, or "" """
-        line = first.setdefault((kind, value), where)
-        return "" if line == where else line
 
+def read_lines(found, examples):
+    unanswered = []
     for i in progress(range(len(examples)), len(examples), "lines"):
         where = examples.where(i)
         try:
@@ -1719,13 +1719,13 @@ def survey(examples, max_s):
             found.problem(where, f'field "choices": {gold}, {remedy}')
         elif len(set(options)) < len(options):
             found.note(where, f'field "choices": two are the same, {example.choices!r:.200}')
-        if line := earlier("id", example.id, where):
+        if line := found.earlier("id", example.id, where):
             found.problem(
                 where, f'field "id": {example.id!r:.80} is also the id of {line}; give each its own'
             )
         names = [str(clip) for clip in example.clips]
         question = hash((normal_words(example.question), *sorted(options)))
-        if line := earlier("question", (question, *names), where):
+        if line := found.earlier("question", (question, *names), where):
             found.note(where, f"the same clip and question as {line}")
         found.asked[question].append(where)
         for name, clip in zip(names, example.clips):
@@ -1737,6 +1737,8 @@ def survey(examples, max_s):
                 where, 'field "answer": missing, while other lines have one; give it or drop the line'
             )
 
+
+def hear_clips(found, max_s):
     results = ahead(found.clips.items(), lambda item: listen(item[1], max_s), os.cpu_count() or 1, 64)
     for (name, _), result in progress(results, len(found.clips), "clips"):
         where = found.lines[name][0]
@@ -1751,9 +1753,8 @@ def survey(examples, max_s):
             found.note(where, f'field "audio": lasts {seconds:.1f} s, cut at {max_s:g} s; --max_audio_s')
         if not result["sound"]:
             found.note(where, 'field "audio": is silent')
-        elif line := earlier("sound", result["sound"], where):
+        elif line := found.earlier("sound", result["sound"], where):
             found.note(where, f'field "audio": the same sound as {line}, under another name')
-    return found
 
 
 def listen(clip, max_s):
@@ -1825,8 +1826,6 @@ def check_file(path, max_audio_s, audio_dir, against, report):
 def new_file(*outs):
     """Refuse what exists, before any work is done."""
     for out in outs:
-        if not out:
-            raise UserError("--out: name a file to write")
         if os.path.lexists(out):
             raise UserError(f"--out {out}: exists; remove it or give another name")
         os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
@@ -2013,12 +2012,6 @@ def rates_flag(text):
     raise UserError(f"--pass_rate {text}: expected LOW..HIGH with 0 <= LOW <= HIGH <= 1, as in 0.1..0.9")
 
 
-def condition_flag(text):
-    if not re.match(".+=", text):
-        raise UserError(f"--where {text}: expected KEY=VALUE")
-    return text
-
-
 AUDIO_DIR = "where relative audio paths start; default: the folder of the file"
 
 
@@ -2032,21 +2025,21 @@ class CheckOptions:
 
 @dataclass
 class ConvertOptions:
-    out: str = knob("", "JSONL to write")
+    out: str = knob("", "JSONL to write", required=True)
     audio_dir: str = knob("", AUDIO_DIR)
     drop_bad: bool = knob(False, "leave out lines that cannot be read and those whose clip is missing")
 
 
 @dataclass
 class FolderOptions:
-    out: str = knob("", "JSONL to write; a held-out part goes to OUT_eval.jsonl")
+    out: str = knob("", "JSONL to write; a held-out part goes to OUT_eval.jsonl", required=True)
     eval_size: int = knob(-1, "questions to hold out; -1: a tenth; at most a fifth", low=-1)
     n_choices: int = knob(4, "choices a question; wrong ones come from the same family first", low=2)
 
 
 @dataclass
 class FilterOptions:
-    out: str = knob("", "JSONL to write")
+    out: str = knob("", "JSONL to write", required=True)
     pass_rate: tuple = knob((), "LOW..HIGH: keep this share of right samples, ends included", type=rates_flag)
     drop_answerable_without_audio: float = knob(
         None,
@@ -2057,7 +2050,7 @@ class FilterOptions:
         const=0.5,
     )
     where: list = knob(
-        (), "KEY=VALUE: keep lines whose meta says so; may be repeated", type=condition_flag, action="append"
+        (), "KEY=VALUE: keep lines whose meta says so; may be repeated", type=str, action="append"
     )
     max: int = knob(0, "keep a random sample of this size; 0: all")
     seed: int = knob(0, "of that sample")

@@ -1,4 +1,4 @@
-"""Data: a row becomes a valid Example or an error naming file, line and field; a clip 16 kHz mono or an error."""
+"""Data: a row becomes a valid Example, or an error with file, line and field; a clip becomes 16 kHz mono."""
 
 import collections
 import dataclasses
@@ -126,7 +126,7 @@ def test_lines_are_counted_as_an_editor_counts_them(refusal):
 
 
 def test_reading_is_lazy(read, tmp_path):
-    """A broken line is found when it is read, or scanned; nothing is remembered; a file may be cut off meanwhile."""
+    """A broken line is found when it is read; nothing is remembered; the file may be cut off meanwhile."""
     examples = read(lines(ROW, b"{", ROW | {"id": "last"}))
     assert len(examples) == 3 and examples[0].id == "1" and examples[-1].id == examples[2].id == "last"
     assert examples[2] is not examples[2] and [e.id for e in examples[::2]] == ["1", "last"]
@@ -277,7 +277,7 @@ def test_what_is_not_a_file(tmp_path):
     for name, reason in (
         ("pipe", "is not a regular file"),
         ("/dev/null", "is not a regular file"),
-        (".", "is a directory"),
+        (".", "expected a data set, or sounds"),
         ("none.jsonl", "no such file"),
         ("x" * 5000, "no such file"),
     ):

@@ -1,6 +1,6 @@
-"""Readers: rows of every known format, with the oddities of the real files, become the right Examples, or are refused.
+"""Readers: rows of every format, with the oddities of real files, become the right Examples, or are refused.
 
-All rows are made up. OMNI_SLOW=1 reads a million lines instead of 50,000; OMNI_FUZZ=N mutates N lines instead of 5,000.
+All rows are made up. OMNI_SLOW=1 reads a million lines, not 50,000; OMNI_FUZZ=N mutates N lines, not 5,000.
 """
 
 import gzip
@@ -43,7 +43,7 @@ def read(tmp_path):
 
 @pytest.fixture
 def refusal(read, tmp_path):
-    """Content or rows -> the first message when they are read in order, without the folder. It is never long."""
+    """Content or rows -> the first message when they are read in order, without the folder. Never long."""
 
     def refusal(content) -> str:
         with pytest.raises(DataError) as e:
@@ -54,213 +54,43 @@ def refusal(read, tmp_path):
     return refusal
 
 
-# ---- every format, field by field: (format, row, the Example it becomes; `audio` relative to the folder of the file)
+# ---- every format, field by field: formats.jsonl holds rows, and the Example that they become
 
-MC = dict(question='Which, "loud"?\n犬?', choices=["a, b", 'the "bell"', "Ünïcödé 🐕"], answer='the "bell"')
-MC_READ = MC | dict(answer=1)
-AVQA_META = dict(video_id=12, question_text="Why videos? The video!", question_type="Why")
-AVQA = AVQA_META | dict(id=7, video_name="-Xy_z0_000030", multi_choice=["dog", None, "cat", "rain"], answer=2)
-AVQA_READ = dict(id="7", question="Why audios? The audio!", choices=["dog", "cat", "rain"], answer=1)
-AVQA_READ |= dict(audio="-Xy_z0_000030", meta=AVQA_META)
-R1 = AVQA | dict(audio_path="clips/-Xy_z0_30.wav")
-R1_META = AVQA_META | dict(video_name="-Xy_z0_000030")
-R1_READ = AVQA_READ | dict(audio="clips/-Xy_z0_30.wav", meta=R1_META)
-MMAU_META = {"dataset": "meld", "task": "speech", "category": "Reasoning", "sub-category": "Emotion"}
-MMAU = MC | MMAU_META | dict(id="0a-1b", audio_id="./clips/3c-4d.wav")
-MMAU_READ = MC_READ | dict(id="0a-1b", audio="./clips/3c-4d.wav", meta=MMAU_META)
-HUB = dict(context="x.wav", instruction="Which?", choices=["(A) A dog", "(B) B flat", "(C) a"])
-HUB |= dict(answer="(B) B flat", other_attributes=json.dumps({"id": "u-1"} | MMAU_META))
-HUB_READ = dict(id="u-1", audio="x.wav", question="Which?", choices=["A dog", "B flat", "a"], answer=1)
-HUB_READ |= dict(meta=MMAU_META)
-PRO_META = dict(category="music", task_identifier="t-1", perceptual_skills=["pitch"], kwargs=None)
-PRO = MC | PRO_META | dict(id="p1", audio_path=["data/a.wav", "data/b.wav"])
-PRO_READ = MC_READ | dict(id="p1", audio=["data/a.wav", "data/b.wav"], meta=PRO_META)
-MMAR_META = dict(modality="mix", url="https://example.org/a", cue=["hum"], rubric={"r": 1})
-MMAR = MC | MMAR_META | dict(id="m_1", audio_path="./audio/other_name.wav")
-LETTERS = dict(question="Who?", choice_a="A dog", choice_b="a", choice_c=None, choice_d=None, answer_gt="a")
-LETTERS_READ = dict(question="Who?", choices=["A dog", "a"], answer=1)
-AIR_META = dict(task_name="Audio_Grounding", dataset_name="Own")
-AIR = LETTERS | AIR_META | dict(path="g.wav", uniq_id=0)
-AIR_READ = LETTERS_READ | dict(id="0", audio="Audio_Grounding_Own/g.wav", meta=AIR_META)
-MMSU_META = {"task_name": "t", "sub-category": "s"}
-MMSU = LETTERS | MMSU_META | dict(id="ms_1", audio_path="wav/m.wav")
-MMSU_READ = LETTERS_READ | dict(id="ms_1", audio="wav/m.wav", meta=MMSU_META)
-ARC_CHOICES = {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}
-ARC_LIST = [{"text": text, "label": label} for text, label in zip("xyz", "123")]
-ARC = dict(id="arc_1", question="Why 犬?", choices=ARC_CHOICES, answerKey="C")
-ARC_READ = dict(id="arc_1", audio=None, question="Why 犬?", choices=["x", "y", "z"], answer=2)
-AI2 = dict(id="arc_1", answerKey="3", grade=4, question={"stem": "Why 犬?", "choices": ARC_LIST, "para": 1})
-AI2_READ = ARC_READ | dict(meta=dict(grade=4, question=AI2["question"]))
-COUNTDOWN = dict(nums=[3, 5, -7], target=105)
-COUNTDOWN_READ = dict(id="1", audio=None, meta=COUNTDOWN)
-COUNTDOWN_READ |= dict(
-    question="Using the numbers [3, 5, -7], create an equation that equals 105. You can use basic arithmetic "
-    "operations (+, -, *, /) and each number can only be used once."
-)
-MUSIC_META = dict(
-    type='["Audio", "Counting"]', question_content="Is <LR> <Object> <FL>?", templ_values='["left", "tuba"]'
-)
-MUSIC = MUSIC_META | dict(video_id="00000031", question_id=5, question_deleted=0, anser="two")
-CLOTHO = [
-    dict(file_name="a b.wav", QuestionText="Is it rain?", answer=answer, confidence=confidence)
-    for answer, confidence in ((" Yes", "maybe"), ("no", "yes"), ("yes ", "yes"))
-]
-CLOTHO_META = dict(answer=" Yes", confidence="maybe", agreement=2 / 3, rows=CLOTHO[1:])
-CLOTHO_READ = dict(id="1", audio="a b.wav", question="Is it rain?", choices=["yes", "no"], answer=0)
-TURNS = [dict(role="user", content="<audio>\nWhat barks?"), dict(role="assistant", content="<THINK>A dog.")]
-CHAT = dict(messages=TURNS, audios=["a.wav"], task="sound")
-CHAT_READ = dict(audio="a.wav", question="What barks?", target="<THINK>A dog.", meta={"task": "sound"})
-SHARE = [{"from": "human", "value": "<sound>\nWhat barks?"}, {"from": "gpt", "value": "<THINK>A dog."}]
-LONGER = [dict(role="system", content="Think."), *TURNS, dict(role="user", content="Sure?")]
-PROCESSED = dict(id=3, question="Which?\nIs it?\nChoices:\nA. a dog\nB. B flat\nC. a", answer="B. B flat")
-PROCESSED |= dict(audio="p.wav", n=1)
-PROCESSED_READ = dict(id="3", audio="p.wav", question="Which?\nIs it?", choices=["a dog", "B flat", "a"])
-PROCESSED_READ |= dict(answer=1, meta={"n": 1})
-OWN = dict(audio="x.wav", question="?", choices=["A. dog", "B. cat"], answer="B. cat", meta={"a": 1}, b=[2])
-CAPTIONS = [
-    dict(ytid="-a_b", start_s=30, caption="Rain, ü", fold=2),
-    dict(ytid="-a_b", start_s=30, caption="It rains"),
-]
-CAPTIONS_META = dict(ytid="-a_b", start_s=30, fold=2, captions=["Rain, ü", "It rains"])
-CAPTIONS_READ = dict(audio="-a_b_000030", question="Describe the sound.", target=["Rain, ü", "It rains"])
-DIGITS = [str(i) for i in range(8)]
-
-CASES = [
-    ("R1-AQA", R1, R1_READ),
-    (
+with open(os.path.join(ROOT, "tests", "formats.jsonl"), encoding="utf-8") as f:
+    CASES = [json.loads(line) for line in f]
+FIRST = {}
+for case in CASES:
+    FIRST.setdefault(case["format"], case["rows"])
+MC = dict(question="Which?", choices=["a, b", 'the "bell"', "c"], answer="c")
+R1, MMAU, HUB, PRO, AIR, MMSU, MUSIC, PROCESSED = (
+    FIRST[name][0]
+    for name in (
         "R1-AQA",
-        R1 | dict(multi_choice=[None, None, "a", "B flat"], answer=3, question_text="A Video", id=None),
-        R1_READ
-        | dict(id="1", choices=["a", "B flat"], answer=1, question="A Video")
-        | dict(meta={k: v for k, v in R1_META.items() if k != "question_text"}),
-    ),
-    ("R1-AQA", R1 | dict(multi_choice=["A", "A", "c"]), R1_READ | dict(choices=["A", "A", "c"], answer=2)),
-    ("R1-AQA", R1 | dict(multi_choice=DIGITS, answer="7"), R1_READ | dict(choices=DIGITS, answer=7)),
-    ("R1-AQA", R1 | dict(answer=None, audio_path="/x/y.wav"), R1_READ | dict(answer=None, audio="/x/y.wav")),
-    ("AVQA", AVQA, AVQA_READ),
-    (
-        "AVRT",
-        dict(audio_path="q.wav", question="?", multi_choice=MC["choices"], answer=MC["answer"], n=1),
-        MC_READ | dict(audio="q.wav", question="?", meta={"n": 1}),
-    ),
-    ("own", OWN, OWN | dict(answer=1, meta={"a": 1, "b": [2]}, b=None)),  # letters stay
-    ("own", dict(audio=["x.wav", "/y.wav"], question="?", target=["a", "b"]), None),
-    (
-        "AudioMCQ",
-        dict(MC, audio_path="q.wav", source="S"),
-        dict(MC_READ, audio="q.wav", meta={"source": "S"}),
-    ),
-    ("avqa-processed", PROCESSED, PROCESSED_READ),
-    (
-        "avqa-processed",
-        PROCESSED | dict(question="Q\nChoices:\n\nA. x\n\nB. y\n", answer="A"),
-        PROCESSED_READ | dict(question="Q", choices=["x", "y"], answer=0),
-    ),
-    ("MMAU", MMAU, MMAU_READ),
-    (
         "MMAU",
-        MMAU | dict(choices=["dog"] * 5, answer="dog", id=0),
-        MMAU_READ | dict(choices=["dog"] * 5, answer=0, id="0"),
-    ),
-    ("MMAU", MMAU | dict(id=None, answer=""), MMAU_READ | dict(id="3c-4d", answer=None)),
-    ("MMAU (Hub)", HUB, HUB_READ),
-    (
         "MMAU (Hub)",
-        HUB | dict(other_attributes={"id": 0, "n": None}, answer="C"),
-        HUB_READ | dict(id="0", answer=2, meta={"n": None}),
-    ),
-    (
-        "MMAU (Hub)",
-        dict(audio="x.wav", instruction="Which?", choices='["A dog", "B flat", "a"]', answer="B flat", id=4),
-        HUB_READ | dict(id="4", meta={}),
-    ),
-    ("MMAU-Pro", PRO, PRO_READ),
-    ("MMAU-Pro", PRO | dict(audio_path="data/a.wav"), PRO_READ | dict(audio="data/a.wav")),
-    ("MMAR", MMAR, MC_READ | dict(id="m_1", audio="./audio/other_name.wav", meta=MMAR_META)),
-    ("AIR-Bench", AIR, AIR_READ),
-    (
+        "MMAU-Pro",
         "AIR-Bench",
-        AIR | dict(choice_c="A", choice_d="", answer_gt="A", uniq_id="u"),
-        AIR_READ | dict(id="u", choices=["A dog", "a", "A"], answer=2),
-    ),
-    ("MMSU", MMSU, MMSU_READ),
-    (
         "MMSU",
-        MMSU | dict(choice_c="c", choice_d="d", choice_e="e", answer_gt="E", id=0),
-        MMSU_READ | dict(id="0", choices=["A dog", "a", "c", "d", "e"], answer=4),
-    ),
-    (
-        "MMSU",
-        MMSU | dict(audio="x.wav", answer_gt=""),
-        MMSU_READ | dict(audio="x.wav", answer=None, meta=MMSU_META | {"audio_path": "wav/m.wav"}),
-    ),
-    ("ARC", ARC, ARC_READ | dict(meta=dict(choices=ARC_CHOICES))),
-    (
-        "ARC",
-        ARC | dict(choices=ARC_LIST, answerKey="1"),
-        ARC_READ | dict(answer=0, meta=dict(choices=ARC_LIST)),
-    ),
-    ("ARC", AI2, AI2_READ),
-    ("ARC", AI2 | dict(answerKey=""), AI2_READ | dict(answer=None)),
-    ("conversation", CHAT, CHAT_READ),
-    (
-        "conversation",
-        CHAT | dict(audios=["a.wav", "b.wav"], messages=LONGER),
-        CHAT_READ | dict(audio=["a.wav", "b.wav"], meta={"task": "sound", "messages": LONGER}),
-    ),
-    ("conversation", dict(id="s1", sound="a.wav", conversations=SHARE), CHAT_READ | dict(id="s1", meta={})),
-    (
-        "conversation",
-        dict(query="Audio 1: <audio>a.wav</audio>\nWhat barks?", response="<THINK>A dog.", task="sound"),
-        CHAT_READ,
-    ),
-    (
-        "conversation",
-        dict(query="Why?", response="So.", history=[]),
-        dict(audio=None, question="Why?", target="So.", meta={"history": []}),
-    ),
-    ("Countdown", COUNTDOWN, COUNTDOWN_READ),
-    (
-        "Countdown",
-        COUNTDOWN | dict(id="c", split="train"),
-        COUNTDOWN_READ | dict(id="c", meta=COUNTDOWN | {"split": "train"}),
-    ),
-    ("Clotho-AQA", CLOTHO, CLOTHO_READ | dict(meta=CLOTHO_META)),
-    (
-        "captions",
-        CAPTIONS,
-        CAPTIONS_READ
-        | dict(id="-a_b_000030", meta=CAPTIONS_META | dict(rows=[dict(ytid="-a_b", start_s=30)])),
-    ),
-    (
-        "captions",
-        dict(id="i", file="f.wav", captions=["x", "y"], meta={"m": 1}),
-        CAPTIONS_READ | dict(id="i", audio="f.wav", target=["x", "y"], meta=dict(m=1, captions=["x", "y"])),
-    ),
-]
+        "MUSIC-AVQA",
+        "avqa-processed",
+    )
+)
+CLOTHO = FIRST["Clotho-AQA"]
 
 
-@pytest.mark.parametrize("name, row, fields", CASES, ids=lambda x: x if isinstance(x, str) else "")
-def test_every_field_is_read_or_kept(read, tmp_path, name, row, fields):
-    examples = read(row)
-    fields = {"id": "1"} | {k: v for k, v in (fields or row).items() if v is not None}
-    audio = fields.get("audio")
-    if isinstance(audio, list):
-        fields["audio"] = [os.path.join(tmp_path, clip) for clip in audio]
-    elif audio:
-        fields["audio"] = os.path.join(tmp_path, audio)
-    assert list(examples) == [Example(**fields)]
-    assert type(examples[0].answer) in (int, type(None))
-    assert str(examples).startswith(f"{tmp_path}/file: {name} format") and not examples.skipped
-    assert examples.format == name and examples.where(0) == f"{tmp_path}/file:1"
-    assert examples.items == [tuple(range(len(row) if isinstance(row, list) else 1))]
-    assert examples.rows_of(0) == (row if isinstance(row, list) else [row])
-
-
-FIRST = {name: row if isinstance(row, list) else [row] for name, row, _ in reversed(CASES)} | {
-    "MUSIC-AVQA": [MUSIC, MUSIC | dict(anser="one")],
-    "labels": [dict(file="a.wav", label="dog"), dict(file="b.wav", label="cat")],
-}
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if "example" in case], ids=lambda case: case["format"]
+)
+def test_every_field_is_read_or_kept(read, tmp_path, case):
+    examples, fields = read(case["rows"]), dict(case["example"])
+    if isinstance(fields.get("audio"), list):
+        fields["audio"] = [os.path.join(tmp_path, clip) for clip in fields["audio"]]
+    elif "audio" in fields:
+        fields["audio"] = os.path.join(tmp_path, fields["audio"])
+    assert list(examples) == [Example(**fields)] and type(examples[0].answer) in (int, type(None))
+    assert examples.format == case["format"] and examples.where(0) == f"{tmp_path}/file:1"
+    assert str(examples).startswith(f"{tmp_path}/file: {case['format']} format") and not examples.skipped
+    assert examples.items == [tuple(range(len(case["rows"])))] and examples.rows_of(0) == case["rows"]
 
 
 def test_every_format_has_a_case():
@@ -269,18 +99,16 @@ def test_every_format_has_a_case():
 
 @pytest.mark.parametrize("name", FIRST)
 def test_the_container_and_the_name_do_not_matter(read, name):
-    """Nor what else a row holds: the columns decide, and not their order; what a format does not know is kept."""
-    rows, comment = FIRST[name], {"comment": {"x": [None, 1]}}
-    plain = [vars(e) | {"id": ""} for e in read(rows)]
-    for content in (json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False)):
+    """Nor the order of the columns, nor what else a row holds: it is kept."""
+    plain = [vars(e) | {"id": ""} for e in read(FIRST[name])]
+    for content in (json.dumps(FIRST[name]), json.dumps(FIRST[name], indent=2, ensure_ascii=False)):
         examples = read(content, name="mmau-test-mini.csv")
         assert examples.format == name and [vars(e) | {"id": ""} for e in examples] == plain
-    examples = read([dict(reversed(row.items())) | comment for row in rows])
-    assert examples.format == name
-    for example, fields in zip(examples, plain):
-        kept = {k: v for k, v in example.meta.items() if k != "rows"}
-        meta = {k: v for k, v in fields["meta"].items() if k != "rows"}
-        assert kept == meta | comment and example.question == fields["question"]
+    examples = read([dict(reversed(row.items()), comment={"x": [None, 1]}) for row in FIRST[name]])
+    assert examples.format == name and examples[0].meta["comment"] == {"x": [None, 1]}
+    assert [(e.question, e.answer, e.target) for e in examples] == [
+        (e["question"], e["answer"], e["target"]) for e in plain
+    ]
 
 
 # ---- letters before choices, gold as letter or text
@@ -310,7 +138,7 @@ LETTERED = r"""
 ["A: dog", "B: cat"] | "B" | ["dog", "cat"] | 1
 ["A) dog", "B) cat"] | "B) cat" | ["dog", "cat"] | 1
 ["(A)dog", "(B)cat"] | "(B)cat" | ["dog", "cat"] | 1
-["(A) AA", "(B) BB", "(C) CC", "(D) DD", "(E) EE", "(F) FF", "(G) GG", "(H) HH"] | "H" | ["AA", "BB", "CC", "DD", "EE", "FF", "GG", "HH"] | 7
+["(A) x", "(B) y", "(C) z", "(D) x1", "(E) y1", "(F) z1"] | "F" | ["x", "y", "z", "x1", "y1", "z1"] | 5
 ["A minor", "B flat"] | "B flat" | = | 1
 ["A dog", "B flat", "a"] | "a" | = | 2
 ["C", "A", "G"] | "A" | = | 1
@@ -347,7 +175,7 @@ null | null | = | refused
 
 @pytest.mark.parametrize("choices, answer, wanted, index", cells(LETTERED))
 def test_letters(read, refusal, choices, answer, wanted, index):
-    """Nulls go; letters that are the content of choices stay; where choices carry letters, an answer is one."""
+    """Nulls go; letters that are what a choice says stay; where choices carry letters, an answer is one."""
     choices = json.loads(choices)
     row = dict(audio_path="a.wav", question="?", choices=choices, answer=json.loads(answer))
     if index == "refused":
@@ -361,68 +189,64 @@ def test_letters(read, refusal, choices, answer, wanted, index):
 # ---- versions, skipped rows, majorities, drawn choices
 
 
-def mmau_rows(n=1000, meld=0, lost=0, hub=False, **changes) -> list[dict]:
+def mmau_rows(hub, n=1000, meld=0, lost=0, **changes) -> list[dict]:
     """n rows, some of them of the data set MELD, some with an answer that is no choice"""
     rows = []
     for i in range(n):
-        dataset, answer = "meld" if i < meld else "own", "?" if i < lost else "a, b"
-        row = MMAU | dict(id=str(i), dataset=dataset, answer=answer) | changes
+        more = dict(id=str(i), dataset="meld" if i < meld else "own")
+        row = dict(choices=["x", "y"], answer="?" if i < lost else "x") | changes
         if hub:
-            more = json.dumps({"dataset": dataset})
-            row = dict(context="x.wav", instruction="?", choices=row["choices"], answer=row["answer"])
-            row["other_attributes"] = more
-        rows.append(row)
+            rows.append(row | dict(context="x.wav", instruction="?", other_attributes=json.dumps(more)))
+        else:
+            rows.append(row | more | dict(audio_id="x.wav", question="?"))
     return rows
 
 
+VERSIONS = [
+    (dict(meld=70), "v05.15.25"),
+    (dict(meld=43), "original"),
+    (dict(meld=44), "unknown version"),
+    (dict(n=999, meld=70), "unknown version"),
+    (dict(answer=""), "answers withheld"),
+    (dict(n=3, answer=None), "answers withheld"),
+    (dict(meld=70, lost=20), "v05.15.25"),
+]
+
+
 @pytest.mark.parametrize("hub", [False, True])
-@pytest.mark.parametrize(
-    "options, version",
-    [
-        (dict(meld=70), "v05.15.25"),
-        (dict(meld=43), "original"),
-        (dict(meld=44), "unknown version"),
-        (dict(n=999, meld=70), "unknown version"),
-        (dict(answer=""), "answers withheld"),
-        (dict(n=3, answer=None), "answers withheld"),
-        (dict(meld=70, lost=20), "v05.15.25"),
-    ],
-)
+@pytest.mark.parametrize("options, version", VERSIONS)
 def test_mmau_says_which_version_it_is(read, options, version, hub):
-    examples = read(json.dumps(mmau_rows(hub=hub, **options)))
+    examples = read(json.dumps(mmau_rows(hub, **options)))
     assert examples.version == version and f" format {version}, " in str(examples)
 
 
 def test_broken_files_and_lines_of_mmau(read, refusal):
     """Those of 15 and 16 May 2025: 146 or 147 answers are not among their choices."""
     for hub in (False, True):
-        message = refusal(json.dumps(mmau_rows(meld=70, lost=146, hub=hub)))
+        message = refusal(json.dumps(mmau_rows(hub, meld=70, lost=146)))
         assert message.startswith("file: 146 answers are not among their choices") and "May 2025" in message
-    assert refusal(mmau_rows(30, lost=1)).startswith("file:1: field \"answer\": '?' is not among the choices")
-    assert read(mmau_rows(meld=43, hub=True) + [HUB | {"other_attributes": "{"}]).version == "unknown version"
-    for line, message in (
-        (b"{", "file:2: broken JSON"),
-        (b"null", "file:2: expected a JSON object"),
-        (b'{"id": 1}', "file:2: field \"audio_id\": missing; found only ['id']"),
-    ):
-        assert refusal(lines(MMAU, line, MMAU)).startswith(message)
+    assert refusal(mmau_rows(False, 30, lost=1)).startswith(
+        "file:1: field \"answer\": '?' is not among the choices"
+    )
+    bad = HUB | {"other_attributes": "{"}  # named when it is read
+    assert read([*mmau_rows(True, meld=43), bad]).version == "unknown version"
+    for line in (b"{", b"null", b'{"id": 1}'):
+        assert refusal(lines(MMAU, line, MMAU)).startswith("file:2: ")
 
 
 def test_mmau_pro_is_read_where_it_is_multiple_choice(read, tmp_path):
-    rows = [
-        PRO | dict(category="open", choices=[]),
-        PRO | dict(id="p2"),
-        PRO | dict(category="open"),
-        PRO | dict(category="instruction following", answer=None),
-        PRO | dict(choices=None),
-        PRO | dict(answer="none of it"),
-        PRO | dict(id="p7", choices='["(A) x", "(B) y"]', answer="(B) y", audio_path=["c.wav"] * 3),
-        PRO | dict(id="p8", answer="B"),
+    lettered = dict(choices='["(A) x", "(B) y"]', answer="(B) y", audio_path=["c.wav"] * 3)
+    changes = [
+        dict(category="open", choices=[]),
+        {},
+        dict(category="open"),
+        dict(category="instruction following"),
     ]
-    examples = read(rows)
-    assert [(e.id, e.answer, len(e.clips)) for e in examples] == [("p2", 1, 2), ("p7", 1, 3), ("p8", 1, 2)]
-    assert [examples.where(i) for i in range(2)] == [f"{tmp_path}/file:2", f"{tmp_path}/file:7"]
-    assert examples.items == [(1,), (6,), (7,)] and examples.rows_of(1) == [rows[6]]
+    changes += [dict(choices=None), dict(answer="none of it"), lettered, dict(answer="B")]
+    examples = read([PRO | change for change in changes])
+    assert [(e.answer, len(e.clips)) for e in examples] == [(1, 2), (1, 3), (1, 2)]
+    assert examples.items == [(1,), (6,), (7,)] and examples.where(1) == f"{tmp_path}/file:7"
+    assert examples.rows_of(1) == [PRO | lettered]
     assert str(examples).endswith(
         "MMAU-Pro format, 3 examples; 4 skipped: not multiple choice (open answer or instruction "
         "following); 1 skipped: the answer is not among the choices"
@@ -434,33 +258,29 @@ def test_nothing_but_skipped_rows(refusal):
         assert "no question that can be used: {" in refusal(row) and ": 1}" in refusal(row)
 
 
-def test_music_avqa(read, tmp_path):
-    """What can be heard; slots are filled in order; choices are answers to other questions of the same type."""
+def test_music_avqa(read):
+    """What can be heard; slots are filled in order; choices are answers to questions of the same type."""
     counts = ["two", "one", "three", "four", "five"]
     rows = [MUSIC, *(MUSIC | dict(anser=count, templ_values="[]") for count in counts[1:])]
     rows += [MUSIC | dict(type='["Audio", "Comparative"]', anser=answer) for answer in ("yes", "no")]
     rows += [
         MUSIC | dict(type=f'["{needs}", "Counting"]', anser="nine") for needs in ("Visual", "Audio-Visual")
     ]
-    rows += [MUSIC | dict(question_deleted=1, anser="ten")]
-    examples = read(json.dumps(rows))
-    assert (examples[0].id, examples[0].audio) == ("5", str(tmp_path / "00000031"))
+    examples = read([*rows, MUSIC | dict(question_deleted=1, anser="ten")])
     assert [e.question for e in examples][:2] == ["Is left tuba <FL>?", "Is <LR> <Object> <FL>?"]
-    assert examples[0].meta == MUSIC_META | dict(question_deleted=0)
+    assert examples[0].id == "5" and examples[0].audio.endswith("/00000031")
+    assert examples[0].meta["type"] == MUSIC["type"]
     for e, row in zip(examples, rows[:7], strict=True):
         kin = counts if "Count" in row["type"] else ["yes", "no"]
         assert e.choices[e.answer] == row["anser"] and set(e.choices) <= set(kin)
         assert len(set(e.choices)) == len(e.choices) == min(4, len(kin))
-    assert examples.skipped == {
-        "cannot be heard: Visual": 1,
-        "cannot be heard: Audio-Visual": 1,
-        "deleted by its authors": 1,
-    }
-    assert [e.choices for e in read(json.dumps(rows))] == [e.choices for e in examples]
+    reasons = ["cannot be heard: Visual", "cannot be heard: Audio-Visual", "deleted by its authors"]
+    assert examples.skipped == dict.fromkeys(reasons, 1)
+    assert [e.choices for e in read([*rows])] == [e.choices for e in examples]
 
 
 def test_clotho_aqa_takes_the_majority(read, tmp_path):
-    """Of three annotators, whose lines need not follow each other; yes/no questions have two choices, others four."""
+    """Of three annotators, whose lines need not follow each other; yes/no has two choices, others four."""
     answers = dict(q1=["dog", "cat", " Dog"], q2=["yes", "no", "No"], q3=["rain", "wind", "sea"])
     answers |= dict(q4=["wind"] * 3, q5=["sea"] * 2 + ["no"], q6=["bird"] * 3)
     rows = [f"{q[1:]}.wav,{q},{a[k]},maybe{k}\n" for k in range(3) for q, a in answers.items()]
@@ -472,25 +292,19 @@ def test_clotho_aqa_takes_the_majority(read, tmp_path):
     for i in (0, 2, 3, 4):
         choices = examples[i].choices
         assert len(set(choices)) == 4 and set(choices) <= {"dog", "wind", "sea", "bird", "no"}
-    meta = examples[0].meta
-    assert (meta["answer"], meta["confidence"], meta["agreement"]) == ("dog", "maybe0", 2 / 3)
-    assert [(row["answer"], row["confidence"]) for row in meta["rows"]] == [
-        ("cat", "maybe1"),
-        (" Dog", "maybe2"),
-    ]
-    assert examples.items[0] == (0, 6, 12) and examples[0].audio == str(tmp_path / "1.wav")
+    assert examples.items[0] == (0, 6, 12) and examples[0].meta["agreement"] == 2 / 3
 
 
 def test_drawn_choices(read):
     """The answer is one of them, none stands twice, its family comes first; a label stands everywhere."""
     names = ["dog bark", "dog howl", "dog growl", "cat purr", "cat meow", "rain", "wind"]
     rows = [dict(wav=f"{i}.wav", label=names[i % 7], family=names[i % 7].split()[0]) for i in range(700)]
-    examples, at = read(rows), Counter()
+    examples = read(rows)
     for e, row in zip(examples, rows):
         assert e.choices[e.answer] == row["label"] and len(set(e.choices)) == len(e.choices) == 4
         assert {name for name in names if name.startswith(row["family"])} <= set(e.choices)
-        at[e.answer] += 1
-    assert len(at) == 4 and min(at.values()) > 700 / 4 - 5 * math.sqrt(700 * 3 / 16)
+    at = Counter(e.answer for e in examples)
+    assert min(at[i] for i in range(4)) > 700 / 4 - 5 * math.sqrt(700 * 3 / 16)
     assert len({tuple(sorted(e.choices)) for e in examples if e.meta["label"] == "rain"}) > 5
     assert [e.choices for e in examples] == [e.choices for e in read(rows)]
     assert all(sorted(e.choices) == ["dog bark", "dog howl"] for e in read(rows[:2]))
@@ -516,10 +330,7 @@ def test_only_some_formats_may_be_without_sound(read, name):
         return
     with pytest.raises(DataError, match=r'file:\d: field "'):
         examples = read([*FIRST[name], *rows])
-        whole = 1 if name in ("Clotho-AQA", "captions") else len(FIRST[name])
-        for i in range(whole, len(examples)):
-            examples[i]
-            pytest.fail(f"{examples[i]}")
+        pytest.fail(f"{examples[-1]}")
 
 
 def test_a_blank_label_spoils_only_its_own_line(refusal):
@@ -600,8 +411,8 @@ captions | {"caption": "", "ytid": "x"} | field "captions"
 captions | {"ytid": ["a"]} | field "ytid"
 captions | {"ytid": ["a"], "start_s": null} | field "ytid"
 captions | {"start_s": Infinity} | expected the second at which the clip starts, found inf
-captions | {"start_s": "soon"} | 
-captions | {"start_s": [1]} | 
+captions | {"start_s": "soon"} | expected the second at which the clip starts
+captions | {"start_s": [1]} | expected the second at which the clip starts
 labels | {"label": 5} | field "label"
 labels | {"label": ["dog"]} | field "label"
 labels | {"label": null} | field "label"
@@ -658,7 +469,8 @@ def test_unknown_rows_are_told_the_known_keys(refusal, row):
 
 # ---- tables
 
-TABLE = 'file_name,caption,n\r\n"a, b.wav","It\'s ""loud"",\r\nsaid the 犬",1\r\nb.wav,rain,2\r\n\r\nc.wav, wind ,\r\n'
+TABLE = 'file_name,caption,n\r\n"a, b.wav","It\'s ""loud"",\r\nsaid the 犬",1\r\n'
+TABLE += "b.wav,rain,2\r\n\r\nc.wav, wind ,\r\n"
 TABLE_READ = [
     ("a, b.wav", 'It\'s "loud",\r\nsaid the 犬', "1"),
     ("b.wav", "rain", "2"),
@@ -943,9 +755,12 @@ def test_clips_inside_parquet(tmp_path, datasets, monkeypatch, kind):
     """They are heard, and their bytes are not read before that."""
     n, path = len(SOUNDS), str(tmp_path / "a.json")
     clips = [{"bytes": sound(**how), "path": name} for name, how in SOUNDS.items()]
-    table = dict(id=[f"r{i}" for i in range(n)], question=["Which? 犬"] * n, answer=["(C) A"] * n)
-    table |= dict(choices=[["(A) a", "(B) b", "(C) A"]] * n, extra=[{"x": [i]} for i in range(n)])
-    table["audio"] = [c["bytes"] for c in clips] if kind == "bytes" else clips
+    table = {
+        k: [v] * n for k, v in dict(question="Which?", choices=["(A) a", "(B) b"], answer="(B) b").items()
+    }
+    table |= dict(
+        id=[f"r{i}" for i in range(n)], audio=[c["bytes"] for c in clips] if kind == "bytes" else clips
+    )
     if kind in ("Audio", "saved"):
         table = datasets.Dataset.from_dict(table).cast_column("audio", datasets.Audio(decode=False))
         table.save_to_disk(path) if kind == "saved" else table.to_parquet(path)
@@ -962,12 +777,10 @@ def test_clips_inside_parquet(tmp_path, datasets, monkeypatch, kind):
     assert str(examples) == f"{path}: Hub format, {n} examples" and examples.where(2) == f"{path}:row 3"
     wanted = data.load_audio(sound())[0]
     for i, (e, clip) in enumerate(zip(read, clips)):
-        assert (e.id, e.question, e.choices, e.answer) == (f"r{i}", "Which? 犬", ["a", "b", "A"], 2)
-        assert e.meta == {"extra": {"x": [i]}} and e.audio.read() == clip["bytes"]
+        assert (e.id, e.choices, e.answer, e.audio.read()) == (f"r{i}", ["a", "b"], 1, clip["bytes"])
         assert e.audio.path == (clip["path"] or "" if kind != "bytes" else "")
-        wave, cut = data.load_audio(e.audio)
-        assert not cut and abs(len(wave) - 16000) <= 1, clip["path"]
-        assert np.abs(wave[1000:15000] - wanted[1000:15000]).max() < 0.02, clip["path"]
+        wave, _ = data.load_audio(e.audio)
+        assert abs(len(wave) - 16000) <= 1 and np.abs(wave[1000:15000] - wanted[1000:15000]).max() < 0.02
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -982,19 +795,18 @@ def test_every_format_may_come_as_parquet(tmp_path, read, datasets, name):
     assert list(examples) == list(read(filled))
 
 
-@pytest.mark.parametrize(
-    "row, name",
-    [
-        (dict(HUB, context={}), "MMAU (Hub)"),
-        (dict(MMSU, audio={}), "MMSU"),
-        (dict(PROCESSED, audio={}), "avqa-processed"),
-        (dict(question="?", audio={}), "own"),
-        (dict(audio={}, caption="rain"), "captions"),
-    ],
-)
-def test_formats_with_their_clips_inside(tmp_path, datasets, row, name):
+INSIDE = {
+    "MMAU (Hub)": HUB | dict(context={}),
+    "MMSU": MMSU | dict(audio={}),
+    "avqa-processed": PROCESSED | dict(audio={}),
+}
+INSIDE |= {"own": dict(question="?", audio={}), "captions": dict(audio={}, caption="rain")}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_formats_with_their_clips_inside(tmp_path, datasets, name):
     clips = [{"bytes": sound(channels=n), "path": None} for n in (1, 2)]
-    rows = [{k: clip if v == {} else v for k, v in row.items()} for clip in clips]
+    rows = [{k: clip if v == {} else v for k, v in INSIDE[name].items()} for clip in clips]
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "p"))
     examples = Examples(str(tmp_path / "p"))
     assert examples.format == name
@@ -1009,7 +821,7 @@ def quiz(path, clips) -> Examples:
 
 
 def test_paths_inside_parquet_are_found_as_others_are(tmp_path, datasets, monkeypatch):
-    """A clip without bytes is a path, relative to the file or --audio_dir and not to where one happens to stand."""
+    """A clip without bytes is a path, relative to the file or --audio_dir, not to the working directory."""
     monkeypatch.chdir("/")
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.wav").write_bytes(sound())
@@ -1057,19 +869,18 @@ def test_bad_rows_of_parquet_are_named(tmp_path, datasets):
         examples[1]
     with pytest.raises(data.AudioError, match="row 3: a.wav.*not a readable sound"):
         data.load_audio(examples[2].audio)
-    with open(path, "rb") as f:
-        content = f.read()
-    for i, bad in enumerate((content[: len(content) // 2], b"PAR1", b"PAR1" * 99, content[:4] + content[9:])):
-        (tmp_path / f"bad {i}").write_bytes(bad)
-        with pytest.raises(DataError, match=f"^{tmp_path}/bad {i}: could not be loaded"):
-            Examples(str(tmp_path / f"bad {i}"))
+    content = (tmp_path / "p").read_bytes()
+    for bad in (content[: len(content) // 2], b"PAR1", b"PAR1" * 99, content[:4] + content[9:]):
+        (tmp_path / "bad").write_bytes(bad)
+        with pytest.raises(DataError, match=f"^{tmp_path}/bad: could not be loaded"):
+            Examples(str(tmp_path / "bad"))
 
 
 def test_hub_ids_are_taken_apart(datasets, monkeypatch, tmp_path):
     rows, asked = datasets.Dataset.from_list([dict(audio=None, question="?")]), []
 
     def load_dataset(*args, split):
-        asked.append((*args, split))
+        asked.append(" ".join([*args, split]))
         if "none" in args[0]:
             raise OSError("not there")
         return rows
@@ -1078,14 +889,8 @@ def test_hub_ids_are_taken_apart(datasets, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name in ("o/n", "o/n:dev", "o/n/en", "o/n/en:dev", "o/n-v1.25", "o/n/v1.0:train[:10%]"):
         assert len(Examples(name)) == 1
-    assert asked == [
-        ("o/n", "train"),
-        ("o/n", "dev"),
-        ("o/n", "en", "train"),
-        ("o/n", "en", "dev"),
-        ("o/n-v1.25", "train"),
-        ("o/n", "v1.0", "train[:10%]"),
-    ]
+    wanted = ["o/n train", "o/n dev", "o/n en train", "o/n en dev", "o/n-v1.25 train", "o/n v1.0 train[:10%]"]
+    assert asked == wanted
     with pytest.raises(
         DataError, match=r"^o/none:v05.15.25: could not be loaded .* org/name\[/config\]\[:split\]"
     ):
@@ -1108,49 +913,53 @@ def test_without_the_package_datasets(tmp_path, monkeypatch, source):
 
 
 def test_reading_touches_no_sound_and_needs_no_torch(tmp_path):
-    """With torch, soundfile and soxr out of reach and every clip a pipe that would block, all formats read."""
+    """All formats read without torch, soundfile and soxr, and where every clip is a pipe that would block."""
     os.mkfifo(tmp_path / "x.wav")
-    for i, name in enumerate(FIRST):
-        rows = []
-        for k, row in enumerate(FIRST[name]):
-            rows.append(
-                row | {key: "x.wav" for key in row.keys() & {"audio_path", "audio_id", "audio", "file_name"}}
-            )
-            if "file" in row:
-                rows[-1]["file"] = "./" * k + "x.wav"  # two clips
-        (tmp_path / f"{i}").write_bytes(lines(*rows))
+    for name, rows in FIRST.items():
+        clips = {"audio_path", "audio_id", "audio", "file_name"}
+        rows = [row | dict.fromkeys(row.keys() & clips, "x.wav") for row in rows]
+        (tmp_path / name).write_bytes(lines(*rows))
     code = textwrap.dedent("""
         import sys
         sys.modules.update(dict.fromkeys(("torch", "transformers", "soundfile", "soxr", "datasets")))
         import data
         print(sum(len(list(data.Examples(name))) for name in sys.argv[1:]))""")
-    command = [sys.executable, "-c", code, *(str(tmp_path / f"{i}") for i in range(len(FIRST)))]
+    command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in FIRST)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == f"{len(FIRST) + 2}\n", done.stderr
 
 
 MANY = int(1e6) if SLOW else 50_000
+CAPTION = '{"ytid": "#", "start_s": 3, "caption": "It rains"}'
+ANSWER = '{"file_name": "#.wav", "QuestionText": "Is it rain?", "answer": "yes"}'
+TEMPLATES = {  # kind: before, a line, between, after
+    "own": (
+        "",
+        '{"audio": "#.wav", "question": "Is it rain?", "choices": ["yes", "no"], "answer": 1}',
+        "\n",
+        "",
+    ),
+    "list": (
+        "[",
+        '{"audio": "#.wav", "question": "Is it rain?", "choices": ["yes", "no"], "answer": 1}',
+        ",\n",
+        "]",
+    ),
+    "MMAU": ("", json.dumps(MMAU), "\n", ""),
+    "captions": ("", f"{CAPTION}\n{CAPTION}", "\n", ""),
+    "Clotho-AQA": ("", f"{ANSWER}\n{ANSWER}", "\n", ""),
+    "labels": ("", '{"file": "#.wav", "label": "dog #"}', "\n", ""),
+    "csv": ("file,label\n", "#.wav,dog #", "\n", ""),
+}
 
 
-@pytest.mark.parametrize(
-    "name", ["own", "list", "R1-AQA", "MMAU", "MMAU-Pro", "captions", "labels", "Clotho-AQA", "csv"]
-)
-def test_a_million_lines_are_ready_in_20_s_and_2_gib(tmp_path, name):
-    """On top of what an empty process takes. The smaller default: in proportion, in twice the time, on a busy machine."""
-    path, rows = str(tmp_path / "many"), FIRST[{"list": "own", "csv": "labels"}.get(name, name)]
-    start, between, end = {"list": ("[", ",", "]"), "csv": ("file,label\n", "", "")}.get(name, ("", "", ""))
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(start)
-        for i in range(MANY):
-            row, clip = dict(rows[i % len(rows)]), str(i // len(rows))
-            key = next((key for key in ("file", "file_name", "id", "ytid") if key in row), "")
-            if key:
-                row[key] = str(i) if key == "file" else clip
-            if "label" in row:
-                row["label"] = f"label {i % 300}"
-            line = f"{i}.wav,{row['label']}" if name == "csv" else json.dumps(row)
-            f.write(line + (between if i < MANY - 1 else "") + "\n")
-        f.write(end)
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_million_lines_are_ready_in_20_s_and_2_gib(tmp_path, kind):
+    """On top of what an empty process takes. The default: in proportion, in twice the time."""
+    before, line, between, after = TEMPLATES[kind]
+    n_lines = MANY // (line.count("\n") + 1)
+    content = between.join(line.replace("#", str(i)) for i in range(n_lines))
+    (tmp_path / "many").write_text(before + content + after)
     code = textwrap.dedent("""
         import re, sys, time, data
         peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
@@ -1158,11 +967,12 @@ def test_a_million_lines_are_ready_in_20_s_and_2_gib(tmp_path, name):
         examples = data.Examples(sys.argv[1])
         print(len(examples), time.process_time() - begin, (peak() - before) / 2**20)
         for i in (0, 1, len(examples) // 2, -1): examples[i].question""")
-    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(tmp_path / "many")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     n, seconds, gib = map(float, done.stdout.split())
-    print(f"{name}: {n:.0f} examples, {seconds:.1f} s, {gib:.2f} GiB")
-    assert n >= MANY // 3 - 1 and seconds < (20 if SLOW else 40) * MANY / 1e6 and gib < 2 * MANY / 1e6
+    print(f"{kind}: {n:.0f} examples, {seconds:.1f} s, {gib:.2f} GiB")
+    assert n == n_lines and seconds < (20 if SLOW else 40) * MANY / 1e6 and gib < 2 * MANY / 1e6
 
 
 # ---- fuzzing
@@ -1250,26 +1060,23 @@ TABLES = {
     "labels CSV": 'file;label\na.wav;dog\nb.wav;"c\n d"\n',
     "VGGSound CSV": 'ab,30,"dog, big",train\ncd,40,cat,test\n',
     "TSV": "path\tdescription\na.wav\tx\nb.wav\t\n",
-    "list": json.dumps([MMAR] * 3, ensure_ascii=False),
+    "list": json.dumps([MMAU] * 3, ensure_ascii=False),
 }
 
 
 def mutate_row(rng, row: dict) -> dict:
     row = json.loads(json.dumps(row))
     for _ in range(rng.choice([1, 1, 2, 3])):
-        place, key = row, rng.choice(KEYS) if rng.random() < 0.1 else rng.choice(list(row) or KEYS)
+        place, key = row, rng.choice(KEYS if rng.random() < 0.1 or not row else list(row))
         while (
-            rng.random() < 0.5
-            and isinstance(place, dict)
-            and place.get(key)
-            and isinstance(place[key], dict | list)
+            rng.random() < 0.5 and isinstance(place, dict) and isinstance(place.get(key), dict) and place[key]
         ):
             place = place[key]
-            key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
+            key = rng.choice(list(place))
         if rng.random() > 0.15:
             place[key] = json.loads(json.dumps(rng.choice(ODD)))
-        elif isinstance(place, list) or key in place:
-            del place[key]
+        else:
+            place.pop(key, None)
     return row
 
 
@@ -1281,15 +1088,19 @@ def mutate_bytes(rng, content: bytes) -> bytes:
     return bytes(content)
 
 
+def check_message(error, *starts):
+    assert str(error).startswith(starts) and len(str(error)) < 3000 and str(error).isprintable(), repr(error)
+
+
 def look_at(examples: Examples) -> Counter:
     """Read all lines; what is read must be fit for training or refused by line."""
     outcome = Counter()
+    assert str(examples).startswith(f"{examples.path}: ") and str(examples).encode()
     for i in range(len(examples)):
         try:
             e = examples[i]
         except DataError as error:
-            places = tuple(f"{examples.rows.where(k)}: " for k in examples.items[i])
-            assert str(error).startswith(places) and len(str(error)) < 3000 and str(error).isprintable()
+            check_message(error, *(f"{examples.rows.where(k)}: " for k in examples.items[i]))
             outcome["refused"] += 1
             continue
         targets = e.target if isinstance(e.target, list) else [e.target or ""]
@@ -1317,13 +1128,12 @@ LINES = int(os.environ.get("OMNI_FUZZ", 5_000))
 
 @pytest.mark.parametrize("name", [*FIRST, *TABLES])
 def test_mutated_lines_are_read_or_refused(tmp_path, watchdog, name):
-    """Values of other kinds, lost and foreign keys, damaged bytes: no traceback, no hang, no message without its line."""
-    rng, outcome, crashes, path = random.Random(name), Counter(), {}, tmp_path / "file"
+    """Odd values, lost and foreign keys, damaged bytes: no traceback, no hang, each message with its line."""
+    rng, outcome, path = random.Random(name), Counter(), tmp_path / "file"
     known = data.FORMATS.get(name)
     is_eager = (
         known is None or known.group or known.skip or known.pool or known.about
-    )  # one bad line ends the file
-    n_lines = LINES // len([*FIRST, *TABLES]) + 1
+    )  # a bad line ends the file
     per_file = 1 if is_eager else 50
 
     def mutated() -> bytes:
@@ -1333,27 +1143,18 @@ def test_mutated_lines_are_read_or_refused(tmp_path, watchdog, name):
         content = json.dumps(row, ensure_ascii=rng.random() < 0.8).encode("utf-8", "surrogatepass")
         return mutate_bytes(rng, content) if rng.random() < 0.3 else content
 
-    def look(content: bytes) -> Counter:
+    for n in range(0, LINES // len([*FIRST, *TABLES]) + 1, per_file):
+        some = [mutated() for _ in range(per_file)]
+        content = some[0] if name in TABLES else lines(*FIRST[name], *some)
+        if name in FIRST and n % 10 == 9:
+            content = lines(some[0], *FIRST[name])  # which format is it?
         path.write_bytes(content)
         watchdog(20)
         try:
-            examples = Examples(str(path))
-            assert (
-                str(examples).startswith(f"{path}: ") and len(str(examples)) < 3000 and str(examples).encode()
-            )
-            return look_at(examples)
+            outcome += look_at(Examples(str(path)))
         except DataError as e:
-            if not (str(e).startswith(f"{path}:") and len(str(e)) < 3000 and str(e).isprintable()):
-                crashes.setdefault(f"message {str(e)!r:.300}", content[-300:])
-            return Counter(refused=1)
+            check_message(e, f"{path}:")
+            outcome["refused"] += 1
         except Exception as e:  # what no user should see
-            crashes.setdefault(f"{type(e).__name__}: {e!s:.80}", content[-300:])
-            return Counter()
-
-    for n in range(0, n_lines, per_file):
-        some = [mutated() for _ in range(per_file)]
-        outcome += look(some[0] if name in TABLES else lines(*FIRST[name], *some))
-        if name in FIRST and n % 10 == 0:
-            look(lines(some[0], *FIRST[name]))  # which format is it?
-    assert not crashes, "\n".join(f"{what}: {content!r}" for what, content in crashes.items())
-    assert min(outcome["read"], outcome["refused"]) > n_lines // 50, outcome
+            raise AssertionError(f"{type(e).__name__}: {e!s:.80}: {content[-300:]!r}") from e
+    assert min(outcome["read"], outcome["refused"]) > sum(outcome.values()) // 50, outcome
