@@ -156,7 +156,7 @@ def test_what_is_not_a_file(refuses, tmp_path):
         "x" * 5000: "no such file",
     }.items():
         refuses(["--data", path], f"{path[:1000]}: {reason}; expected a file of questions")
-    refuses(["--data", "TMP"], "TMP: is a directory, and holds neither sounds")
+    refuses(["--data", "TMP"], "TMP: expected a data set, or sounds")
 
 
 # ---- flags

@@ -465,7 +465,7 @@ def test_where_nothing_is_to_be_heard(omni, monkeypatch, changes):
 
 
 def test_a_question_without_a_clip_has_no_part(omni):
-    assert og.relistening(omni.policy, omni.cfg, omni.prompts[2:], omni.clips[2:]) is None
+    assert og.relistening(omni.policy, omni.cfg, omni.prompts[2:], omni.clips[2:]) is og.insert_nothing
     assert omni.ask("<seg>0, 1</seg>", question=2).refused == {"outside": 1}
     assert omni.cfg.relistens == 8  # the prompt's
     assert dataclasses.replace(omni.cfg, prompt="direct", max_relistens=3).relistens == 3

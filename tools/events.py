@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from data import (
     CLIP_KEYS,
+    SEGMENT,
     DataError,
     Example,
     exit_code,
@@ -389,7 +390,7 @@ RULES = [ASKED, APART_S, TOUCH_S, LONGER, SHARED_S, CHAINER, CHECKER, CHAIN, VER
 PROMPT_VERSION = hashlib.sha256(json.dumps(RULES).encode()).hexdigest()[:8]
 
 # As CHAINER wants them; what a policy writes in a rollout may be spelt more freely.
-SEGMENT = re.compile(r"<seg>([0-9]{1,5}(?:\.[0-9]{1,6})?), ?([0-9]{1,5}(?:\.[0-9]{1,6})?)</seg>")
+NAMED_SEGMENT = re.compile(SEGMENT)
 MOST_SEGMENTS, LEAST_S = 8, 0.2 - EPS  # Echo listens again eight times at most, and to nothing shorter
 BETRAYS = re.compile(
     r"\b(?:annotat\w+|time[- ]?stamp\w*|label\w*|meta-?data|caption\w*|transcripts?|descriptions?|"
@@ -434,8 +435,8 @@ def last_named(text: str, choices: list[str]) -> int | None:
 
 def chain_faults(chain: str, question: Example) -> dict:
     """{what can be wrong with a chain of thought: is it?}"""
-    meta, rest = question.meta, SEGMENT.sub(" ", chain)
-    segments = [(float(start), float(end)) for start, end in SEGMENT.findall(chain)]
+    meta, rest = question.meta, NAMED_SEGMENT.sub(" ", chain)
+    segments = [(float(start), float(end)) for start, end in NAMED_SEGMENT.findall(chain)]
     last = meta.get("duration_s") or max(end for _, end, _ in meta["events"]) + 1
     follows = [after.lstrip()[:1] or "<" for after in chain.split("</seg>")[1:]]  # </think> follows the end
     decides = [a < end and start < b for a, b in segments for start, end in meta["spans"]]
