@@ -846,8 +846,8 @@ def describe(groups: list[Group], cfg: Config) -> dict[str, float]:
 
 NO_SPREAD = (
     "ten steps without reward spread in any group: there is nothing to learn from. If reward/mean is 0, the "
-    "answers are not recognised (read rollouts.jsonl) or the questions are too hard; if it is at its maximum, "
-    "they are too easy. Try other data, another --prompt, or more --num_generations."
+    "answers are not recognised (read rollouts.jsonl) or the questions are too hard; at its maximum they are "
+    "too easy. Try other data, another --prompt, or more --num_generations."
 )
 
 
@@ -1032,7 +1032,7 @@ def open_run(cfg: Config) -> str:
         raise UserError(f"--out {out}: is a file")
     if not is_free(out):
         raise UserError(
-            f"--out {out}: already holds something; go on with that run by --resume {out}, or give another name"
+            f"--out {out}: already holds something; go on with it by --resume {out}, or give another name"
         )
     try:
         os.makedirs(out, exist_ok=True)

@@ -9,10 +9,10 @@ import time
 
 import numpy as np
 import pytest
-import runs
 import soundfile
 
 import omni_grpo as og
+import runs
 
 
 @pytest.fixture

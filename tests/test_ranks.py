@@ -4,11 +4,11 @@ go on."""
 import os
 
 import pytest
-import runs
 from safetensors.torch import load_file
 
 import omni_grpo as og
 import reward
+import runs
 
 # Every step has a gradient to speak of. Without any spread of rewards it is the rounding in the KL, which
 # differs with the

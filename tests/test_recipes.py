@@ -9,7 +9,6 @@ import re
 import shlex
 
 import pytest
-import runs
 import smollm2
 from test_families import family_folder  # noqa: F401 - a fixture
 from texts import table_rows
@@ -17,6 +16,7 @@ from texts import table_rows
 import data
 import eval as eval_
 import omni_grpo as og
+import runs
 from reward import parse_rewards
 from tools.demo import make_tiny_omni
 

@@ -11,7 +11,6 @@ import time
 
 import numpy as np
 import pytest
-import runs
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from test_families import family_folder  # noqa: F401 - a fixture
 import data
 import model
 import omni_grpo as og
+import runs
 from data import RATE_HZ, Example
 from model import Completion, Prompt, Relistening, make_pack, token_logps
 from reward import Said, parse_rewards, resolve, score

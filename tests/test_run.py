@@ -12,13 +12,13 @@ import time
 
 import numpy as np
 import pytest
-import runs
 import soundfile
 import torch
 
 import data
 import omni_grpo as og
 import reward
+import runs
 
 KEYS = """
     step reward/mean reward/accuracy group/frac_zero_std len/mean len/frac_truncated optim/grad_norm optim/lr
