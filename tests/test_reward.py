@@ -212,6 +212,7 @@ FORMATS = {  # (format, think_format): completions
         "<answer>a</answer>x",
         "<think>why<answer>a</answer>",
         "<think>why</think>",
+        "<think>why</think><answer>a</answer>x",
         "<answer>a</answer><think>why</think>",
         "<think>a</think><think>b</think><answer>c</answer>",
         "<think><think>a</think><answer>c</answer>",
@@ -363,9 +364,10 @@ def test_countdown_uses_every_number_once_and_executes_nothing(values):
 
 
 def test_countdown_is_exact():
-    thirds = Example("", None, "?", meta={"nums": [1, 3, 3], "target": 1})
-    assert value_of("countdown", "<answer>1/3*3</answer>", thirds) == 1
-    assert value_of("countdown", "<answer>1/3*3</answer>", FOUR) == 0.1  # no Countdown question
+    """With floats 1/49*49 is 0.9999999999999999."""
+    example = Example("", None, "?", meta={"nums": [1, 49, 49], "target": 1})
+    assert value_of("countdown", "<answer>1/49*49</answer>", example) == 1
+    assert value_of("countdown", "<answer>1/49*49</answer>", FOUR) == 0.1  # no Countdown question
 
 
 # ---- the rewards of re-listening
