@@ -39,9 +39,8 @@ def test_every_completion_of_the_table_gives_its_index():
     assert len(rows) > 1200
 
 
-MINI = (
-    TESTS.parent.parent / "shared" / "data" / "mmau-test-mini.json"
-)  # a benchmark's own choices, where it is
+# a benchmark's own choices, where it is at hand
+MINI = TESTS.parent.parent / "shared" / "data" / "mmau-test-mini.json"
 NOUNS = "rain wind thunder violin trumpet laughter applause footsteps siren engine".split()
 
 
