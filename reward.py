@@ -415,7 +415,7 @@ def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]
     Other tokens become lower case, but for single characters: they may be the letters of choices.
     """
     low = [fold(t) for t in items]
-    # the texts of choices, also without their articles
+    # a choice such as "A dog barking" is also named by "dog barking"
     names = {key[1:]: i for key, i in keys.items() if key[0] in ARTICLES and len(key) > 2} | keys
     longest_first = sorted(names, key=len, reverse=True)
     cut = find_cut(low, keys)
@@ -432,7 +432,7 @@ def with_mentions(items: list[str], keys: dict, letters: list[int]) -> list[str]
         if len(items[at]) > 1:
             out.append(low[at])
         else:
-            out.append(items[at] if at < cut else "…")
+            out.append(items[at] if at < cut else "…")  # in what is cut off, a letter is no label
         at += 1
     return out
 

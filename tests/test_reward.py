@@ -39,9 +39,8 @@ def test_every_completion_of_the_table_gives_its_index():
     assert len(rows) > 1200
 
 
-MINI = (
-    TESTS.parent.parent / "shared" / "data" / "mmau-test-mini.json"
-)  # a benchmark's own choices, where it is
+# a benchmark's own choices, where it is at hand
+MINI = TESTS.parent.parent / "shared" / "data" / "mmau-test-mini.json"
 NOUNS = "rain wind thunder violin trumpet laughter applause footsteps siren engine".split()
 
 
@@ -212,6 +211,7 @@ FORMATS = {  # (format, think_format): completions
         "<answer>a</answer>x",
         "<think>why<answer>a</answer>",
         "<think>why</think>",
+        "<think>why</think><answer>a</answer>x",
         "<answer>a</answer><think>why</think>",
         "<think>a</think><think>b</think><answer>c</answer>",
         "<think><think>a</think><answer>c</answer>",
@@ -363,9 +363,10 @@ def test_countdown_uses_every_number_once_and_executes_nothing(values):
 
 
 def test_countdown_is_exact():
-    thirds = Example("", None, "?", meta={"nums": [1, 3, 3], "target": 1})
-    assert value_of("countdown", "<answer>1/3*3</answer>", thirds) == 1
-    assert value_of("countdown", "<answer>1/3*3</answer>", FOUR) == 0.1  # no Countdown question
+    """With floats 1/49*49 is 0.9999999999999999."""
+    example = Example("", None, "?", meta={"nums": [1, 49, 49], "target": 1})
+    assert value_of("countdown", "<answer>1/49*49</answer>", example) == 1
+    assert value_of("countdown", "<answer>1/49*49</answer>", FOUR) == 0.1  # no Countdown question
 
 
 # ---- the rewards of re-listening
