@@ -35,11 +35,11 @@ def refuses(tiny, tmp_path, monkeypatch, capsys):
         if "--resume" not in words:
             for flag in defaults.keys() - set(words):
                 words = [flag, defaults[flag], *words]
-        start = time.monotonic()
+        start = time.process_time()
         code = og.main(words)
         error = capsys.readouterr().err
         assert code == 2 and error.startswith("error: ") and "Traceback" not in error, error
-        assert time.monotonic() - start < 10 and len(error) < 4000
+        assert time.process_time() - start < 10 and len(error) < 4000
         assert not os.path.exists(tmp_path / "out") or not os.listdir(tmp_path / "out")
         message = error.removeprefix("error: ").replace(str(tmp_path), "TMP")
         begins, _, holds = expected.partition(" ... ")

@@ -409,7 +409,11 @@ def test_a_token_that_closes_a_tag_may_say_more(omni, text, heard, refused):
 def test_numbers_of_any_length(omni):
     """A tokenizer with long numbers can fit 400 digits in a tag: they are no exception, and no long
     search."""
-    insert, digits, start = Relistening(omni.policy, omni.prompts, omni.clips, 8), "9" * 400, time.monotonic()
+    insert, digits, start = (
+        Relistening(omni.policy, omni.prompts, omni.clips, 8),
+        "9" * 400,
+        time.process_time(),
+    )
     for tag, problem in {
         f"0, {digits}": "outside",
         f"{digits}, 1": "reversed",
@@ -418,16 +422,16 @@ def test_numbers_of_any_length(omni):
         f"{digits}{digits}x": "malformed",
     }.items():
         assert insert.read_tag(f"<seg>{tag}</seg>", False, Completion([]), omni.clips[0])[0] == problem
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_ten_thousand_tags(omni):
     """Of one completion; --max_relistens are heard, and the rest costs little."""
-    start = time.monotonic()
+    start = time.process_time()
     row = omni.ask("<seg>0, 1</seg>" * 10_000, most=3)
     assert len(row.heard) == 3 and row.refused == {"too many": 9997}
     assert omni.ask("</seg>" * 10_000).refused == {"malformed": 10_000}
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30
 
 
 def test_no_more_than_was_allowed(omni, monkeypatch):
@@ -745,13 +749,13 @@ WILD += ["</seg>\n" + "\u0301" * 9999, "<answer>" * 9999, "9" * 100_000]
 
 @pytest.mark.parametrize("said", WILD, ids=lambda said: repr(said[:9]))
 def test_rewards_never_raise(said):
-    start = time.monotonic()
+    start = time.process_time()
     countdown = Example("", None, "?", meta={"nums": [1, 2], "target": 3})
     for example in (ABC, countdown, dataclasses.replace(ABC, answer=None)):
         for known in ({}, dict(heard=((0.0, 1.0),) * 1000, confidence=0.5)):
             for name in ("segment", "segment_flow", "confident_accuracy", "grounding"):
                 assert -1 <= worth(name, said, example, **known) <= 1
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(
