@@ -488,6 +488,17 @@ def test_limits_hold_over_all_runs(make, server, capsys):
     assert not make(examples)["stopped"] and make.files() == make.files("unbroken")
 
 
+def test_a_limit_counts_all_attempts_at_full_length(make, monkeypatch):
+    def send(messages, seed):
+        return "no", "stop", [client.rough_prompt_tokens(messages, gen.SCHEMA), 400], False
+
+    monkeypatch.setattr(client, "connect", lambda *a: send)
+    one = 3 * (client.rough_prompt_tokens(gen.writing_prompt(clips(1)[0]), gen.SCHEMA) + 400)
+    for n in (2, 5):
+        summary = make(clips(20), max_tokens_total=round((n + 0.5) * one))
+        assert summary["rejected"] == {"no JSON object": n} and sum(summary["tokens_in_and_out"]) == n * one
+
+
 @pytest.mark.parametrize(
     "options, says",
     [
