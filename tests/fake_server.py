@@ -1,8 +1,8 @@
-"""An OpenAI-compatible server of our own on 127.0.0.1, in a thread; what it answers depends on the request alone.
-And the files of runs that ask it.
+"""An OpenAI-compatible server of our own on 127.0.0.1, in a thread; what it answers depends on the request
+alone. And the files of the runs that ask it.
 
-`server` is the fixture. Other tests let it answer otherwise: a subclass of Server with its own `respond`, put in its
-place by monkeypatch.setattr(fake_server, "Server", Other).
+`server` is the fixture. Other tests let it answer otherwise: a subclass of Server with its own `respond`,
+put in its place by monkeypatch.setattr(fake_server, "Server", Other).
 """
 
 import asyncio
@@ -24,7 +24,7 @@ GOOD = dict(
     choices=["A dog", "A cat", "A duck", "A cow"],
     answer="A dog",
 )
-ERRORS = {  # mode -> (status, header) of the first requests on a clip; but for the first two modes, of all of them
+ERRORS = {  # mode: (status, header) of the first requests on a clip; of all, but for the first two modes
     "limit": [(429, "Retry-After: 1\r\n")],
     "errors": [(500, ""), (503, "")],
     "forbidden": [(401, "")],
@@ -73,7 +73,8 @@ def completion(text: str | None, finish: str = "stop", tokens: tuple | None = (3
 
 
 class Server(asyncio.Protocol):
-    """Its own smallest HTTP. log: one dict a request, as they come. options: (request field to refuse, name it?)s"""
+    """Its own smallest HTTP. log: a dict a request, as they come. options: (a field to refuse, is it
+    named?)s"""
 
     def __init__(self, log, options):
         self.log, self.options, self.data = log, options, b""
@@ -96,7 +97,7 @@ class Server(asyncio.Protocol):
             asyncio.get_running_loop().call_later(wait_s, self.transport.write, start.encode() + raw)
 
     def respond(self, request, head):
-        """-> status, more headers, body (bytes: a page), seconds to wait. A clip's notes say "mode=..." and "slow=..." """
+        """-> status, more headers, body, seconds to wait. A clip's notes say "mode=..." and "slow=..." """
         text = request["messages"][-1]["content"]
         name = re.search(r"clip (\w+)", text)[1]
         mode = (re.findall(r"mode=(\w+)", text) or ["good"])[0]

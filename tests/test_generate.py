@@ -1,5 +1,5 @@
-"""Questions from captions: what is accepted, what is written, and that neither kills, nor limits, nor bad servers lose,
-double or leak anything."""
+"""Questions from captions: what is accepted, what is written, and that neither kills, nor limits, nor bad
+servers lose, double or leak anything."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import resource
 import signal
 import threading
 import time
+import types
 
 import pytest
 from fake_server import ANIMALS, GOOD, KEY, ROOT, Runs, good, wait_until
@@ -57,12 +58,13 @@ def instant(monkeypatch, answer=lambda name: None):
     monkeypatch.setattr(client, "connect", lambda *a: send)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # What is accepted
 
 
 def cases():
-    """questions.jsonl: a reason, "" for what is accepted, and a reply, or how its object differs from GOOD."""
+    """questions.jsonl: a reason ("": it is accepted), and a reply, or how the reply's object differs from
+    GOOD."""
     with open(os.path.join(ROOT, "tests", "questions.jsonl"), encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
     for row in rows:
@@ -122,12 +124,12 @@ def test_near_duplicates():
     assert mark(asked) != mark(asked, "A dog|A cat|A duck|A pig")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # What is written
 
 
 def test_lines(make, server, tmp_path):
-    """Every clip gives one line; a line is an Example that `Examples` reads, with all that was known of the clip."""
+    """Every clip gives one line, an Example that `Examples` reads, with all that was known of the clip."""
     modes = ["good", "prose", "cut", "bad", "null", "half", "long", "same", "same"]
     examples = clips(9, lambda i: "mode=" + modes[i], str(tmp_path / "wavs"), captions_from="listeners")
     examples[1].audio = "/elsewhere/x.wav"
@@ -188,13 +190,14 @@ def test_answer_positions_are_balanced(make, monkeypatch):
     assert [r["answer"] for r in make.rows("b")[0]] != [r["answer"] for r in make.rows()[0]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Kills and resumes
 
 
 @pytest.mark.parametrize("how, stops", [(signal.SIGKILL, (1, 40, 80)), (signal.SIGINT, (30,))])
 def test_stopped_at_any_moment(how, stops, make, server, tmp_path):
-    """Several times in one run; nothing is lost, doubled or asked again, and the bytes are those of an unbroken run."""
+    """Several times in one run; nothing is lost, doubled or asked again; the bytes are those of an unbroken
+    run."""
     n = 120
     examples = clips(n, lambda i: f"mode=mixed slow={0.01 if i % 7 else 0.06}")
     captions = write_captions(tmp_path / "captions.jsonl", examples)
@@ -314,7 +317,7 @@ def test_two_processes_at_once(make, tmp_path):
     assert first.wait() == 0 and len(make.ids()) == len(set(make.ids())) == 30
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Bad servers
 
 
@@ -371,6 +374,16 @@ def test_a_page_instead_of_a_chat(make):
     assert make.files() == [b"", b""]
 
 
+def test_json_that_is_no_chat():
+    spaces = [
+        types.SimpleNamespace(choices=choices)
+        for choices in (3, None, [], [3], [types.SimpleNamespace(message=3)])
+    ]
+    for reply in ([], "x", 3, None, *spaces):
+        with pytest.raises(client.RequestFailed, match="no chat completion"):
+            client.first_choice(reply)
+
+
 def test_an_answer_that_is_cut_off_is_a_failure_of_the_command(tmp_path, make):
     process = make.command(
         write_captions(tmp_path / "c.jsonl", clips(3, lambda i: "mode=half_json" if i else ""))
@@ -424,7 +437,7 @@ def test_a_server_that_counts_no_tokens(make, capsys):
     assert "estimated" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The key
 
 
@@ -457,12 +470,12 @@ def test_which_key(make, server, monkeypatch):
     assert server.log[-1]["key"] == "dog" and b"***" not in content and b'"dog"' in content
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Limits, arguments, speed, memory
 
 
 def test_limits_hold_over_all_runs(make, server, capsys):
-    """The limit is never exceeded, what it leaves is less than one clip might take, and a higher one goes on."""
+    """The limit is never exceeded, it leaves less than one clip might take, and a higher one goes on."""
     examples = clips(80, lambda i: "mode=mixed")
     make(examples, "unbroken")
     start = len(server.log)
@@ -473,6 +486,17 @@ def test_limits_hold_over_all_runs(make, server, capsys):
         asked = len(server.log) - start
         assert summary["tokens_in_and_out"] == [300 * asked, 40 * asked]
     assert not make(examples)["stopped"] and make.files() == make.files("unbroken")
+
+
+def test_a_limit_counts_all_attempts_at_full_length(make, monkeypatch):
+    def send(messages, seed):
+        return "no", "stop", [client.rough_prompt_tokens(messages, gen.SCHEMA), 400], False
+
+    monkeypatch.setattr(client, "connect", lambda *a: send)
+    one = 3 * (client.rough_prompt_tokens(gen.writing_prompt(clips(1)[0]), gen.SCHEMA) + 400)
+    for n in (2, 5):
+        summary = make(clips(20), max_tokens_total=round((n + 0.5) * one))
+        assert summary["rejected"] == {"no JSON object": n} and sum(summary["tokens_in_and_out"]) == n * one
 
 
 @pytest.mark.parametrize(
@@ -487,7 +511,7 @@ def test_limits_hold_over_all_runs(make, server, capsys):
         (dict(timeout_s=1e300), "--timeout_s .*86400"),
         (dict(model=""), "--model"),
         *((dict(base_url=url), "--base_url: expected http://HOST:PORT/v1 [^\n]*$") for url in (
-            "http://127.0.0.1:99999/v1", "http://127.0.0.1:abc/v1", "http://h:0/v1", "ftp://x/v1", "127.0.0.1/v1"
+            "http://127.0.0.1:99999/v1", "http://h:abc/v1", "http://h:0/v1", "ftp://x/v1", "127.0.0.1/v1"
         )),
     ],
 )  # fmt: skip
@@ -572,7 +596,7 @@ def test_the_window_is_bounded(make, monkeypatch):
 
 
 def test_a_disk_that_is_full(make, tmp_path):
-    """A file-size limit is the nearest thing. What fits is written, half a line perhaps; then the run goes on."""
+    """A file-size limit stands in for it. What fits is written, half a line perhaps; then the run goes on."""
     examples = clips(40, lambda i: "mode=mixed")
     captions = write_captions(tmp_path / "captions.jsonl", examples)
     process = make.command(

@@ -46,10 +46,10 @@ from tools.server import LINE, Refused, Task
 
 @dataclass
 class Options(server.Options):
-    rl: str = knob("", "JSONL of good questions without a good chain; default: OUT_rl.jsonl")
+    rl: str = knob("", "JSONL of good questions without a good chain; '': OUT_rl.jsonl")
     labels: str = knob("", "mid_to_display_name.tsv: the names of AudioSet's labels")
     per_clip: int = knob(2, "questions a clip at most, each of another kind", low=1)
-    judge_model: str = knob("", "judges question and chain; default: --model")
+    judge_model: str = knob("", "judges question and chain; '': --model")
     max_tokens: int = knob(800, "of one reply; a model that thinks aloud needs thousands", low=1)
 
     def __post_init__(self):
@@ -527,7 +527,7 @@ def write_chains(path: str, options: Options) -> dict:
 
 def main(argv=None):
     about = "AudioSet-Strong's TSV, or a table of clip, onset, offset and label"
-    server.start(__doc__, "EVENTS", about, Options, write_chains, argv)
+    server.start("events", __doc__, "EVENTS", about, Options, write_chains, argv)
 
 
 if __name__ == "__main__":

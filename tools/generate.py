@@ -112,8 +112,8 @@ TEXTS = (
     r"texts?(?!(?:[ -](?:message|alert|tone|notification)))|(?<!musical )passages?"
 )
 OTHERS = r"of the (?:above|choices|options|other choices)|both [a-d] and [a-d]"
-BANNED = {"about sight": SIGHT, "mentions a text": TEXTS, "mentions other choices": OTHERS}
-BANNED = {reason: re.compile(rf"\b(?:{words})\b", re.IGNORECASE) for reason, words in BANNED.items()}
+WORDS = {"about sight": SIGHT, "mentions a text": TEXTS, "mentions other choices": OTHERS}
+BANNED = {reason: re.compile(rf"\b(?:{words})\b", re.IGNORECASE) for reason, words in WORDS.items()}
 
 
 def check_question(reply: str, captions: list[str]) -> dict:
@@ -255,7 +255,7 @@ def main(argv=None):
         return generate_questions(Captioned(path, options.audio_dir), options)
 
     about = "JSONL or CSV of clips with captions or a label"
-    server.start(__doc__, "CAPTIONS", about, Options, work, argv)
+    server.start("generate", __doc__, "CAPTIONS", about, Options, work, argv)
 
 
 if __name__ == "__main__":

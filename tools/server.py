@@ -28,9 +28,9 @@ class Options:
 
     model: str = knob("", "the language model, as the server calls it; the key is read from OPENAI_API_KEY")
     out: str = knob("", "JSONL of questions; the same command goes on where it stopped")
-    rejects: str = knob("", "JSONL of what was refused, and why; default: OUT_rejects.jsonl")
-    audio_dir: str = knob("", "where relative audio paths start; default: the folder of the file")
-    base_url: str = knob("", "an OpenAI-compatible server, http://HOST:PORT/v1; default: OpenAI's")
+    rejects: str = knob("", "JSONL of what was refused, and why; '': OUT_rejects.jsonl")
+    audio_dir: str = knob("", "where relative audio paths start; '': the folder of the file")
+    base_url: str = knob("", "an OpenAI-compatible server, http://HOST:PORT/v1; '': OpenAI's")
     concurrency: int = knob(16, "requests at once", low=1)
     attempts: int = knob(3, "times that the same thing is asked until a reply passes", low=1)
     temperature: float = knob(1.0, "of the language model")
@@ -55,9 +55,9 @@ class Options:
         return connect(model, self.base_url, self.temperature, *limits, schema)
 
 
-def start(description, metavar, about, options_class, work, argv) -> None:
+def start(name, description, metavar, about, options_class, work, argv) -> None:
     """The command of a tool: work(file, options) -> the summary of a run. Raises UserError if any failed."""
-    parser = Parser(description=description)
+    parser = Parser(prog=f"python -m tools.{name}", description=description)
     parser.add_argument("path", metavar=metavar, help=about)
     parser.add_knobs(options_class)
     given = vars(parser.parse_args(argv))
@@ -192,9 +192,10 @@ class Chat:
 def first_choice(reply):
     """Raises RequestFailed if the reply is no chat completion: the client checks little of what it gets."""
     choices = getattr(reply, "choices", None)
-    if not isinstance(choices, list) or not choices or not getattr(choices[0], "message", None):
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not hasattr(getattr(choice, "message", None), "content"):
         raise RequestFailed(NO_CHAT)
-    return choices[0]
+    return choice
 
 
 def rough_tokens(*texts: str) -> int:
