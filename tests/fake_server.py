@@ -167,7 +167,7 @@ class Runs:
         return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, **options)
 
 
-def wait_until(is_so, most_s=30.0):
+def wait_until(is_so, most_s=300.0):
     deadline = time.monotonic() + most_s
     while not is_so() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -239,13 +239,13 @@ def test_a_stop_begins_nothing_new():
 def test_a_second_interrupt_leaves_at_once(make, tmp_path):
     """Though a server takes its time. Each line was written when its turn came, and stays whole."""
     process = make.command(
-        write_captions(tmp_path / "c.jsonl", clips(30, lambda i: "slow=30" if i > 3 else ""))
+        write_captions(tmp_path / "c.jsonl", clips(30, lambda i: "slow=300" if i > 3 else ""))
     )
     wait_until(lambda: len(make.ids()) == 4)
     for _ in range(2):
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-    assert process.wait(3) == 130 and len(make.rows()[0]) == 4
+    assert process.wait(60) == 130 and len(make.rows()[0]) == 4
 
 
 def test_a_line_that_was_cut_anywhere(make, server):
@@ -294,6 +294,15 @@ def test_files_of_others_are_left_alone(content, make, server):
         os.remove(path)
 
 
+def test_a_line_that_was_edited(make):
+    make(clips(2))
+    line = make.rows()[0][0]
+    with open(make.paths()[0], "w") as f:
+        f.write(json.dumps(line | {"answer": line["choices"][0]}) + "\n")
+    with pytest.raises(UserError, match="a.jsonl:1: not written by this command"):
+        make(clips(2))
+
+
 def test_paths_that_cannot_be_right(make):
     examples = clips(4, lambda i: "mode=bad" if i % 2 else "")
     make(examples)
@@ -309,12 +318,15 @@ def test_paths_that_cannot_be_right(make):
 
 
 def test_two_processes_at_once(make, tmp_path):
-    captions = write_captions(tmp_path / "captions.jsonl", clips(30, lambda i: "slow=0.3"))
+    captions = write_captions(tmp_path / "captions.jsonl", clips(30, lambda i: "slow=300" if i > 3 else ""))
     first = make.command(captions, "--concurrency", 2)
-    wait_until(lambda: os.path.exists(make.paths()[1]))
+    wait_until(lambda: len(make.ids()) == 4)
     second = make.command(captions)
     assert "another process is writing it" in second.communicate()[1] and second.returncode == 2
-    assert first.wait() == 0 and len(make.ids()) == len(set(make.ids())) == 30
+    first.kill()
+    first.communicate()
+    make(clips(30))  # the lock ended with its process
+    assert len(make.ids()) == len(set(make.ids())) == 30
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -325,7 +337,7 @@ def test_retry_after_is_honoured(make, server):
     """The client's own jittered wait would be half a second at most."""
     summary = make(clips(3, lambda i: "mode=limit" if i == 1 else ""))
     times, seeds = zip(*((e["time"], e["seed"]) for e in server.log if e["id"] == "c0001"))
-    assert len(times) == 2 and 1 <= times[1] - times[0] < 3
+    assert len(times) == 2 and times[1] - times[0] >= 1
     assert summary["accepted"] == 3 and summary["failed_to_be_asked_again"] == 0
     assert seeds[0] == seeds[1]  # the same attempt, asked again
 
@@ -365,7 +377,7 @@ def test_no_server(make):
     start = time.monotonic()
     with pytest.raises(UserError, match="cannot reach the server: .*refused"):
         make(clips(50), base_url="http://127.0.0.1:1/v1", retries=1)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 def test_a_page_instead_of_a_chat(make):
@@ -394,7 +406,7 @@ def test_an_answer_that_is_cut_off_is_a_failure_of_the_command(tmp_path, make):
 
 
 def test_no_answer_in_time(make):
-    summary = make(clips(3, lambda i: "slow=9" if i == 1 else ""), timeout_s=0.3, retries=0)
+    summary = make(clips(3, lambda i: "slow=300" if i == 1 else ""), timeout_s=3, retries=0)
     assert summary["failed_to_be_asked_again"] == 1 and len(make.rows()[0]) == 2
 
 
@@ -644,4 +656,4 @@ def test_speed(make, tmp_path):
     """Processor time for 500 clips, so that a busy machine does not matter."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     make.command(write_captions(tmp_path / "captions.jsonl", clips(500))).communicate()
-    assert len(make.ids()) == 500 and resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 8
+    assert len(make.ids()) == 500 and resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 12

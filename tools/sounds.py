@@ -55,10 +55,20 @@ SOUNDS = {
 # frequencies: beside one at full level, a sound at its level in FAINT_DB is below that range. Alone, every
 # sound is audible.
 LOUD = ("beep", "buzz", "hum", "siren")
-FAINT_DB = dict(
-    beep=-86, buzz=-89, hiss=-66, rumble=-81, whistle=-84, chirp=-82,
-    siren=-87, clicks=-62, bell=-77, knock=-84, hum=-87, roar=-72,
-)  # fmt: skip
+FAINT_DB = {
+    "beep": -86,
+    "buzz": -89,
+    "hiss": -66,
+    "rumble": -81,
+    "whistle": -84,
+    "chirp": -82,
+    "siren": -87,
+    "clicks": -62,
+    "bell": -77,
+    "knock": -84,
+    "hum": -87,
+    "roar": -72,
+}
 
 
 def synthesise(label: str, rng: np.random.Generator) -> np.ndarray:
