@@ -768,7 +768,7 @@ class TextRows(Rows):
         blanks = b" \t\r\n\xef\xbb\xbf"  # with the bytes of a byte order mark
         first = next(filter(None, (line.strip(blanks) for line in self.file)), b"")
         self.file.seek(0)
-        if not first:
+        if not os.path.getsize(path):
             raise DataError(f"{path}: is empty; expected a file of questions (JSONL)")
         if first.startswith(b"\x1f\x8b"):
             raise DataError(f"{path}: is compressed; unpack it first (gunzip)")
@@ -1704,8 +1704,7 @@ def read_lines(found, examples):
         try:
             example = examples[i]
         except DataError as e:
-            where, _, text = str(e).partition(": ")
-            found.problem(where, text)
+            found.problem(where, str(e).removeprefix(f"{where}: "))
             found.unread += 1
             continue
         options, answer = [normal_text(c) for c in example.choices], example.answer

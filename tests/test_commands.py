@@ -376,7 +376,7 @@ REFUSED = {  # arguments: what stderr holds. empty/ is empty, file a file, there
     "chek q.jsonl": "invalid choice: 'chek'",
     "check": "required: FILE",
     "check none.jsonl": "error: none.jsonl: no such file; expected a file of questions (JSONL)",
-    "check blank.jsonl": "blank.jsonl: is empty",
+    "check blank.jsonl": "blank.jsonl: holds no question",
     "check empty": "empty: expected a data set",
     "check q.jsonl more.jsonl": "unrecognized arguments: more.jsonl",
     "check q.jsonl --repot x": "unrecognized arguments: --repot",

@@ -220,7 +220,7 @@ def test_the_message_says_what_was_found_and_what_to_do(refusal):
 
 BAD_FILES = [
     (b"", "questions.jsonl: is empty"),
-    (b"\n \n\t\r\n", "questions.jsonl: is empty"),
+    (b"\n \n\t\r\n", "questions.jsonl: holds no question"),
     (b"[]", "holds no question"),
     (b" [\n]\n", "holds no question"),
     (lines(ROW, ROW)[:-9], "questions.jsonl:2: broken JSON"),
@@ -442,6 +442,9 @@ def test_cut_at_max_s(tmp_path, rate_hz):
         assert was_cut == cut and abs(len(wave) - 16000 * min(seconds, max_s)) <= 1
     soundfile.write(path, sine(440, rate_hz)[: rate_hz // 2 + 1], rate_hz)  # one sample too many
     assert data.load_audio(path, 0.5)[1]
+    seconds = 2**15 / rate_hz  # as long as one block is
+    soundfile.write(path, np.ones(2**15 + 1) / 2, rate_hz)
+    assert data.load_audio(path, seconds)[1] and not data.load_audio(path, seconds + 1 / rate_hz)[1]
 
 
 def with_sample(value):
