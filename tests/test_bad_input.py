@@ -129,7 +129,7 @@ def test_cold_start_without_target(refuses, tmp_path):
 
 BAD_FILES = {  # name: (content, the message)
     "empty": (b"", ": is empty; expected a file of questions"),
-    "blank": (b"\n \n", ": is empty; expected a file of questions"),
+    "blank": (b"\n \n", ": holds no question"),
     "binary": (bytes(range(256)) * 99, ":1: broken JSON"),
     "gzip": (b"\x1f\x8b\x08\x00" * 999, ": is compressed"),
     "other keys": (b'{"a": 1}', ":1: unknown format, keys ['a']. Known formats and their keys: "),

@@ -153,7 +153,7 @@ def test_a_finished_run_goes_on_with_more_steps(base_run, tmp_path, often):
 
 def rename_a_knob(run):
     path = os.path.join(run, "config.json")
-    data.write_text(path, texts.read_text(path).replace('"lora_rank"', '"rank"'))
+    data.write_text(path, texts.read(path).replace('"lora_rank"', '"rank"'))
 
 
 def tear_the_checkpoint(run):
