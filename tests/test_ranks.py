@@ -11,8 +11,7 @@ import reward
 import runs
 
 # Every step has a gradient to speak of. Without any spread of rewards it is the rounding in the KL, which
-# differs with the
-# order of sums, and AdamW makes full steps of it.
+# differs with the order of sums, and AdamW makes full steps of it.
 SETTING = """
 import reward
 reward.REWARDS["varied"] = lambda said, example: len(said.text) % 4
@@ -36,8 +35,7 @@ def adapter(run):
 
 @pytest.fixture(scope="module")
 def words(config, tiny):
-    # held-out questions from a file: those that are split off depend on the clips' paths, which pytest
-    # numbers
+    # held-out questions from a file: those that are split off depend on the clips' paths, which pytest numbers
     cfg = config(
         eval_data=tiny.questions,
         eval_size=4,
@@ -50,6 +48,7 @@ def words(config, tiny):
         lr=1e-4,
         warmup_steps=0,
         optimizer="adamw",
+        reduce="token",  # its weights depend on the tokens of every rank
     )
     return [*runs.flags(cfg), "--reward", "accuracy=1,varied=1"]
 
