@@ -566,8 +566,8 @@ def test_rewards_are_bounded_and_never_raise():
         "\0",
         "<answer>１+２</answer>",
         "<answer>1/0</answer>",
-        *(text[:2_000] for text in LONG),
+        *(text[:500] for text in LONG),
     ]:
-        for example in (FOUR, COUNTDOWN, Example("", None, "?", ["a", "b"]), Example("", None, "?")):
+        for example in (FOUR, COUNTDOWN, Example("", None, "?")):
             assert_bounded(text, example)
     assert_bounded("</seg> " * 20_000, FOUR, heard=[(0.0, 1.0)] * 1000, confidence=0.5)
