@@ -335,7 +335,7 @@ def floor_s(policy, cfg: og.Config, prompt_tokens: int) -> float:
 
 def scoring(args) -> Table:
     """Forward and backward over one group: G full rows as one batch, against the pack."""
-    policy = random_policy(og.Config(gradient_checkpointing=False))
+    policy = random_policy(og.Config())
     policy.lm.train()
     table = Table("Scoring, forward and backward", "S | T | G | repeated s | shared s | faster, x | bound, x")
 
