@@ -51,7 +51,7 @@ def train(cfg, out):
 
 
 def die_in_step(n, cfg, out, monkeypatch):
-    """Train until the update of step n fails."""
+    """Train until the update of step n fails, and tear the last line of the log."""
     update, calls = og.update, []
 
     def dies(*args):
@@ -64,6 +64,8 @@ def die_in_step(n, cfg, out, monkeypatch):
         patch.setattr(og, "update", dies)
         train(cfg, out)
     assert len(read(out)) == n
+    with open(os.path.join(out, "log.jsonl"), "a", encoding="utf-8") as f:
+        f.write('{"step": 9')
 
 
 def flags(cfg):

@@ -72,6 +72,24 @@ def test_same_seed_same_run_other_seed_other_run(base_run, tmp_path, often):
     assert all(a != b for a, b in zip(runs.left_by(other), runs.left_by(out)))
 
 
+def test_samples_depend_on_the_seed_and_on_the_place_in_the_data(policy, config, tiny):
+    """The same question again: the same seed at the same place samples the same, anything else something
+    else."""
+    example = data.Examples(tiny.questions)[0]
+    clips, _ = og.load_clips_of(policy, config(), example)
+
+    def said(seed, cursor):
+        cfg, drawn = (
+            config(seed=seed, num_generations=8, temperature=3.0),
+            og.Drawn(cursor, example, clips, False),
+        )
+        (group,) = og.sample_groups(policy, cfg, [drawn], {"accuracy": 1.0})
+        return [c.ids for c in group.completions]
+
+    assert said(0, 0) == said(0, 0)
+    assert said(1, 0) != said(0, 0) != said(0, 1)
+
+
 def test_held_out_items_are_never_trained_on(config):
     """Questions split off the data: no clip of theirs is ever drawn, and all others are."""
     cfg = config(eval_size=4)
