@@ -13,8 +13,7 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("omni_grpo.py", "model.py", "data.py")
 MATH, MODEL, PLAIN, RUN, RANKS, FAMILIES, AGAIN = (
-    f"tests/test_{x}.py"
-    for x in ("math", "model", "plain", "run", "ranks", "families", "relisten")
+    f"tests/test_{x}.py" for x in ("math", "model", "plain", "run", "ranks", "families", "relisten")
 )
 
 MUTANTS = [  # what, old, new, the tests that must die
