@@ -635,6 +635,7 @@ def test_labels(run, here, names, labels, form):
     assert sorted({c for e in examples for c in e.choices}) == labels and f"{len(labels)} labels" in out
     for e in examples:
         assert e.choices[e.answer] == e.meta["label"] and os.path.isfile(e.audio)
+        assert "/." not in e.audio
 
 
 def test_a_file_name_in_another_encoding(run, here):
