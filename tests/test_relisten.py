@@ -655,107 +655,7 @@ def test_evaluation_hears_again(omni, monkeypatch):
     assert heard[-1] == [0, 0, 0]
 
 
-# ---- rewards
-
-ABC = Example("", None, "?", ["a bell", "a hum", "rain"], 0)
-
-
-def worth(name, text, example=ABC, **known):
-    return score(Said(text, **known), example, {name: 1.0})[0]
-
-
-def test_segment_counts_what_was_heard_on_the_way_to_the_right_answer():
-    """And not what was written."""
-    chain = "<think><seg>0, 1</seg></think><answer>a bell</answer>"
-    assert worth("segment", "a bell", heard=((0, 1),)) == worth("segment", chain, heard=((0, 1), (1, 2))) == 1
-    assert worth("segment", chain) == worth("segment", "a bell") == 0
-    assert worth("segment", "a hum", heard=((0, 1),)) == worth("segment", "", heard=((0, 1),)) == 0
-
-
-SEG = "<seg>0, 1</seg>"
-FLOW = {  # how often a sentence breaks off behind a tag; a tenth off for each, half at most
-    0: ["", SEG + " a bell", SEG + ". A bell", SEG + "é", SEG + "日", SEG, SEG + "3", "Seg A"],
-    1: [SEG + " A bell", SEG + "</think>", SEG + "\n\n<answer>", SEG + "<seg>1, 2</seg> rings", SEG + "É"],
-    3: ["</seg>A" * 3],
-    5: ["</seg>A" * 5, "</seg>A" * 6, "</seg>" * 10_000],
-}
-
-
-@pytest.mark.parametrize("breaks", FLOW)
-def test_segment_flow(breaks):
-    for text in FLOW[breaks]:
-        assert worth("segment_flow", text) == pytest.approx(-breaks / 10), text[:40]
-
-
-@pytest.mark.parametrize("confidence", [0.0, 0.5, 0.9, 1.0, None])
-def test_confident_accuracy(confidence):
-    """1 - (1 - p)^2 if it is right, - p^2 if it is wrong, 0 without an answer; unknown counts as sure."""
-    p = 1.0 if confidence is None else confidence
-    assert worth("confident_accuracy", "a bell", confidence=confidence) == pytest.approx(1 - (1 - p) ** 2)
-    assert worth("confident_accuracy", "a hum", confidence=confidence) == pytest.approx(-(p**2))
-    for nothing in ("nothing", "", "a bell or a hum"):
-        assert worth("confident_accuracy", nothing, confidence=confidence) == 0
-
-
-GROUNDING = {  # what was heard | what is true: time in both over time in either
-    "0-1 2-3 | 0.5-2.5": 1 / 3,
-    "0-1 | 0-1": 1,
-    "0-1 | 1-2": 0,
-    "0-2 | 0-1 3-4": 1 / 3,
-    "0-1 0-1 0.5-2 | 0-2": 1,
-    "0-4 | 3-4 0-1 0.5-2": 3 / 4,
-    "1-2 | 0-1.5 1-2": 0.5,
-    " | 0-1": 0,
-    "0-1 | ": 0,
-    "0-1 | 0-2": 0.5,
-}
-
-
-@pytest.mark.parametrize("spans", GROUNDING)
-def test_grounding(spans):
-    """Whatever overlaps among the parts or among the true ones."""
-    heard, true = ([tuple(map(float, span.split("-"))) for span in side.split()] for side in spans.split("|"))
-    for kind in (list, tuple):
-        example = dataclasses.replace(ABC, meta=dict(spans=kind(map(kind, true))))
-        assert worth("grounding", "", example, heard=tuple(heard)) == pytest.approx(GROUNDING[spans])
-
-
-NO_SPANS = [5, "01", [], [1], [0, 1, 2], ["0", "1"], [True, 2], [2, 1], [1, 1], [None, None], [[0], [1]]]
-NO_SPANS += [[math.nan, 1], [0, math.nan], [0, math.inf], [-math.inf, math.inf], [0, 10**400]]
-
-
-@pytest.mark.parametrize("spans", [None, 5, "0, 1", {}, {"0": 1}, *([span] for span in NO_SPANS)])
-def test_grounding_takes_any_data(spans):
-    """A file's meta may hold anything: what is no span is none, and a true one beside it counts."""
-
-    def grounding(spans):
-        return worth("grounding", "", dataclasses.replace(ABC, meta=dict(spans=spans)), heard=((0.0, 1.0),))
-
-    assert grounding(spans) == 0
-    assert not isinstance(spans, list) or grounding([*spans, [0, 2]]) == 0.5
-
-
-WILD = [
-    "",
-    "\0",
-    "\ud800",
-    "<seg>" * 20_000,
-    "</seg>" + " " * 100_000,
-    "</seg> " * 20_000,
-    "<seg>0, 1" * 20_000,
-]
-WILD += ["</seg>\n" + "\u0301" * 9999, "<answer>" * 9999, "9" * 100_000]
-
-
-@pytest.mark.parametrize("said", WILD, ids=lambda said: repr(said[:9]))
-def test_rewards_never_raise(said):
-    start = time.process_time()
-    countdown = Example("", None, "?", meta={"nums": [1, 2], "target": 3})
-    for example in (ABC, countdown, dataclasses.replace(ABC, answer=None)):
-        for known in ({}, dict(heard=((0.0, 1.0),) * 1000, confidence=0.5)):
-            for name in ("segment", "segment_flow", "confident_accuracy", "grounding"):
-                assert -1 <= worth(name, said, example, **known) <= 1
-    assert time.process_time() - start < 10
+# ---- what the rewards are told
 
 
 @pytest.mark.parametrize(
@@ -800,6 +700,10 @@ def test_a_token_on_the_answer_s_edge_belongs_to_it(omni):
 
 
 # ---- the demo
+
+
+def worth(name, text, example, **known):
+    return score(Said(text, **known), example, {name: 1.0})[0]
 
 
 def test_the_second_sound_is_heard_only_again(tmp_path):
