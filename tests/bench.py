@@ -383,11 +383,11 @@ def rollout(args) -> Table:
             heard[n] = Tokens([policy.audio_id] * len(audio), [(0, audio)])
         return heard
 
-    def ours(g, insert=None):
+    def ours(g, *insert):
         prompts = audio_prompts(policy, mels)
         with torch.no_grad():
             prefixes = model.read_prompts(policy, prompts)
-        og.decode(policy, prefixes, g, 1.0, t, range(args.prompts), insert)
+        og.decode(policy, prefixes, g, 1.0, t, range(args.prompts), *insert)
 
     title = f"{t} tokens for {args.prompts} questions with {args.audio_s:g} s clips"
     table = Table(title, "G | generate s | ours s | faster, x | hearing again s | longer, x")
