@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 
-import fake_server
 import pytest
-from fake_server import KEY, Server
-from fake_server import server as server  # a fixture
 
 import data
+import fake_server
 from data import UserError
+from fake_server import KEY, Server
+from fake_server import server as server  # a fixture
 from tools import behaviours as bh
 from tools import server as client
 

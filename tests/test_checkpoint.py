@@ -13,7 +13,6 @@ import peft
 import pytest
 import safetensors.torch
 import soundfile
-import texts
 import torch
 import torch.nn.functional as F
 import transformers
@@ -21,6 +20,7 @@ import transformers
 import data
 import model
 import omni_grpo as og
+import texts
 
 SPECIAL = """
     <|endoftext|> <|im_start|> <|im_end|> <|AUDIO|> <|audio_bos|> <|audio_eos|> <|box_end|>

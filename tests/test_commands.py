@@ -17,11 +17,11 @@ import unicodedata
 import numpy as np
 import pytest
 import soundfile
-from test_data import cells
-from test_formats import CASES
 
 import data
 from data import Example, Examples
+from test_data import cells
+from test_formats import CASES
 
 PROGRAM = os.path.abspath(data.__file__)
 SINE = np.sin(np.arange(1600) / 5) / 2

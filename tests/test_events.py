@@ -9,17 +9,17 @@ import signal
 import subprocess
 import sys
 
-import fake_server
 import numpy as np
 import pytest
 import soundfile
-from fake_server import ROOT, Runs, completion, wait_until
-from fake_server import server as server
 
 import data
+import fake_server
 import reward
 import tools.server as client
 from data import DataError, Example, Examples, UserError
+from fake_server import ROOT, Runs, completion, wait_until
+from fake_server import server as server
 from tools import events
 
 POOL = ["Rain", "Speech", "Cat", "Church bell", "Engine", "Violin"]

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from test_model import decode, make_groups, pack_of
 
 import data
 import model
 import omni_grpo as og
 from model import Completion, token_logps
+from test_model import decode, make_groups, pack_of
 
 FAMILIES = ("qwen2_audio", "llama", "qwen3", "qwen2")
 

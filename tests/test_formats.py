@@ -18,10 +18,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import soundfile
-from test_data import BOM, ROOT, cells, lines
 
 import data
 from data import DataError, Example, Examples
+from test_data import BOM, ROOT, cells, lines
 
 SLOW = bool(os.environ.get("OMNI_SLOW"))
 

@@ -11,11 +11,11 @@ import time
 import types
 
 import pytest
-from fake_server import ANIMALS, GOOD, KEY, ROOT, Runs, good, wait_until
-from fake_server import server as server
 
 import tools.server as client
 from data import Example, Examples, UserError, ahead
+from fake_server import ANIMALS, GOOD, KEY, ROOT, Runs, good, wait_until
+from fake_server import server as server
 from tools import generate as gen
 
 

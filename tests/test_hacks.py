@@ -6,14 +6,14 @@ import re
 
 import pytest
 import torch
-from test_families import family_folder  # noqa: F401 - a fixture
-from texts import README
 
 import data
 import eval as eval_
 import model
 import omni_grpo as og
 import reward
+from test_families import family_folder  # noqa: F401 - a fixture
+from texts import README
 
 BLOCKS = dict(
     zip(

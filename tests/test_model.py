@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import math
 
-import plain
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 import data
 import model
 import omni_grpo as og
+import plain
 from model import Completion, Tokens, make_pack, token_logps
 
 

@@ -4,14 +4,14 @@ gradients."""
 import math
 import types
 
-import plain
 import pytest
 import torch
 import transformers
-from test_model import Capture, ragged_groups
 
 import model
 import omni_grpo as og
+import plain
+from test_model import Capture, ragged_groups
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import runpy
 import shlex
 
 import torch
-from texts import ALL, DOCS, README, ROOT, read
 
 import data
 import omni_grpo as og
 from reward import REWARDS
+from texts import ALL, DOCS, README, ROOT, read
 
 FIELDS = {f.name: f for f in dataclasses.fields(og.Config)}
 SCRIPTS = ["omni_grpo.py", "model.py", "data.py", "reward.py", "eval.py"]

@@ -9,15 +9,15 @@ import re
 import shlex
 
 import pytest
-import smollm2
-from test_families import family_folder  # noqa: F401 - a fixture
-from texts import table_rows
 
 import data
 import eval as eval_
 import omni_grpo as og
 import runs
+import smollm2
 from reward import parse_rewards
+from test_families import family_folder  # noqa: F401 - a fixture
+from texts import table_rows
 from tools.demo import make_tiny_omni
 
 RECIPES = []

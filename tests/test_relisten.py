@@ -15,7 +15,6 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import transformers
-from test_families import family_folder  # noqa: F401 - a fixture
 
 import data
 import model
@@ -24,6 +23,7 @@ import runs
 from data import RATE_HZ, Example
 from model import Completion, Prompt, Relistening, make_pack, token_logps
 from reward import Said, parse_rewards, resolve, score
+from test_families import family_folder  # noqa: F401 - a fixture
 from tools import sounds
 
 SECONDS = dict(bell=3.217, one=1.3, two=2.1)  # the bell is longer than the tower's window of 2 s

@@ -13,13 +13,13 @@ import time
 import numpy as np
 import pytest
 import soundfile
-import texts
 import torch
 
 import data
 import omni_grpo as og
 import reward
 import runs
+import texts
 
 KEYS = """
     step reward/mean reward/accuracy group/frac_zero_std len/mean len/frac_truncated optim/grad_norm optim/lr
