@@ -955,7 +955,7 @@ TEMPLATES = {  # kind: before, a line, between, after
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_million_lines_are_ready_in_20_s_and_2_gib(tmp_path, kind):
-    """On top of what an empty process takes. The default: in proportion, in twice the time."""
+    """On top of what an empty process takes. The default: in proportion, in four times the time, as cores are shared."""
     before, line, between, after = TEMPLATES[kind]
     n_lines = MANY // (line.count("\n") + 1)
     content = between.join(line.replace("#", str(i)) for i in range(n_lines))
@@ -972,7 +972,7 @@ def test_a_million_lines_are_ready_in_20_s_and_2_gib(tmp_path, kind):
     assert not done.returncode, done.stderr
     n, seconds, gib = map(float, done.stdout.split())
     print(f"{kind}: {n:.0f} examples, {seconds:.1f} s, {gib:.2f} GiB")
-    assert n == n_lines and seconds < (20 if SLOW else 40) * MANY / 1e6 and gib < 2 * MANY / 1e6
+    assert n == n_lines and seconds < (20 if SLOW else 80) * MANY / 1e6 and gib < 2 * MANY / 1e6
 
 
 # ---- fuzzing
