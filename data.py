@@ -1140,11 +1140,11 @@ def open_rows(source: str):
     return kind(source)
 
 
-def scan(examples: Examples, purpose="train", most=10) -> array:
+def scan(examples: Examples, purpose="train", folder="", most=10) -> array:
     """Parse every line and look for its audio file; no audio is read.       -> the clip_key of every question
 
     purpose: "train" needs choices and an answer (or Countdown's numbers), "cold_start" a target, "check"
-    neither. Raises DataError listing the first `most` problems.
+    neither. folder: where the keys' paths start. Raises DataError listing the first `most` problems.
     """
     keys, problems = array("L"), []
     problem_of = functools.lru_cache(100_000)(file_problem)  # several questions a clip is usual
@@ -1161,7 +1161,7 @@ def scan(examples: Examples, purpose="train", most=10) -> array:
                     problem = f'field "audio": {problem_of(clip)}{video_hint(clip)}'
             if problem:
                 raise DataError(f"{examples.where(i)}: {problem}")
-            keys.append(clip_key(example))
+            keys.append(clip_key(example, folder))
         except DataError as e:
             problems.append(str(e))
             if len(problems) == most:
@@ -1172,28 +1172,36 @@ def scan(examples: Examples, purpose="train", most=10) -> array:
     return keys
 
 
-def clip_key(example: Example) -> int:
-    """A hash of the first clip, or of the id where there is none.
+def clip_key(example: Example, folder: str = "") -> int:
+    """A hash of the first clip, or of the id where there is none. Questions with the same key belong together.
 
-    Questions with the same key belong together.
+    folder: paths are taken from there, so that the key stays the same when a data set is moved.
     """
     key = example.id
     if example.clips:
         clip = example.clips[0]
         key = clip.key if isinstance(clip, Embedded) else os.path.normpath(clip)
+        if folder and key.startswith(os.path.join(folder, "")):
+            key = key[len(folder) :].lstrip(os.sep)
+        elif folder and os.path.isabs(key):
+            key = os.path.relpath(key, folder)
     return zlib.crc32(key.encode("utf-8", "replace"))
 
 
-def held_out(keys: array, n: int):
+def sample_by_clip(keys: array, n: int) -> list[int]:
+    """About n indices, in order: of the clips that their keys' hashes choose, all questions."""
+    mixed = [zlib.crc32(key.to_bytes(8, "little")) for key in keys]
+    limit = sorted(mixed)[min(n, len(keys)) - 1] if n else -1
+    return [i for i, h in enumerate(mixed) if h <= limit]
+
+
+def held_out(keys: array, n: int) -> tuple[list[int], list[int]]:
     """Split by clip: all questions on one clip fall on one side.
 
-    -> train indices, about n held-out indices
+    -> train indices, about n held-out indices, at most a fifth or so
     """
-    n = min(n, len(keys) // 5)
-    mixed = [zlib.crc32(k.to_bytes(8, "little")) for k in keys]
-    limit = sorted(mixed)[n - 1] if n else -1
-    train = [i for i, h in enumerate(mixed) if h > limit]
-    held = [i for i, h in enumerate(mixed) if h <= limit]
+    held = sample_by_clip(keys, min(n, len(keys) // 5))
+    train = sorted({*range(len(keys))}.difference(held))
     return (train, held) if train else (held, [])  # one clip cannot be split
 
 
@@ -1423,8 +1431,10 @@ def check_knobs(options):
             continue
         fits = m["low"] < value <= m["high"] if m["open"] else m["low"] <= value <= m["high"]
         if not fits or not math.isfinite(value):
-            word = "above" if m["open"] else "at least"
-            raise UserError(f"--{f.name} {value}: must be {word} {m['low']} and at most {m['high']}")
+            limits = f"above {m['low']}" if m["open"] else f"at least {m['low']}"
+            if value > m["high"] or m["high"] < 2**31 - 1:
+                limits += f" and at most {m['high']}"
+            raise UserError(f"--{f.name} {value}: must be {limits}")
 
 
 class Parser(argparse.ArgumentParser):

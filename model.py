@@ -617,6 +617,8 @@ def between(x: Tensor, start: int, end: int) -> Tensor:
 def fused_attention(query, key, value, scaling, mask=None, causal=False):
     if query.is_meta:  # there, the plain call would make a matrix of scores that no real device holds
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        if mask is not None:  # the plain call makes numbers of the booleans, and backward needs them
+            mask = torch.empty_like(mask, dtype=query.dtype)
         return fused(query, key, value, 0.0, causal, attn_mask=mask, scale=scaling)[0]
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling)
 
@@ -860,8 +862,8 @@ def token_entropy(logps: Tensor) -> Tensor:
 
 
 class Decoder:
-    """Feeds one token of every row at a time, G rows a prompt. R rows go on; row r of them is number place[r]
-    of P * G.
+    """Feeds one token of every row at a time, G rows a prompt. R rows go on; row r of them is number numbers[r]
+    of P * G (a list; `place` holds the same on the device).
 
     Keys and values lie in one line for each prompt, [prompt | token 1 of rows 1 ... G | token 2 of rows 1 ...
     G | ...]. The prompt's are there once and read once for all its rows. mask (P, G, slots) says which row
@@ -875,7 +877,8 @@ class Decoder:
         longest = int(max(b - a for _, a, b in sources))
         slots = longest + g * steps
         self.policy, self.g, self.prefixes = policy, g, prefixes
-        self.place = torch.arange(len(sources) * g, device=policy.device)
+        self.numbers = list(range(len(sources) * g))
+        self.place = torch.tensor(self.numbers, device=policy.device)
         self.position = sizes.repeat_interleave(g)  # (R,) of the next token
         self.filled = [longest] * len(sources)  # how far each line is filled
         self.blocks = []  # of the last step: (line, row of the line, start, size)
@@ -922,7 +925,7 @@ class Decoder:
         self.filled = [end + g for end in self.filled]
         self.seen = max(self.filled)  # by the tokens of this step; a block sees itself, too
         for row, size in blocks:
-            line, row = divmod(int(self.place[row]), g)
+            line, row = divmod(self.numbers[row], g)
             self.blocks.append((line, row, self.filled[line], size))
             self.filled[line] += size
         more = max(self.filled) - self.mask.shape[2]
@@ -968,14 +971,15 @@ class Decoder:
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows; prompts without one leave."""
         self.show_blocks()
-        kept = torch.tensor(rows, device=self.place.device)
-        self.place, self.position = self.place[kept], self.position[kept]
-        lines, line = torch.unique(self.place // self.g, return_inverse=True)
+        numbers = [self.numbers[row] for row in rows]
+        lines = sorted({number // self.g for number in numbers})
         if len(lines) < len(self.mask):
-            self.place = line * self.g + self.place % self.g
+            numbers = [lines.index(number // self.g) * self.g + number % self.g for number in numbers]
             self.mask = self.mask[lines]
             self.kv = [tuple(x[lines] for x in kv) for kv in self.kv]
-            self.filled = [self.filled[i] for i in lines.tolist()]
+            self.filled = [self.filled[line] for line in lines]
+        self.numbers, self.place = numbers, torch.tensor(numbers, device=self.place.device)
+        self.position = self.position[rows]
 
 
 # ------------------------------------------------------------------------------------------------------------

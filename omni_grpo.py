@@ -940,19 +940,23 @@ def open_data(cfg: Config) -> Questions:
         path = getattr(cfg, flag)
         if path:
             files[flag] = Examples(path)
-            keys[flag] = data.scan(files[flag], purpose)
+            to_split = flag == "eval_data" or not cfg.eval_data
+            keys[flag] = data.scan(files[flag], purpose, files[flag].folder if to_split else "")
             if cfg.audio != "none":
                 refuse_bad_audio(files[flag], cfg.max_audio_s)
     out = Questions()
     if "cold_start_data" in files:
         out.cold = files["cold_start_data"], range(len(files["cold_start_data"]))
     if "eval_data" in files:
-        out.held = files["eval_data"][: cfg.eval_size]
+        some = data.sample_by_clip(keys["eval_data"], cfg.eval_size)[: cfg.eval_size]
+        out.held = [files["eval_data"][i] for i in some]
     if "data" in files:
         examples, indices = files["data"], range(len(files["data"]))
         if cfg.eval_size and "eval_data" not in files:
             indices, held = data.held_out(keys["data"], cfg.eval_size)
             out.held = [examples[i] for i in held[: cfg.eval_size]]
+        else:
+            warn_of_shared_clips(out.held, set(keys["data"]))
         out.rl = examples, indices
         if cfg.order == "easy_to_hard":
             require_pass_rates(examples, indices)
@@ -961,6 +965,12 @@ def open_data(cfg: Config) -> Questions:
     if cfg.cold_start_steps and not out.cold:
         raise UserError(f"--cold_start_steps {cfg.cold_start_steps}: needs --cold_start_data")
     return out
+
+
+def warn_of_shared_clips(held: list[Example], trained: set[int]) -> None:
+    shared = sum(data.clip_key(example) in trained for example in held if example.clips)
+    if shared and ranks()[0] == 0:
+        print(f"warning: {shared} of the {len(held)} held-out questions are about a clip that --data has, too")
 
 
 def refuse_bad_audio(examples: Examples, max_audio_s: float) -> None:

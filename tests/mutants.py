@@ -127,8 +127,8 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("step writes over the last", "[end + g for end in self.filled]", "[end for end in self.filled]", MODEL),
     (
         "wrong row leaves",
-        "self.place = line * self.g + self.place % self.g",
-        "self.place = line * self.g",
+        "lines.index(number // self.g) * self.g + number % self.g",
+        "lines.index(number // self.g) * self.g",
         MODEL,
     ),
     # ---- the run

@@ -312,6 +312,32 @@ def test_scan_knows_a_clip_by_its_file(read, tmp_path):
     assert keys[0] == keys[1] == keys[2] and len(set(keys[2:])) == 4
 
 
+def test_a_moved_data_set_is_split_as_before(tmp_path):
+    """In its folder, beside it, or by an absolute path: what is moved together keeps its keys."""
+    keys = []
+    for place in ("here", "far/away"):
+        folder = tmp_path / place / "data"
+        for name in ("data/clips/a.wav", "beside/b.wav"):
+            clip = tmp_path / place / name
+            clip.parent.mkdir(parents=True, exist_ok=True)
+            clip.touch()
+        names = ["clips/a.wav", "../beside/b.wav", str(folder / "clips" / "a.wav")]
+        (folder / "q.jsonl").write_text("".join(json.dumps(ROW | {"audio": n}) + "\n" for n in names))
+        examples = Examples(str(folder / "q.jsonl"))
+        keys.append(list(data.scan(examples, folder=examples.folder)))
+        assert not set(data.scan(examples)) & set(keys[-1])
+    assert keys[0] == keys[1] and keys[0][0] == keys[0][2] != keys[0][1]
+
+
+def test_a_sample_is_drawn_by_clip():
+    """From the whole file, whatever its order; all questions of a clip, and the same ones every time."""
+    keys = array("L", [clip for clip in range(100) for _ in range(3)])
+    some = data.sample_by_clip(keys, 60)
+    assert 60 <= len(some) < 63 and some == sorted(some) == data.sample_by_clip(keys, 60)
+    assert len({keys[i] for i in some}) == len(some) / 3 and max(some) > 200
+    assert data.sample_by_clip(keys, 1000) == list(range(300)) and data.sample_by_clip(keys, 0) == []
+
+
 @pytest.mark.parametrize("per_clip", [1, 4, 25])
 def test_held_out_splits_by_clip(per_clip):
     rng = random.Random(0)

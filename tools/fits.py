@@ -26,6 +26,7 @@ from model import (
     Family,
     Policy,
     Prompt,
+    Tokens,
     blame,
     find_model,
     read_family,
@@ -124,14 +125,19 @@ def weight_bytes(policy: Policy, cfg: Config, dtype) -> float:
 
 
 def imagine_rollout(policy: Policy, cfg: Config, n: int, prompt_tokens: int, relistened: int) -> list[Group]:
-    """n prompts read, one step of decoding with room for all others, and completions of full length."""
+    """n prompts read, one step of decoding with room for all others, and completions of full length.
+
+    Of re-listening, the most that is likely at a time: all completions of one prompt hear their parts in this
+    step.
+    """
     g, new = cfg.num_generations, cfg.new_tokens
     prompts = [Prompt([0] * prompt_tokens) for _ in range(n)]
     prefixes = read_prompts(policy, prompts, cfg.pack_tokens)
     with torch.no_grad():
         decoder = Decoder(policy, prefixes, g, new + relistened)
         ids = torch.zeros(n * g, dtype=torch.long, device=policy.device)
-        logits = decoder.step(ids, {})
+        inserted = {row: Tokens([0] * relistened) for row in range(g)} if relistened else {}
+        logits = decoder.step(ids, inserted)
         sample_tokens(logits, logits[:, 0].float(), cfg.temperature)
     for prefix in prefixes:
         for i, prompt in enumerate(prefix.prompts):
