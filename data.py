@@ -14,11 +14,13 @@ audio and needs no torch.
 """
 
 import argparse
+import ast
 import collections
 import contextlib
 import csv
 import dataclasses
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -26,11 +28,15 @@ import math
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import string
 import sys
+import tempfile
 import time
 import unicodedata
+import urllib.parse
 import zlib
 from array import array
 from collections.abc import Callable
@@ -108,21 +114,40 @@ class Embedded:
         self.rows, self.row, self.column, self.place = rows, row, column, place
 
     def child(self, name):
-        """`bytes` (a view of the memory map: nothing is copied) or `path`; None if there is none."""
+        """`bytes` (a view of the memory map, not a copy), `path`, `array`...; None if there is none."""
         value = self.rows.table[self.row].column(self.column)[0]
         if self.place is not None:
             value = value[self.place]
         if value.is_valid and hasattr(value, "keys"):
-            value = value[name]
-        elif name == "path":  # a plain column of bytes
+            value = value[name] if name in value.keys() else None
+        elif name != "bytes":  # a plain column of bytes
             return None
-        if not value.is_valid:
+        if value is None or not value.is_valid:
             return None
-        return value.as_py() if name == "path" else value.as_buffer()
+        return value.as_buffer() if name == "bytes" else value.as_py()
 
     @property
     def path(self):
         return self.child("path") or ""
+
+    def content(self):
+        """The bytes of a file; samples with their rate become a wav. None if there is neither."""
+        samples = self.child("array")
+        if samples is None:
+            return self.child("bytes")
+        import pyarrow
+        import soundfile
+
+        wave = np.array(samples, np.float32)
+        file = io.BytesIO()
+        soundfile.write(
+            file,
+            wave.T if wave.ndim == 2 and len(wave) < 16 else wave,
+            self.child("sampling_rate"),
+            format="WAV",
+            subtype="FLOAT",
+        )
+        return pyarrow.py_buffer(file.getvalue())
 
     @functools.cached_property
     def key(self):
@@ -130,7 +155,7 @@ class Embedded:
 
         A hash of three samples: reading all bytes of a data set takes hours.
         """
-        content = self.child("bytes")
+        content = self.content()
         if not content:
             return self.path
         size = len(content)
@@ -147,7 +172,7 @@ class Embedded:
         return hash(self.key)
 
     def read(self):
-        content = self.child("bytes")
+        content = self.content()
         return content.to_pybytes() if content else locate(self.path, self.rows.folder)
 
     def __repr__(self):
@@ -164,7 +189,8 @@ def make_example(fields, known):
     """
 
     def bad(name, problem):
-        raise DataError(f'field "{known.fields.get(name, name)}": {problem}')
+        column = known.fields.get(name, name).partition("|")[0]
+        raise DataError(f'field "{column}": {problem}')
 
     example = Example(**{k: v for k, v in fields.items() if v is not None})
     example.id = str(example.id)
@@ -176,7 +202,10 @@ def make_example(fields, known):
     if len(choices) == 1:
         bad("choices", f"only one choice, {choices[0]!r:.80}: a question needs at least two")
     if answer is not None and not choices:
-        bad("choices", f"missing, but there is an answer, {answer!r:.80}")
+        found = [name for name, value in fields.items() if name != "meta" and value not in (None, [])]
+        found += fields.get("meta", {})
+        remedy = "open answers are not supported; --columns options=choices renames a column"
+        bad("choices", f"missing, found only {sorted(map(str, found))!r:.300}; {remedy}")
     if isinstance(answer, str):  # the answer's text instead of its index
         if answer not in choices:
             bad("answer", f"{answer!r:.80} is not among the choices {choices!r:.300}")
@@ -215,7 +244,7 @@ CLIP_KEYS = (
     "audio|audio_path|audio_file|file_name|filename|file|wav|clip|path|youtube_id|ytid|fname|slice_file_name"
 )
 CAPTION_KEYS = "captions|caption|caption_1|description"
-LABEL_KEYS = "label|labels|class|category"
+LABEL_KEYS = "label|labels|positive_labels|class|category"
 START_KEYS = "start_s|start_time|start|start_seconds"
 
 
@@ -245,18 +274,17 @@ class Format:
         for name, column in self.fields.items():
             if name not in fields:
                 fields[name] = take(rows[0], column)
-        if "choices" in self.fields and not self.verbatim:
-            fields["choices"], fields["answer"] = tidy_choices(fields["choices"], fields["answer"])
+        if fields.get("choices") is not None or "choices" in self.fields and not self.verbatim:
+            fields["choices"], fields["answer"] = tidy_choices(fields["choices"], fields.get("answer"))
         return fields | dict(meta=rest_of(rows))
 
 
 def take(row, column):
-    """Take a value out of a row; of "a|b" the first that is there and not null."""
-    if "|" not in column:
-        return row.pop(column, None)
+    """Take a value out of a row; of "a|b" the first that is not null, and the nulls before it."""
     for key in column.split("|"):
-        if row.get(key) is not None:
-            return row.pop(key)
+        value = row.pop(key, None)
+        if value is not None:
+            return value
     return None
 
 
@@ -294,40 +322,139 @@ def rest_of(rows):
 
 
 def read_json(row, key, kind):
-    """A column that holds a list or an object, or the JSON of one. Raises DataError."""
+    """A column that holds a list or an object, or the JSON or Python text of one. Raises DataError."""
     value = row[key]
     if isinstance(value, str):
-        value = parse_json(value.encode("utf-8", "replace"), f'field "{key}"')
+        try:
+            value = parse_json(value.encode("utf-8", "replace"), f'field "{key}"')
+        except DataError:
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = ast.literal_eval(value.strip())
+            if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+                raise
     if not isinstance(value, kind):
-        raise DataError(f'field "{key}": expected {kind.__name__}, found {value!r:.80}')
+        name = getattr(kind, "__name__", "a list of texts")
+        raise DataError(f'field "{key}": expected {name}, found {value!r:.80}')
     return value
+
+
+SEQUENCES = [  # how people label choices
+    [*string.ascii_uppercase],
+    [*string.ascii_lowercase],
+    [str(i) for i in range(1, 100)],
+    [str(i) for i in range(100)],
+    "I II III IV V VI VII VIII".split(),
+    "i ii iii iv v vi vii viii".split(),
+]
+# "(a) dog", "[A] dog", "A、dog", "1. dog", "Option A: dog", "A.dog"; but "A.D." and "1.5 s" have no label
+LABEL = re.compile(
+    r"""\s* (?:(?i:option|choice)\s+)? [(\[（【]? ([A-Za-z]|\d\d?|[IVX]+|[ivx]+)
+    (?: [)\]）】、．：]\s* | [.:](?=\s|$)\s* | \s+[-–]\s+ | (?<=[A-Za-z])[.:](?=[^\W\d_]{2}|[^\x00-\x7f]) )
+    """,
+    re.VERBOSE,
+)
 
 
 def tidy_choices(choices, answer):
     """(["(A) dog", "(B) cat", None], "B") -> (["dog", "cat"], 1)
 
-    Nulls go. Letters go if all choices have theirs, in order. An answer that is a letter becomes an index.
+    choices: a list, the JSON or Python text of one, or {"A": "dog", "B": "cat"}. Labels go if all choices
+    have theirs, in any order. Blank, null and "nan" choices are padding and go. An answer that is a text or a
+    label becomes an index; one that is neither stays as it is. Raises DataError.
     """
-    choices = read_json(dict(choices=choices), "choices", list)  # some parquet copies hold the list as JSON
-    if not all(isinstance(c, str | None) for c in choices):
+    choices = read_json(dict(choices=choices), "choices", list | dict)
+    if isinstance(choices, dict):
+        labels, texts = [*choices], [*choices.values()]
+    else:
+        labels, texts = split_labels(choices)
+    if not all(is_padding(text) or isinstance(text, str) for text in texts):
         raise DataError(f'field "choices": expected a list of texts, found {choices!r:.80}')
-    if type(answer) is int and 0 <= answer < len(choices):
-        if choices[answer] is None:
-            raise DataError('field "answer": it points at a null choice; drop the line or mend the answer')
-        answer -= choices[:answer].count(None)
-    choices = [c for c in choices if c is not None]
-    letters = string.ascii_uppercase
-    marks = [re.match(rf"\s*\(?{x}(\)\s*|[.:]\s+)(?=\S)", c) for x, c in zip(letters, choices)]  # not "A.D."
-    lettered = len(marks) == len(choices) and all(marks)
-    if lettered:
-        if answer in choices:
-            answer = choices.index(answer)
-        choices = [c[mark.end() :] for c, mark in zip(choices, marks)]
-    if isinstance(answer, str) and (lettered or answer not in choices):  # of ["C", "A", "G"] "A" is the text
-        letter = re.fullmatch(r"\s*\(?([A-Z])[).:]?\s*", answer)
-        if letter and letters.index(letter[1]) < len(choices):
-            answer = letters.index(letter[1])
-    return choices, None if answer == "" else answer  # a benchmark withholds it
+    gold = answer
+    if isinstance(answer, str):
+        gold = find_answer(answer, [*choices], labels, texts)
+    kept = [i for i, text in enumerate(texts) if not is_padding(text) or i == gold and text == answer]
+    if type(gold) is int and 0 <= gold < len(texts):
+        if gold not in kept and gold == answer:
+            raise DataError('field "answer": it points at a blank choice; drop the line or mend the answer')
+        gold = kept.index(gold) if gold in kept else answer
+    return [texts[i] for i in kept], gold
+
+
+def is_padding(choice) -> bool:
+    return choice is None or choice != choice or str(choice).strip().lower() in ("", "nan")
+
+
+def split_labels(choices: list) -> tuple[list[str], list]:
+    """-> (labels, texts); no labels if not every choice has its own"""
+    marks = {i: LABEL.match(choice) for i, choice in enumerate(choices) if isinstance(choice, str)}
+    marks = {i: mark for i, mark in marks.items() if mark or not is_padding(choices[i])}
+    if len(marks) < 2 or None in marks.values():
+        return [], choices
+    labels, texts = [""] * len(choices), list(choices)
+    for i, mark in marks.items():
+        labels[i], texts[i] = mark[1], choices[i][mark.end() :]
+    found = sorted(labels[i] for i in marks)
+    for sequence in SEQUENCES:
+        fits = found in (sorted(sequence[: len(marks)]), [sequence[i] for i in marks if i < len(sequence)])
+        # of "1. Satz" and "2. Satz" the number is what they say
+        says_more = len({*texts}) == len(texts) or sequence[0].upper() == "A"
+        if fits and says_more and any(map(str.strip, (texts[i] for i in marks))):
+            return labels, texts
+    return [], choices
+
+
+def find_answer(answer: str, choices: list, labels: list, texts: list):
+    """The index that an answer means, by its text or its label; None if it is blank; else the answer."""
+    if not answer.strip():
+        return None  # a benchmark withholds it
+    if answer in choices:
+        return choices.index(answer)
+    mark = LABEL.match(answer.strip()) or LABEL.match(answer.strip() + ")")  # "B. cat", "(B)"; "b"
+    said = mark and mark[1]
+    if labels and said in labels:
+        return labels.index(said)
+    if answer in texts:
+        return texts.index(answer)
+    same = [i for i, text in enumerate(texts) if normal_text(str(text)) == normal_text(answer)]
+    if len(same) == 1:
+        return same[0]
+    letter = SEQUENCES[0].index(said.upper()) if said and said.isalpha() and len(said) == 1 else len(texts)
+    rest = answer.strip()[mark.end() :] if mark else ""
+    if letter < len(texts) and rest.strip() in ("", texts[letter]):
+        return letter
+    return answer
+
+
+# ---- kinds of answers: a wrong choice of another kind would give the right one away
+
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred once twice"
+).split()
+AROUND_NUMBERS = set("a about almost and around at fewer least less more most over than times".split())
+ALWAYS_THERE = {  # wrong choices of a kind, also where no other answer of the file is of it
+    "yes or no": ["yes", "no"],
+    "number": ["one", "two", "three", "four"],
+    "digits": ["1", "2", "3", "4"],
+}
+
+
+def kind_of(answer: str) -> str:
+    """ "yes or no", "number" (in words), "digits" (with what is counted: "digits seconds"), or "words"."""
+    words = normal_words(answer)
+    if words in (("yes",), ("no",)):
+        return "yes or no"
+    numbers = [w for w in words if w.isdigit() or w in NUMBERS or w.removeprefix("twenty") in NUMBERS]
+    if not numbers:
+        return "words"
+    counted = [w for w in words if w not in numbers and w not in AROUND_NUMBERS]
+    return " ".join(["digits" if any(map(str.isdigit, numbers)) else "number", *counted])
+
+
+def answer_pool(answer: str, *topics: str) -> tuple[list[str], list[str]]:
+    """For Format.pool: wrong choices of the answer's own kind, from the same topics first."""
+    kind = kind_of(answer)
+    return [f"{topic} {kind}" for topic in topics] + [kind], [answer]
 
 
 # ---- converters, for what renaming does not give: rows -> fields. The rows have the columns of the format
@@ -336,7 +463,7 @@ def tidy_choices(choices, answer):
 def own_fields(rows):
     """`audio` must be there, or null on purpose: a misspelt key must not become training on text alone."""
     (row,) = rows
-    if "audio" not in row:
+    if first_key(row, CLIP_KEYS) is None:
         raise DataError('field "audio": missing; give a path, or null for a question without sound')
     if not isinstance(row.get("meta"), dict | None):
         raise DataError(f'field "meta": expected an object, found {row["meta"]!r:.60}')
@@ -443,43 +570,129 @@ def arc(rows):
 
 
 ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant")
+TAG = r"(?:Audio \d+: *)?(?:<audio>(?:[^<\n]+</audio>)?|<sound>)"
+TURNS = "query|messages|conversations|prompt|problem"
+NEEDS_EYES = re.compile("<(image|img|video)>")
 
 
 def conversation(rows):
-    """Fine-tuning rows of ms-swift and ShareGPT, Audio-Reasoner's CoTA (arXiv 2503.02318) among them.
+    """Rows of those who fine-tune by ms-swift, LLaMA-Factory, ShareGPT (arXiv 2503.02318) or TRL.
 
-    What the user asks first is the question, the first reply the target. Clips stand in `audios`, or in the
-    question as <audio>PATH</audio>.
+    What the user asks is the question, the reply the target; for RL there is a solution instead, one of the
+    options of the question. Clips stand in `audios`, among the parts of the content, or in the question as
+    <audio>PATH</audio>.
     """
     (row,) = rows
-    key = first_key(row, "query|messages|conversations")
-    if key == "query":
-        said = dict(user=row.pop("query"), assistant=row.pop("response", None))
-    else:
-        said = first_turns(row, key)
+    key = first_key(row, TURNS)
+    turns, inside = read_turns(row, key)
+    said = dict(turns)
     asked, reply = said.get("user"), said.get("assistant")
-    if not isinstance(asked, str) or not isinstance(reply, str):
-        raise DataError(f'field "{key}": expected a text of the user and a reply, found {said!r:.200}')
-    clips = take(row, "audios|audio|sound|audio_path") or re.findall(r"<audio>([^<\n]+)</audio>", asked)
-    if re.search("<audio>|<sound>", asked) and not clips:
-        raise DataError('field "audios": missing, and the question has an <audio>')
-    if isinstance(clips, list) and len(clips) == 1:
-        clips = clips[0]
-    question = re.sub(r"(?:Audio \d+: *)?<audio>(?:[^<\n]+</audio>)?\n?|<sound>\n?", "", asked)
-    return dict(audio=clips or None, question=question.strip(), target=reply)
+    solutions = [row.get(name) for name in ("solution", "answer", "ground_truth")]
+    solution = next((found for found in solutions if found is not None), None)
+    if not isinstance(asked, str) or not isinstance(reply, str) and solution is None:
+        expected = "expected a text of the user, and a reply or a solution"
+        raise DataError(f'field "{key}": {expected}, found {said!r:.200}')
+    clips = (
+        take(row, "audios|audio|sound|audio_path") or inside or re.findall("<audio>([^<\n]+)</audio>", asked)
+    )
+    clips = clips if isinstance(clips, list) else [clips]
+    if (tags := len(re.findall(TAG, asked))) and tags != len(clips):
+        raise DataError(f'field "audios": {len(clips)} clips, and the question has {tags} places for them')
+    fields = dict(
+        audio=clips if clips[1:] else next(iter(clips), None), question=name_clips(asked), target=reply
+    )
+    if solution is not None:
+        answer = re.search("<answer>(.*?)</answer>", str(solution), re.DOTALL)
+        fields["answer"] = answer[1].strip() if answer else solution
+        fields["choices"] = take(row, "choices|options")
+        if fields["choices"] is None:
+            fields["question"], fields["choices"] = split_options(fields["question"])
+    return fields
 
 
-def first_turns(row, key):
-    """What each role says first. The turns stay in the row if there is more in them."""
-    turns, said = row[key], {}
-    if not is_list_of(dict, turns):
-        raise DataError(f'field "{key}": expected a list of turns, found {turns!r:.200}')
+def read_turns(row, key):
+    """-> [(role, text)] without the system's, [clips that stand among the texts]. Takes the columns out."""
+    if key == "query":
+        history = row.get("history") or []
+        if not is_list_of(list, history):
+            raise DataError(f'field "history": expected a list of pairs, found {history!r:.80}')
+        earlier = [text for pair in history for text in pair]
+        turns = [*earlier, row.pop("query"), row.pop("response", None)]
+        turns = [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(turns)]
+    else:
+        turns = row.pop(key)
+        if isinstance(turns, str) and key in ("prompt", "problem"):
+            turns = [dict(role="user", content=turns)]
+        if not is_list_of(dict, turns):
+            raise DataError(f'field "{key}": expected a list of turns, found {turns!r:.200}')
+        turns = [*turns, dict(role="assistant", content=take(row, "response|completion"))]
+    said, clips = [], []
     for turn in turns:
-        role = ROLES.get(str(turn.get("role", turn.get("from"))))
-        said.setdefault(role, turn.get("content", turn.get("value")))
-    if [len(turn) for turn in turns] == [2, 2]:
-        del row[key]
-    return said
+        role = str(turn.get("role", turn.get("from")))
+        content = turn.get("content", turn.get("value"))
+        if role != "system" and content is not None:
+            said.append((ROLES.get(role, role), join_parts(content, clips)))
+    return said, clips
+
+
+def join_parts(content, clips):
+    """[{"type": "audio", "audio": PATH}, {"type": "text", "text": ...}] -> "<audio>...", and its clips."""
+    if not is_list_of(dict, content):
+        return content
+    texts = []
+    for part in content:
+        kind = str(part.get("type"))
+        if kind == "text":
+            texts.append(str(part.get("text")))
+        elif "audio" in kind:
+            clip = part.get(kind, part.get("audio", part.get("path")))
+            clips += [clip.get("url") if isinstance(clip, dict) else clip] if clip is not None else []
+            texts.append("<audio>")
+        else:
+            texts.append("<image>")
+    return "".join(texts)
+
+
+def conversation_skip(rows):
+    (row,) = rows
+    if any(row.get(key) for key in ("images", "videos", "image", "video")):
+        return "needs a picture or a video"
+    try:
+        turns, _ = read_turns(row, first_key(row, TURNS))
+    except DataError:
+        return ""  # it is named when the question is read
+    if NEEDS_EYES.search(" ".join(str(text) for _, text in turns)):
+        return "needs a picture or a video"
+    return "several turns" if len(turns) > 2 or {*dict(turns)} - {"user", "assistant"} else ""
+
+
+def name_clips(text: str) -> str:
+    """A question without the tags around it. A tag inside gets a name, since all clips are heard first."""
+    count = len(re.findall(TAG, text))
+    inner = re.sub(rf"^(?:\s*{TAG})+\s*", "", text)
+    n = count - len(re.findall(TAG, inner))
+    inner = re.sub(rf"\s*(?:{TAG}\s*)+$", "", inner)
+
+    def name(tag):
+        nonlocal n
+        n += 1
+        return f"audio {n}" if count > 1 else "the audio"
+
+    return re.sub(TAG, name, inner).strip()
+
+
+def split_options(text: str):
+    """ "Which? Choose from: ['dog', 'cat'].", "Which? A. dog B. cat" -> "Which?", its choices or None"""
+    found = re.search(r"(\[(?:'|\").*?(?:'|\")\])", text, re.DOTALL)
+    parts = re.split(r"(?:^|\s)[(\[]?([A-J])[.):\]]\s+", text)
+    if found:
+        question, choices = text[: found.start()], read_json(dict(options=found[1]), "options", list)
+    elif parts[3:] and parts[1::2] == SEQUENCES[0][: len(parts) // 2]:
+        question, choices = parts[0], [part.split("\n")[0].strip() for part in parts[2::2]]
+    else:
+        return text, None
+    asks = r"\s*(?:(?:please )?(?:choose|select|pick)[^.?!\n]*|(?:choices|options)):?\s*$"
+    return re.sub(asks, "", question, flags=re.IGNORECASE).strip(), choices
 
 
 def countdown(rows):
@@ -520,7 +733,7 @@ def music_avqa_skip(rows):
 def clotho_aqa(rows):
     """Three annotators a question: the majority's answer. `meta` keeps what share of them gave it."""
     answer, rows[0]["agreement"] = majority(rows)
-    return dict(answer=answer, choices=["yes", "no"] if answer in ("yes", "no") else None)
+    return dict(answer=answer)
 
 
 def majority(rows):
@@ -580,9 +793,31 @@ def label_fields(rows):
 
 
 def labels_of(rows):
-    """The labels of one clip, each once, with single blanks."""
-    labels = [row[first_key(row, LABEL_KEYS)] for row in rows]
-    return list(dict.fromkeys(" ".join(label.split()) for label in labels))
+    """The labels of one clip, each once, with single blanks.
+
+    A cell may hold several, as in FSD50K's "Electric_guitar,Guitar"; a blank behind the comma is part of a
+    name, as in VGGSound's "playing violin, fiddle", unless the column is called `labels`.
+    """
+    labels = []
+    for row in rows:
+        key = first_key(row, LABEL_KEYS)
+        values = row[key]
+        if isinstance(values, str) and values.startswith("["):
+            values = read_json(row, key, list)
+        elif isinstance(values, str):
+            values = re.split("[,;|]" if key.endswith("labels") else r"[,;|](?!\s)", values)
+        names = []
+        for value in values if isinstance(values, list) else [values]:
+            if type(value) not in (str, int):
+                raise DataError(f'field "{key}": expected a text, found {value!r:.60}')
+            if re.match("/[mgt]/", str(value)):
+                remedy = "write its display_name of class_labels_indices.csv instead"
+                raise DataError(f'field "{key}": {value} is an id of AudioSet and no name; {remedy}')
+            names.append(" ".join(str(value).replace("_", " ").split()))
+        if not any(names):
+            raise DataError(f'field "{key}": is blank; name what is heard, or drop the line')
+        labels += filter(None, names)
+    return list(dict.fromkeys(labels))
 
 
 FORMATS = {
@@ -636,10 +871,15 @@ FORMATS = {
     "ARC": Format("question answerKey", convert=arc, text_only=True),
     "Countdown": Format("nums target", dict(id="id"), countdown, text_only=True),
     "conversation": Format(
-        "messages|conversations|query",
+        TURNS,
         dict(id="id"),
         conversation,
-        is_it=lambda row: "query" not in row or "response" in row,
+        is_it=lambda row: (
+            not row.keys().isdisjoint(
+                "messages conversations response completion solution ground_truth answer".split()
+            )
+        ),
+        skip=conversation_skip,
         text_only=True,
     ),
     "MUSIC-AVQA": Format(
@@ -648,7 +888,7 @@ FORMATS = {
         music_avqa,
         texts="video_id question_content anser",
         skip=music_avqa_skip,
-        pool=lambda rows: (music_types(rows)[1:], [rows[0]["anser"]]),
+        pool=lambda rows: answer_pool(rows[0]["anser"], *music_types(rows)[1:]),
     ),
     "Clotho-AQA": Format(
         "file_name QuestionText answer",
@@ -657,7 +897,7 @@ FORMATS = {
         texts="file_name QuestionText answer",
         group=lambda rows: (rows[0]["file_name"], rows[0]["QuestionText"]),
         skip=lambda rows: "" if majority(rows)[1] > 0.5 else "the annotators disagree",
-        pool=lambda rows: ([""], [majority(rows)[0]]),
+        pool=lambda rows: answer_pool(majority(rows)[0]),
     ),
     "avqa-processed": Format(
         "question answer audio",
@@ -666,13 +906,18 @@ FORMATS = {
         is_it=lambda row: "\nChoices:\n" in str(row["question"]),
     ),
     "Hub": Format("audio question choices answer", is_it=lambda row: isinstance(row["audio"], Embedded)),
-    "own": Format("question", FIELDS | dict(target="target"), own_fields, verbatim=True, text_only=True),
+    "own": Format(
+        "question",
+        FIELDS | dict(audio=CLIP_KEYS, target="target"),
+        own_fields,
+        verbatim=True,
+        text_only=True,
+    ),
     "captions": Format(f"{CLIP_KEYS} {CAPTION_KEYS}", {}, caption_fields, group=clip_of),
     "labels": Format(
         f"{CLIP_KEYS} {LABEL_KEYS}",
         {},
         label_fields,
-        texts=LABEL_KEYS,
         group=clip_of,
         pool=lambda rows: ([str(rows[0].get("family") or ""), ""], labels_of(rows)),
     ),
@@ -683,12 +928,20 @@ def format_of(row, where):
     """The name of the first format that the row fits. Raises DataError listing the known ones."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {row!r:.60}")
+    if name := name_of_format(row):
+        return name
+    listed = "; ".join(f"{name}: {known.keys}" for name, known in FORMATS.items())
+    found = f"unknown format, keys {sorted(map(str, row))!r:.300}"
+    remedy = "`data.py convert --columns sound=audio,prompt=question` reads others"
+    raise DataError(f"{where}: {found}. {remedy}. Known formats and their keys: {listed}")
+
+
+def name_of_format(row: dict) -> str:
+    """The first format that the row fits, or ""."""
     for name, known in FORMATS.items():
         if None not in find_columns(tuple(row), known.keys) and known.is_it(row):
             return name
-    listed = "; ".join(f"{name}: {known.keys}" for name, known in FORMATS.items())
-    found = f"unknown format, keys {sorted(map(str, row))!r:.300}"
-    raise DataError(f"{where}: {found}. Known formats and their keys: {listed}")
+    return ""
 
 
 def row_problem(row, known):
@@ -736,6 +989,79 @@ def file_problem(path: str) -> str:
     return f"{path:.1000}: {what}"
 
 
+def clip_problem(path: str) -> str:
+    """The same of a clip, with what to do about it."""
+    problem = file_problem(path)
+    if problem and re.match(r"\w+://", path):
+        return f"{path:.1000}: a web address; download the clip and give its path"
+    return problem and problem + (video_hint(path) or spelling_hint(path))
+
+
+SPELLINGS = {
+    "a backslash": lambda name: name.replace("\\", "/"),
+    "%-escapes": urllib.parse.unquote,
+    "blanks at an end": lambda name: "/".join(map(str.strip, name.split("/"))),
+    "another Unicode form": lambda name: unicodedata.normalize("NFC", name),
+    "case": str.casefold,
+}
+
+
+def spell(name: str, but: str = "") -> str:
+    for what, change in SPELLINGS.items():
+        name = name if what == but else change(name)
+    return name
+
+
+def spelling_hint(path: str) -> str:
+    """Which file may be meant, and in what its name differs; "" if there is none."""
+    found = os.sep
+    for part in urllib.parse.unquote(path.replace("\\", "/")).split("/"):
+        names = [part] if os.path.exists(os.path.join(found, part)) else []
+        with contextlib.suppress(OSError, ValueError):
+            names = names or [name for name in os.listdir(found) if spell(name) == spell(part)]
+        if len(names) != 1:
+            return ""
+        found = os.path.join(found, names[0])
+    differs = [what for what in SPELLINGS if spell(path, what) != spell(found, what)]
+    return f"; {found!r} is there, whose name differs in {' and '.join(differs)}"
+
+
+MAGIC = [  # where in a file, its bytes there, what it is
+    (0, b"RIFF", "a sound"),
+    (0, b"fLaC", "a sound"),
+    (0, b"OggS", "a sound"),
+    (0, b"ID3", "a sound"),
+    (0, b"FORM", "a sound"),
+    (0, b"PK\3\4", "a zip archive; unpack it first"),
+    (257, b"ustar", "a tar archive; unpack it first"),
+    (0, b"\x1f\x8b", "compressed; unpack it first (gunzip)"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed; unpack it first (zstd -d)"),
+    (0, b"BZh", "compressed; unpack it first (bunzip2)"),
+    (0, b"\xfd7zXZ", "compressed; unpack it first (unxz)"),
+    (0, b"version https://git-lfs", "a Git LFS pointer and not the file itself; git lfs pull"),
+    (0, b"<!doctype", "an HTML page: the download went wrong"),
+    (0, b"<html", "an HTML page: the download went wrong"),
+    (0, b"\xff\xfe", "UTF-16 text; save it as UTF-8"),
+    (0, b"\xfe\xff", "UTF-16 text; save it as UTF-8"),
+    (4, b"ftyp", "AAC or a video"),
+    (0, b"\xff\xf1", "AAC"),
+    (0, b"\xff\xf9", "AAC"),
+    (0, b"\x1aE\xdf\xa3", "a video"),
+    (0, b"#!AMR", "AMR"),
+    (0, b"0&\xb2u\x8ef\xcf\x11", "WMA"),
+]
+
+
+def kind_of_file(path: str) -> str:
+    """What a file is by its first bytes, whatever its name; "" if they do not tell."""
+    with open(path, "rb") as f:
+        head = f.read(512)
+    for at, magic, what in MAGIC:
+        if head[at : at + len(magic)].lower() == magic.lower():
+            return what
+    return ""
+
+
 class Rows:
     """The rows of a data set. rows[i] is a fresh object each time, or a DataError that names its place."""
 
@@ -743,9 +1069,18 @@ class Rows:
         self.path, self.unit = path, unit
         self.places = array("q")  # of each row: its line or number
         self.folder = ""  # where the paths of clips start
+        self.left_out = collections.Counter()  # files that are no rows, and why
+        self.columns = {}  # theirs -> ours
 
     def __len__(self):
         return len(self.places)
+
+    def __getitem__(self, i: int):
+        row = self.read_row(i)
+        if self.columns and isinstance(row, dict):
+            for theirs, ours in self.columns.items():
+                row[ours] = row.pop(theirs, None)
+        return row
 
     def where(self, i: int) -> str:
         """ "file:line" of row i."""
@@ -764,18 +1099,26 @@ class TextRows(Rows):
         self.rows, self.header = [], []  # of the others: entries as JSON, or the cells of a record
         if problem := file_problem(path):
             raise DataError(f"{problem}; expected a file of questions (JSONL)")
-        self.file = open(path, "rb")
+        kind = kind_of_file(path)
+        if kind and not kind.startswith("compressed; unpack it first (gunzip)"):
+            raise DataError(f"{path}: is {kind}; expected a file of questions (JSONL)")
+        self.file = unzipped(path) if kind else open(path, "rb")
         blanks = b" \t\r\n\xef\xbb\xbf"  # with the bytes of a byte order mark
-        first = next(filter(None, (line.strip(blanks) for line in self.file)), b"")
+        start = list(islice(filter(None, (line.strip(blanks) for line in self.file)), 50))
         self.file.seek(0)
         if not os.path.getsize(path):
             raise DataError(f"{path}: is empty; expected a file of questions (JSONL)")
-        if first.startswith(b"\x1f\x8b"):
-            raise DataError(f"{path}: is compressed; unpack it first (gunzip)")
+        while is_comment(start):
+            del start[0]
+        first = start[0] if start else b""
         if first.startswith(b"["):
-            self.read_list()
+            self.read_list(parse_json(self.file.read(), path))
+        elif first.lower().endswith(tuple(map(str.encode, SOUND_FILES))) and b"," not in first:
+            remedy = "write a CSV with the columns audio,label, or questions as JSON lines"
+            raise DataError(f"{path}: a list of sounds is no set of questions; {remedy}")
         elif first.startswith(b"{") or re.fullmatch(rb'[^,;\t]*|"[^"]*"', first):
             self.find_lines()
+            self.read_object(first)
         else:
             self.read_table(max(",;\t", key=first.decode("utf-8", "replace").count))
 
@@ -788,9 +1131,23 @@ class TextRows(Rows):
             at += len(line)
         self.starts.append(at)
 
-    def read_list(self):
+    def read_object(self, first):
+        """One JSON object, on one line or several, which is the only row or holds the list of them."""
+        with contextlib.suppress(ValueError):
+            if isinstance(json.loads(first), dict) and len(self.places) > 1 or self.starts[-1] > 2**30:
+                return
+        with contextlib.suppress(ValueError, RecursionError):
+            whole = json.loads(os.pread(self.file.fileno(), self.starts[-1], 0))
+            if not isinstance(whole, dict):
+                return
+            lists = [value for value in whole.values() if value and is_list_of(dict, value)]
+            is_row = len(lists) != 1 or name_of_format(whole) != ""
+            if len(self.places) > 1 or not is_row:
+                self.starts = array("q")
+                self.read_list([whole] if is_row else lists[0])
+
+    def read_list(self, rows):
         """Entries are kept as JSON: it takes less memory, and whoever gets a row may change it."""
-        rows = parse_json(self.file.read(), self.path)
         self.rows = [json.dumps(row).encode() for row in rows]
         self.places, self.unit = range(1, len(rows) + 1), "entry "
 
@@ -804,17 +1161,20 @@ class TextRows(Rows):
             raise DataError(
                 f"{self.path}:{line}: not UTF-8 text ({e.reason}); save the file as UTF-8"
             ) from None
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        lines = io.StringIO(text, newline="")
+        reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
         try:
             for record in reader:
                 if any(cell.strip() for cell in record):
-                    self.rows.append(record)
+                    self.rows.append([cell.strip() for cell in record])
                     self.places.append(reader.line_num)
         except csv.Error as e:
             reason = f"not a CSV record ({e}); is a quote left open?"
             raise DataError(f"{self.path}:{reader.line_num}: {reason}") from None
+        while is_comment([first for first, *_ in self.rows[:2]]):
+            del self.rows[0], self.places[0]
         if self.rows:
-            self.read_header([cell.strip() for cell in self.rows[0]])
+            self.read_header(self.rows[0])
 
     def read_header(self, first):
         """Usually the first record; VGGSound's files have none."""
@@ -831,7 +1191,7 @@ class TextRows(Rows):
             self.header.append(column)
         del self.rows[0], self.places[0]
 
-    def __getitem__(self, i):
+    def read_row(self, i):
         if self.starts:  # pread: threads may share it, and a file that shrank is an error and no crash
             raw = os.pread(self.file.fileno(), self.starts[i + 1] - self.starts[i], self.starts[i])
             return parse_json(raw, self.where(i))
@@ -844,11 +1204,28 @@ class TextRows(Rows):
         return dict(zip(self.header, row))
 
 
+def is_comment(lines) -> bool:
+    """Is the first line a comment? The header itself may begin with "#", as AudioSet's does."""
+    return len(lines) > 1 and all(line[:1] in ("#", b"#") for line in lines[:2])
+
+
+def unzipped(path: str):
+    """A gzip file -> an open file of its content, which has no name."""
+    file = tempfile.TemporaryFile()
+    try:
+        with gzip.open(path) as f:
+            shutil.copyfileobj(f, file)
+    except (OSError, EOFError, zlib.error) as e:
+        raise DataError(f"{path}: could not be unpacked ({e}); was the file cut off?") from None
+    file.seek(0)
+    return file
+
+
 COLUMN_NAMES = " ".join(known.keys for known in FORMATS.values())
 COLUMN_NAMES += f" {START_KEYS} id family confidence caption_2 caption_3 caption_4 caption_5"
 COLUMNS = {name.casefold(): name for name in re.split("[ |]", COLUMN_NAMES)}  # headers come in any case
-SOUND_FILES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff")
-VIDEO_FILES = (".mp4", ".mkv", ".webm", ".m4a")
+SOUND_FILES = (".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aif", ".aiff", ".au", ".w64")
+VIDEO_FILES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4a", ".aac", ".wma", ".amr", ".3gp", ".caf")
 
 
 class TableRows(Rows):
@@ -870,20 +1247,25 @@ class TableRows(Rows):
             raise DataError(f"{source}: could not be loaded ({reason}); {expected}") from None
         self.table, self.places = rows.with_format("arrow"), range(1, len(rows) + 1)
         self.lists, self.clips = set(), set()  # columns that hold lists, and clips
+        self.names = {}  # of columns that hold a class: its names
         for name, kind in rows.features.items():
             if hasattr(kind, "feature"):
                 self.lists.add(name)
                 kind = kind.feature
-            is_struct = isinstance(kind, dict) and kind.keys() == {"bytes", "path"}
+            if isinstance(kind, datasets.ClassLabel):
+                self.names[name] = [*kind.names, None]  # -1: no label
+            is_struct = isinstance(kind, dict) and ("bytes" in kind or {"array", "sampling_rate"} <= {*kind})
             is_bytes = getattr(kind, "dtype", "") in ("binary", "large_binary")
             if is_struct or is_bytes or isinstance(kind, datasets.Audio):
                 self.clips.add(name)
 
-    def __getitem__(self, i):
+    def read_row(self, i):
         row = self.table[i]
         return {name: self.cell(i, name, row.column(name)[0]) for name in row.column_names}
 
     def cell(self, i, name, value):
+        if name in self.names and name not in self.lists and value.is_valid:
+            return self.names[name][value.as_py()]
         if name not in self.clips or name in self.lists and not value.is_valid:
             return value.as_py()
         if name not in self.lists:
@@ -894,13 +1276,53 @@ class TableRows(Rows):
 def load_table(source, datasets):
     if os.path.isfile(source):
         return datasets.load_dataset("parquet", data_files=source, split="train")
-    if os.path.exists(os.path.join(source, "state.json")):
-        return datasets.load_from_disk(source)
-    if os.path.isdir(source):
-        return datasets.load_dataset(source, split="train")
     name, _, split = source.partition(":")
-    org, name, *config = name.split("/")
-    return datasets.load_dataset(f"{org}/{name}", *config, split=split or "train")
+    if not os.path.isdir(name):
+        org, name, *config = name.split("/")
+        return datasets.load_dataset(f"{org}/{name}", *config, split=split or "train")
+    saved = any(os.path.exists(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))
+    found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    if not isinstance(found, dict):
+        return found
+    split = split or (min(found) if len(found) == 1 else "train")
+    if split not in found:
+        raise DataError(f"no split {split!r}; there are {', '.join(found)}, as in {name}:{min(found)}")
+    return found[split]
+
+
+NOT_A_LABEL = set("audio audios clips data sounds samples wav wavs".split())
+SPLITS = "train training validation valid val dev eval evaluation test testing".split()
+
+
+def find_sounds(folder: str):
+    """-> (names of the sounds below a folder, {split: its folder}, Counter of what is left out, and why)
+
+    train/ and test/ are splits where they stand above folders of classes, and the sound of a train beside
+    dog/ and cat/.
+    """
+    names, splits, left_out, first = [], {}, collections.Counter(), {}
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        if folders and {name.lower() for name in folders} <= NOT_A_LABEL | {*SPLITS}:
+            splits |= {name.lower(): os.path.join(place, name) for name in folders if name.lower() in SPLITS}
+        for name in sorted(files):
+            path, ending = os.path.join(place, name), os.path.splitext(name)[1].lower()
+            if name[0] == ".":
+                continue
+            if ending in SOUND_FILES:
+                names.append(os.path.relpath(path, folder))
+            else:
+                left_out[first.setdefault(ending, no_sound(path))] += 1
+    return sorted(names), splits, left_out
+
+
+def no_sound(path):
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in VIDEO_FILES:
+        return f"not a sound ({ending or 'no ending'})"
+    return (
+        f"{ending} cannot be read; ffmpeg -i {shlex.quote(path)} {shlex.quote(path[: -len(ending)] + '.wav')}"
+    )
 
 
 class FolderRows(Rows):
@@ -908,34 +1330,29 @@ class FolderRows(Rows):
 
     def __init__(self, path: str):
         super().__init__(path)
-        names = []
-        for folder, folders, files in os.walk(path):
-            folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
-            sounds = [name for name in files if name.lower().endswith(SOUND_FILES) and name[0] != "."]
-            names += [os.path.relpath(os.path.join(folder, name), path) for name in sounds]
-        self.places = sorted(names)
+        self.places, splits, self.left_out = find_sounds(path)
+        if len(splits) > 1:
+            raise DataError(f"{path}: holds the splits {', '.join(splits)}; give one, {min(splits.values())}")
+        self.splits = splits
         labels = {row["label"]: row["audio"] for row in self}
         if len(labels) < 2 or "" in labels:
-            found = labels.get("") or (names or ["no sound"])[0]
+            found = labels.get("") or (self.places or [*self.left_out, "no sound"])[0]
             raise DataError(
                 f"{path}: expected a data set, or sounds ({', '.join(SOUND_FILES)}) in folders named after "
                 f"what is heard, found {found}; sort them so, or write a CSV with the columns audio,label"
             )
 
-    def __getitem__(self, i):
-        return folder_row(self.places[i])
+    def read_row(self, i):
+        return folder_row(self.places[i], NOT_A_LABEL | self.splits.keys())
 
 
-NOT_A_LABEL = set("audio audios clips data sounds samples wav wavs train test val validation".split())
-
-
-def folder_row(name):
+def folder_row(name, not_labels):
     """ "train/animals/Cow_Moo/1.wav" -> label "cow moo", family "animals"; "101 - Dog" is "dog"."""
     labels = ["", ""]
     for folder in os.path.dirname(name).split(os.sep):
         words = re.sub(r"^\d+ - ", "", unicodedata.normalize("NFC", folder).lower())
         label = " ".join(re.findall(r"[^\s_-]+", words))
-        if label and label not in NOT_A_LABEL:
+        if label and label not in not_labels:
             labels.append(label)
     return dict(audio=name, label=labels[-1], family=labels[-2])
 
@@ -975,7 +1392,36 @@ def sounds_in(folder: str, deep: bool = False) -> dict[str, list[str]]:
     return found
 
 
+# an id of YouTube with its start second or without, and what downloaders put around it: "Y", the end second
+VIDEO_NAME = re.compile(
+    r"Y?(?=[\w-]{0,10}[a-z])(?=[\w-]{0,10}[A-Z])([\w-]{11})(?:_0*(\d+)(?:\.\d+)?(?:_\d+(?:\.\d+)?)?)?"
+)
+
+
+@functools.cache
+def videos_in(folder: str) -> dict[str, list[tuple]]:
+    """id of YouTube -> (start second or None, file), of the sounds of a folder and of its folders."""
+    found = collections.defaultdict(list)
+    for stem, paths in sounds_in(folder, deep=True).items():
+        if video := VIDEO_NAME.fullmatch(stem):
+            found[video[1]] += [(video[2], path) for path in paths]
+    return found
+
+
+def find_video(stem: str, folder: str) -> list[str]:
+    """The files that a name with an id of YouTube can mean. A start may be in seconds or milliseconds."""
+    video = VIDEO_NAME.fullmatch(stem)
+    if video is None:
+        return []
+    start, starts = video[2], (None, video[2], f"{video[2]}000")
+    return [path for found, path in videos_in(folder).get(video[1], []) if start is None or found in starts]
+
+
 def below(name, folder):
+    if name.startswith("file://"):
+        name = urllib.parse.unquote(name.removeprefix("file://"))
+    if re.match(r"\w+://", name):
+        return name
     return os.path.join(folder, os.path.expanduser(name) if name.startswith("~/") else name)
 
 
@@ -993,6 +1439,7 @@ def locate(name: str, folder: str) -> str:
     found = sounds_in(os.path.dirname(path)).get(stem)
     if not found and is_id(stem):
         found = sounds_in(folder, deep=True).get(stem)
+    found = found or find_video(stem, folder)
     if not found and folder.endswith(os.sep + start):
         found = sounds_in(folder).get(stem)
     if not found:
@@ -1005,33 +1452,45 @@ class Examples(collections.abc.Sequence):
     """A data set as a sequence of Example, each made when it is asked for.
 
     source: a file of a known format (JSON lines, a JSON list, CSV, parquet), a folder of sounds, or a Hub id.
-    audio_dir: where relative audio paths start; "" is the folder of the file.
+    audio_dir: where relative audio paths start; "" is the folder of the file. columns: what other files call
+    our columns, as "sound=audio,prompt=question".
     Attributes: format, version (a benchmark's, or ""), skipped (Counter of reasons), items (of every question
     the numbers of its rows). Raises DataError.
     """
 
-    def __init__(self, source: str, audio_dir: str = ""):
+    def __init__(self, source: str, audio_dir: str = "", columns: str = ""):
         self.path = source
-        own_folder = source if os.path.isdir(source) else os.path.dirname(source)
-        self.folder = os.path.abspath(audio_dir or own_folder)
         self.rows = open_rows(source)
-        self.rows.folder = self.folder
+        own_folder = self.rows.path.partition(":")[0]
+        own_folder = own_folder if os.path.isdir(own_folder) else os.path.dirname(self.rows.path)
+        self.folder = self.rows.folder = os.path.abspath(audio_dir or own_folder)
         if not len(self.rows):
             raise DataError(f"{source}: holds no question")
+        if columns:
+            self.rename(columns)
         self.format = format_of(self.rows[0], self.rows.where(0))
         self.known = FORMATS[self.format]
+        self.noted = collections.Counter()  # oddities of those that were looked at
         self.n_choices = 4  # where wrong choices are drawn
         self.items = [(i,) for i in range(len(self.rows))]
-        self.skipped, self.pools, self.version = collections.Counter(), {}, ""
+        self.skipped, self.pools, self.version = collections.Counter(self.rows.left_out), {}, ""
         if self.known.group:
             self.group_rows()
         if self.known.skip:
-            self.skip_items()
+            self.skip_items(self.known.skip)
         if self.known.pool:
             self.pool_answers()
         if self.known.about:
             rows = (self.ask(lambda rows: rows[0], item) for item in self.items)
             self.version = self.known.about(rows, source)
+
+    def rename(self, columns):
+        pairs = [pair.strip().partition("=")[::2] for pair in columns.split(",")]
+        for theirs, ours in pairs:
+            if not theirs or not ours or theirs not in self.rows[0]:
+                found = f"found {sorted(map(str, self.rows[0]))!r:.300}"
+                raise UserError(f"--columns {columns}: expected THEIRS=OURS for columns of the file, {found}")
+        self.rows.columns = dict(pairs)
 
     def group_rows(self):
         groups = collections.defaultdict(list)
@@ -1040,10 +1499,10 @@ class Examples(collections.abc.Sequence):
             groups[item if key is None else key] += item
         self.items = list(map(tuple, groups.values()))
 
-    def skip_items(self):
+    def skip_items(self, reason_of):
         kept = []
         for item in self.items:
-            if reason := self.ask(self.known.skip, item):
+            if reason := self.ask(reason_of, item):
                 self.skipped[reason] += 1
             else:
                 kept.append(item)
@@ -1059,7 +1518,17 @@ class Examples(collections.abc.Sequence):
             kinds, answers = self.ask(self.known.pool, item)
             for kind in kinds:
                 pools[kind].update(a for a in answers if a.strip() and not HALF_CHARACTER.search(a))
+        for kind in pools.keys() & ALWAYS_THERE.keys():
+            pools[kind].update(ALWAYS_THERE[kind])
         self.pools = {kind: sorted(answers) for kind, answers in pools.items()}
+        if any(len(pool) == 1 for pool in pools.values()):
+            self.skip_items(self.lonely)
+
+    def lonely(self, rows):
+        kinds, right = self.known.pool(rows)
+        others = any(set(self.pools[kind]).difference(right) for kind in kinds)
+        is_bad = right[0] not in self.pools[kinds[-1]]  # which is named when the question is read
+        return "" if others or is_bad else "no other answer to choose from is of its answer's kind"
 
     def rows_of(self, i: int) -> list[dict]:
         """The rows of question i, as the file has them."""
@@ -1074,6 +1543,8 @@ class Examples(collections.abc.Sequence):
         try:
             return function(rows)
         except DataError as e:
+            for k in item[1:]:
+                self.ask(function, (k,))  # is it this row's fault?
             raise DataError(f"{self.rows.where(item[0])}: {e}") from None
 
     def __len__(self):
@@ -1081,8 +1552,9 @@ class Examples(collections.abc.Sequence):
 
     def __str__(self):
         skipped = "".join(f"; {n} skipped: {reason}" for reason, n in self.skipped.most_common(4))
+        noted = "".join(f"; {n} noted: {reason}" for reason, n in self.noted.most_common())
         version = f" {self.version}" if self.version else ""
-        return f"{self.path}: {self.format} format{version}, {len(self)} examples{skipped}"
+        return f"{self.path}: {self.format} format{version}, {len(self)} examples{skipped}{noted}"
 
     def where(self, i):
         """ "file:line" of question i."""
@@ -1123,17 +1595,23 @@ class Examples(collections.abc.Sequence):
 
 def open_rows(source: str):
     """A file, a folder or a Hub id -> its rows, by len(rows), rows[i] and rows.where(i). Raises DataError."""
-    kind = TextRows  # which also says what is wrong
-    if os.path.isdir(source):
-        names = [name for _, _, files in os.walk(source) for name in files]
-        is_table = any(name == "state.json" or name.endswith(".parquet") for name in names)
-        kind = TableRows if is_table else FolderRows
+    kind, name, split = TextRows, *source.partition(":")[::2]  # TextRows also says what is wrong
+    if os.path.isdir(source) or split and os.path.isdir(name) and not os.path.exists(source):
+        files = [os.path.join(place, file) for place, _, files in os.walk(name) for file in files]
+        metadata = [file for file in files if re.fullmatch(r"metadata\.(jsonl|csv)", os.path.basename(file))]
+        if split or any(file.endswith((".parquet", f"{os.sep}state.json")) for file in files):
+            kind = TableRows
+        elif len(metadata) > 1:
+            raise DataError(f"{source}: holds several sets; give one, as {min(metadata)}")
+        elif metadata:  # the layout of the Hub's audio folders
+            return TextRows(metadata[0])
+        else:
+            kind = FolderRows
     elif os.path.isfile(source):
         with open(source, "rb") as f:
             if f.read(4) == b"PAR1":
                 kind = TableRows
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.%+:\[\]-]+)?", source):
-        name = source.partition(":")[0]
         file_endings = r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zip|wav|flac|mp3|ogg)$"
         if not os.path.isdir(name.split("/")[0]) and not re.search(file_endings, name):
             kind = TableRows
@@ -1147,7 +1625,7 @@ def scan(examples: Examples, purpose="train", folder="", most=10) -> array:
     neither. folder: where the keys' paths start. Raises DataError listing the first `most` problems.
     """
     keys, problems = array("L"), []
-    problem_of = functools.lru_cache(100_000)(file_problem)  # several questions a clip is usual
+    problem_of = functools.lru_cache(100_000)(clip_problem)  # several questions a clip is usual
     for i in range(len(examples)):
         try:
             example, problem = examples[i], ""
@@ -1158,10 +1636,11 @@ def scan(examples: Examples, purpose="train", folder="", most=10) -> array:
                 problem = 'field "target": missing, and a cold start needs the text to imitate'
             for clip in example.clips:
                 if isinstance(clip, str) and problem_of(clip):
-                    problem = f'field "audio": {problem_of(clip)}{video_hint(clip)}'
+                    problem = f'field "audio": {problem_of(clip)}'
             if problem:
                 raise DataError(f"{examples.where(i)}: {problem}")
             keys.append(clip_key(example, folder))
+            examples.noted.update(oddities(example))
         except DataError as e:
             problems.append(str(e))
             if len(problems) == most:
@@ -1172,8 +1651,18 @@ def scan(examples: Examples, purpose="train", folder="", most=10) -> array:
     return keys
 
 
+def oddities(example: Example) -> list[str]:
+    """What is no fault, and should be known: it is counted at the start of a run, and listed by `check`."""
+    found = []
+    if len({*map(normal_text, example.choices)}) < len(example.choices):
+        found.append("two of the choices are the same")
+    if example.meta.get("question_relation") == "View":
+        found.append("only the eye can answer; leave out by `data.py filter --where question_relation!=View`")
+    return found
+
+
 def clip_key(example: Example, folder: str = "") -> int:
-    """A hash of the first clip, or of the id where there is none. Questions with the same key belong together.
+    """A hash of the first clip, or of the id where there is none. Questions of one key belong together.
 
     folder: paths are taken from there, so that the key stays the same when a data set is moved.
     """
@@ -1230,8 +1719,8 @@ def read_audio(source: str | bytes | Embedded, max_s: float, whole: bool = False
     name = f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source)
     if isinstance(source, Embedded):
         source = source.read()
-    if isinstance(source, str) and file_problem(source):
-        raise AudioError(file_problem(source) + video_hint(source))
+    if isinstance(source, str) and (problem := clip_problem(source)):
+        raise AudioError(problem)
     try:  # by descriptor: from a name such as x.raw or x.au the library would guess a format
         file = os.open(source, os.O_RDONLY) if isinstance(source, str) else io.BytesIO(source)
         with soundfile.SoundFile(file) as f:
@@ -1242,6 +1731,9 @@ def read_audio(source: str | bytes | Embedded, max_s: float, whole: bool = False
     except (OSError, RuntimeError) as e:  # soundfile's errors are RuntimeErrors
         reason = str(e).rpartition(": ")[2].strip()
         hint = video_hint(source) if isinstance(source, str) else ""
+        kind = kind_of_file(source) if isinstance(source, str) else ""
+        if kind not in ("", "a sound"):
+            reason = f"it is {kind}"
         raise AudioError(f"{name}: not a readable sound file ({reason}){hint}") from None
     seconds = n / rate_hz
     if seconds > max_s:
@@ -1722,12 +2214,13 @@ def read_lines(found, examples):
         found.answers[str(answer)] += 1
         if answer is None:
             unanswered.append(where)
-        elif options.count(options[answer]) > 1:
+        doubled = answer is not None and options.count(options[answer]) > 1
+        if doubled:
             gold = f"the answer {example.choices[answer]!r:.80} stands among them twice"
             remedy = "so a right answer can be counted as wrong; drop one or the line"
             found.problem(where, f'field "choices": {gold}, {remedy}')
-        elif len(set(options)) < len(options):
-            found.note(where, f'field "choices": two are the same, {example.choices!r:.200}')
+        for oddity in oddities(example)[doubled:]:  # the first is the equal choices
+            found.note(where, f"{oddity}: {example.question!r:.200} {example.choices!r:.200}")
         if line := found.earlier("id", example.id, where):
             found.problem(
                 where, f'field "id": {example.id!r:.80} is also the id of {line}; give each its own'
@@ -1760,16 +2253,37 @@ def hear_clips(found, max_s):
         found.heard[name], seconds = result, result["seconds"]
         if seconds > max_s:
             found.note(where, f'field "audio": lasts {seconds:.1f} s, cut at {max_s:g} s; --max_audio_s')
-        if not result["sound"]:
-            found.note(where, 'field "audio": is silent')
-        elif line := found.earlier("sound", result["sound"], where):
+        if result["note"]:
+            found.note(where, f'field "audio": {result["note"]}')
+        if result["sound"] and (line := found.earlier("sound", result["sound"], where)):
             found.note(where, f'field "audio": the same sound as {line}, under another name')
 
 
 def listen(clip, max_s):
     wave, rate_hz, channels, seconds = read_audio(clip, max_s, whole=True)
     sound = (zlib.crc32(wave), zlib.adler32(wave))  # 32 bits are too few for pairs of 10,000 clips
-    return dict(seconds=seconds, rate_hz=rate_hz, channels=channels, sound=sound if wave.any() else None)
+    found = dict(seconds=seconds, rate_hz=rate_hz, channels=channels, sound=sound if wave.any() else None)
+    return found | dict(note=oddity_of_clip(clip, wave, channels))
+
+
+def oddity_of_clip(clip, wave, channels):
+    """What a listener would notice at once, or "" """
+    if np.abs(wave).max() > 10:
+        return (
+            f"samples up to {np.abs(wave).max():.3g}, and full scale is 1: a float file in units of integers?"
+        )
+    power, silent = np.square(wave, dtype=np.float64).mean(), "" if wave.any() else "is silent"
+    if channels == 1 or power > 1e-3:
+        return silent
+    import soundfile
+
+    clip = clip.read() if isinstance(clip, Embedded) else clip
+    parts, _ = soundfile.read(io.BytesIO(clip) if isinstance(clip, bytes) else clip, RATE_HZ * 30)
+    loudest = np.square(parts).mean(axis=0).max()
+    if loudest < 1000 * power or not loudest:
+        return silent
+    below_db = min(100, 10 * np.log10(loudest / (power + 1e-20)))
+    return f"its channels cancel out: mixed, it is {below_db:.0f} dB or more below either"
 
 
 def find_shared(ours, theirs, path):
@@ -1799,9 +2313,9 @@ def clip_stem(clip):
     return stem_of(clip.path if isinstance(clip, Embedded) else clip)
 
 
-def check_file(path, max_audio_s, audio_dir, against, report):
+def check_file(path, max_audio_s, audio_dir, columns, against, report):
     """Say what is in a data file and what is wrong with it.       -> 0, or 2 if there is a problem"""
-    examples = Examples(path, audio_dir)
+    examples = Examples(path, audio_dir, columns)
     others = Examples(against) if against else None
     if report and os.path.realpath(report) in map(os.path.realpath, (path, against)):
         raise UserError(f"--report {report}: is the data itself; give another name")
@@ -1899,18 +2413,19 @@ def write_clip(path: str, content: bytes) -> str:
     return path
 
 
-def convert_file(path, out, audio_dir, drop_bad):
+def convert_file(path, out, audio_dir, columns, drop_bad):
     """Any known format -> our JSONL. drop_bad: without lines that cannot be read or whose clip is missing."""
     new_file(out)
-    examples, bad = Examples(path, audio_dir), []
+    examples, bad = Examples(path, audio_dir, columns), []
 
     def good_examples():
         for i in range(len(examples)):
             try:
                 example = examples[i]
                 for clip in example.clips:
-                    if drop_bad and isinstance(clip, str) and file_problem(clip):
-                        raise DataError(f'{examples.where(i)}: field "audio": {file_problem(clip)}')
+                    if drop_bad and isinstance(clip, str) and (problem := clip_problem(clip)):
+                        raise DataError(f'{examples.where(i)}: field "audio": {problem}')
+                examples.noted.update(oddities(example))
                 yield example
             except DataError as e:
                 bad.append(str(e))
@@ -1933,26 +2448,43 @@ def convert_file(path, out, audio_dir, drop_bad):
 def questions_from_folder(path, out, eval_size, n_choices):
     """A folder of sounds -> questions to train on, and in OUT_eval.jsonl those to hold out (-1: a tenth).
 
-    Files with the same content fall on the same side.
+    Files with the same content fall on the same side. Of a folder with splits, the training split becomes
+    OUT, and the first of validation and test OUT_eval.
     """
     stem, ending = os.path.splitext(out)
     out_eval = f"{stem}_eval{ending}"
     new_file(out, out_eval)
-    examples, keys = Examples(path), array("L")
-    if not isinstance(examples.rows, FolderRows):
-        raise DataError(f"{path}: expected a folder of sounds, found {examples.format} format; use convert")
-    examples.n_choices = n_choices
+    _, splits, _ = find_sounds(path)
+    if len(splits) > 1:
+        first, second, *others = sorted(splits, key=SPLITS.index)
+        for name, split in ((out, first), (out_eval, second)):
+            examples = read_folder(splits[split], n_choices)
+            n = write_examples(name, examples, len(examples))
+            print(f"{examples}\n{name}: {n} questions, the split {split}")
+        for split in others:
+            print(f"not used: the split {split} in {splits[split]}")
+        return
+    examples, keys = read_folder(path, n_choices), array("L")
     for example in progress(examples, len(examples), "clips"):
         if problem := file_problem(example.audio):
             raise DataError(f"{problem}; take it out of the folder")
         with open(example.audio, "rb") as f:
             keys.append(zlib.crc32(f.read()))
     train, held = held_out(keys, len(keys) // 10 if eval_size < 0 else eval_size)
+    print(examples)
     for name, indices in ((out, train), (out_eval, held)):
         if indices:
             n = write_examples(name, (examples[i] for i in indices), len(indices))
             print(f"{name}: {n} questions on {len({keys[i] for i in indices})} clips")
     print(f"{len(examples.pools[''])} labels, {len(examples.pools) - 1} families")
+
+
+def read_folder(path, n_choices):
+    examples = Examples(path)
+    if not isinstance(examples.rows, FolderRows):
+        raise DataError(f"{path}: expected a folder of sounds, found {examples.format} format; use convert")
+    examples.n_choices = n_choices
+    return examples
 
 
 def filter_file(path, out, max, seed, **conditions):
@@ -1996,7 +2528,9 @@ def reason_to_drop(meta, pass_rate, drop_answerable_without_audio, where):
             return "answerable without audio"
     for condition in where:
         key, _, value = condition.partition("=")
-        if value not in (str(meta.get(key)), json.dumps(meta.get(key), default=str)):
+        found = meta.get(key.removesuffix("!"))
+        is_it = value in (str(found), json.dumps(found, default=str))
+        if is_it == key.endswith("!"):
             return f"not {condition}"
     return ""
 
@@ -2022,12 +2556,14 @@ def rates_flag(text):
 
 
 AUDIO_DIR = "where relative audio paths start; default: the folder of the file"
+COLUMNS_HELP = "THEIRS=OURS,...: what the file calls our columns, as sound=audio,prompt=question"
 
 
 @dataclass
 class CheckOptions:
     max_audio_s: float = knob(30.0, "seconds of a clip that training reads", low=0.025, high=86_400)
     audio_dir: str = knob("", AUDIO_DIR)
+    columns: str = knob("", COLUMNS_HELP)
     against: str = knob("", "another data set: which clips and questions do they share?")
     report: str = knob("", "a JSON file to write everything found to")
 
@@ -2036,6 +2572,7 @@ class CheckOptions:
 class ConvertOptions:
     out: str = knob("", "JSONL to write", required=True)
     audio_dir: str = knob("", AUDIO_DIR)
+    columns: str = knob("", COLUMNS_HELP)
     drop_bad: bool = knob(False, "leave out lines that cannot be read and those whose clip is missing")
 
 
@@ -2059,7 +2596,10 @@ class FilterOptions:
         const=0.5,
     )
     where: list = knob(
-        (), "KEY=VALUE: keep lines whose meta says so; may be repeated", type=str, action="append"
+        (),
+        "KEY=VALUE or KEY!=VALUE: keep lines whose meta says so; may be repeated",
+        type=str,
+        action="append",
     )
     max: int = knob(0, "keep a random sample of this size; 0: all")
     seed: int = knob(0, "of that sample")

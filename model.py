@@ -862,8 +862,8 @@ def token_entropy(logps: Tensor) -> Tensor:
 
 
 class Decoder:
-    """Feeds one token of every row at a time, G rows a prompt. R rows go on; row r of them is number numbers[r]
-    of P * G (a list; `place` holds the same on the device).
+    """Feeds one token of every row at a time, G rows a prompt. R rows go on; row r of them is number
+    numbers[r] of P * G (a list; `place` holds the same on the device).
 
     Keys and values lie in one line for each prompt, [prompt | token 1 of rows 1 ... G | token 2 of rows 1 ...
     G | ...]. The prompt's are there once and read once for all its rows. mask (P, G, slots) says which row

@@ -77,7 +77,7 @@ MAX_GRAD_NORM = 1.0  # nobody ablates these, so they are no flags
 EVAL_SAMPLES = 4  # samples of a question behind eval/accuracy_sampled
 LOG_ROLLOUTS = 10  # steps between entries in rollouts.jsonl
 WORKERS = 4  # threads that read audio ahead of the step
-MAX_BAD_AUDIO = 10  # unreadable clips that are skipped before the run stops
+MAX_BAD_AUDIO = 10  # unreadable clips, or a hundredth of the draws, that are skipped before the run stops
 
 
 @dataclass
@@ -85,6 +85,7 @@ class Config:
     # what to train on
     data: str = knob("", "questions, JSONL (see data.py); none: the built-in demo")
     eval_data: str = knob("", "held-out questions; none: --eval_size questions are split off --data, by clip")
+    audio_dir: str = knob("", "where relative audio paths start; none: the folder of the file")
     eval_size: int = knob(200, "held-out questions used; 0: no evaluation")
     model: str = knob("Qwen/Qwen2.5-Omni-7B", "checkpoint: a local directory or a Hub id, safetensors only")
     adapter: str = knob("", "LoRA adapter to start from (it is then also the reference)")
@@ -698,7 +699,7 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
     """Rollout, reward, update, log, evaluate, save; until the last step or a signal.       -> was it the last
     step?"""
     weights, last = parse_rewards(cfg.reward), cfg.cold_start_steps + cfg.steps
-    phase, stream, bad, flat_steps, saved = None, None, [], 0, state["step"]
+    phase, stream, bad, flat_steps, lost_steps, saved = None, None, {}, 0, 0, state["step"]
     rank, n_ranks = ranks()
     held_out = last_accuracy(out) if rank == 0 else None
     bar = tqdm(total=last, initial=state["step"], unit="step", dynamic_ncols=True, disable=rank > 0)
@@ -709,9 +710,8 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
         if phase != ("cold" if cold else "rl"):
             phase = "cold" if cold else "rl"
             step_cfg = dataclasses.replace(cfg, beta=0.0, temperature=1.0) if cold else cfg
-            stream = load_ahead(
-                policy, cfg, draw(cfg, *getattr(questions, phase), state[phase][rank], phase), bad
-            )
+            stream = draw(cfg, *getattr(questions, phase), state[phase][rank], phase, bad)
+            stream = load_ahead(policy, cfg, stream, bad)
             if not cold:
                 keep_reference(policy, cfg, out)
 
@@ -939,7 +939,7 @@ def open_data(cfg: Config) -> Questions:
     for flag, purpose in (("data", "train"), ("eval_data", "train"), ("cold_start_data", "cold_start")):
         path = getattr(cfg, flag)
         if path:
-            files[flag] = Examples(path)
+            files[flag] = Examples(path, cfg.audio_dir)
             to_split = flag == "eval_data" or not cfg.eval_data
             keys[flag] = data.scan(files[flag], purpose, files[flag].folder if to_split else "")
             if cfg.audio != "none":
@@ -970,7 +970,9 @@ def open_data(cfg: Config) -> Questions:
 def warn_of_shared_clips(held: list[Example], trained: set[int]) -> None:
     shared = sum(data.clip_key(example) in trained for example in held if example.clips)
     if shared and ranks()[0] == 0:
-        print(f"warning: {shared} of the {len(held)} held-out questions are about a clip that --data has, too")
+        print(
+            f"warning: {shared} of the {len(held)} held-out questions are about a clip that --data has, too"
+        )
 
 
 def refuse_bad_audio(examples: Examples, max_audio_s: float) -> None:
@@ -988,10 +990,10 @@ def require_pass_rates(examples: Examples, indices) -> None:
             raise DataError(f'{where}: field "meta": --order easy_to_hard needs a number "pass_rate"')
 
 
-def draw(cfg: Config, examples: Examples, indices, cursor: int, phase: str):
+def draw(cfg: Config, examples: Examples, indices, cursor: int, phase: str, bad: dict):
     """Endless (cursor, Example): the question at place `cursor` of this run is a function of the seed alone.
-    N ranks take every N-th place each."""
-    n, epoch, order = len(indices), -1, None
+    N ranks take every N-th place each. A question whose clip has been found bad is not drawn again."""
+    n, epoch, order, passed = len(indices), -1, None, 0
     if cfg.order == "easy_to_hard" and phase == "rl":
         order = sorted(indices, key=lambda i: -examples[i].meta["pass_rate"])
     while True:
@@ -1001,11 +1003,15 @@ def draw(cfg: Config, examples: Examples, indices, cursor: int, phase: str):
         example = examples[order[cursor % n]]
         if cfg.shuffle_choices and phase == "rl":
             example = data.shuffle_choices(example, random.Random(seed_of(cfg.seed, "choices", cursor)))
-        yield cursor, example
+        passed = passed + 1 if str(example.clips) in bad else 0
+        if passed > n:
+            raise UserError(f"no clip of {examples.path} can be heard: {next(iter(bad.values()))}")
+        if not passed:
+            yield cursor, example
         cursor += ranks()[1]
 
 
-def load_ahead(policy: Policy, cfg: Config, stream, bad: list):
+def load_ahead(policy: Policy, cfg: Config, stream, bad: dict):
     """(cursor, Example) -> Drawn, its clips read by worker threads ahead of the step.
 
     A clip that cannot be heard is skipped and put on the list `bad`. Raises UserError past MAX_BAD_AUDIO of
@@ -1014,13 +1020,13 @@ def load_ahead(policy: Policy, cfg: Config, stream, bad: list):
     loaded = data.ahead(
         stream, lambda item: load_clips_of(policy, cfg, item[1]), WORKERS, 2 * cfg.prompts_per_step
     )
-    for (cursor, example), heard in loaded:
+    for drawn, ((cursor, example), heard) in enumerate(loaded):
         if not isinstance(heard, DataError):
             yield Drawn(cursor, example, *heard)
             continue
-        bad.append(heard)
-        if len(bad) > MAX_BAD_AUDIO:
-            raise UserError(f"more than {MAX_BAD_AUDIO} clips could not be heard, the last: {heard}")
+        bad[str(example.clips)] = heard
+        if len(bad) > max(MAX_BAD_AUDIO, drawn // 100):
+            raise UserError(f"{len(bad)} clips could not be heard, the last: {heard}")
 
 
 def load_clips_of(policy: Policy, cfg: Config, example: Example) -> tuple[list[Clip], bool]:

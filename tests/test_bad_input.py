@@ -67,7 +67,7 @@ BAD_ROWS = {  # name: (what the third row changes, or what it is; the message)
     ),
     "no choices": ({"choices": None, "answer": None}, 'field "choices": missing ... training needs it'),
     "choices a text": ({"choices": "a, b"}, "field \"choices\": expected a list of texts ... found 'a, b'"),
-    "choice null": ({"choices": ["dog", None]}, 'field "choices": expected a list of texts ... None'),
+    "choice null": ({"choices": ["dog", None]}, 'field "answer": it points at a blank choice'),
     "no question": ({"question": None}, 'field "question": expected a text ... found None'),
     "question a list": ({"question": [["?"]]}, "field \"question\": expected a text ... [['?']]"),
     "half a character": ({"question": "\ud800"}, 'field "question": holds ... mend or drop the line'),
@@ -131,12 +131,15 @@ BAD_FILES = {  # name: (content, the message)
     "empty": (b"", ": is empty; expected a file of questions"),
     "blank": (b"\n \n", ": holds no question"),
     "binary": (bytes(range(256)) * 99, ":1: broken JSON"),
-    "gzip": (b"\x1f\x8b\x08\x00" * 999, ": is compressed"),
-    "other keys": (b'{"a": 1}', ":1: unknown format, keys ['a']. Known formats and their keys: "),
+    "gzip": (b"\x1f\x8b\x08\x00" * 999, ": could not be unpacked ... was the file cut off?"),
+    "other keys": (
+        b'{"a": 1}',
+        ":1: unknown format, keys ['a']. `data.py convert --columns ... Known formats and their keys: ",
+    ),
     "numbers": (b"1\n2\n", ":1: expected a JSON object, found 1"),
     "deep": (b"[" * 10**5, ": broken JSON"),
-    "pretty-printed": (json.dumps(ROW, indent=1).encode(), ":1: broken JSON"),
-    "UTF-16": (json.dumps(ROW).encode("utf-16"), ":1: not UTF-8 text"),
+    "pretty-printed": (json.dumps(ROW, indent=1).encode()[:-5], ":1: broken JSON"),
+    "UTF-16": (json.dumps(ROW).encode("utf-16"), ": is UTF-16 text; save it as UTF-8"),
 }
 
 

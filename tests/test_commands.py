@@ -116,7 +116,7 @@ PLANTED = r"""
 777 | {"id": "5"} | problem | field "id": '5' is also the id of q.jsonl:6; give each its own
 801 | {"answer": null} | problem | field "answer": missing, while other lines have one; give it or
 860 | {"choices": ["cat", "rain", "Cat "], "answer": 0} | problem | field "choices": the answer 'cat' stands
-900 | {"choices": ["cat", "rain", "rain"], "answer": 0} | note | field "choices": two are the same
+900 | {"choices": ["cat", "rain", "rain"], "answer": 0} | note | two of the choices are the same
 955 | {"answer": 3} | problem | field "answer": 3 is not among the 3 choices; give an index from 0 to 2
 1000 | {"answer": "frog"} | problem | field "answer": 'frog' is not among the choices
 1111 | {"choices": ["dog"], "answer": 0} | problem | field "choices": only one choice
@@ -406,7 +406,7 @@ REFUSED = {  # arguments: what stderr holds. empty/ is empty, file a file, there
     "folder sounds --out o.jsonl --eval_size x": "--eval_size",
     "folder one_label --out o.jsonl": "in folders named after what is heard",
     "folder named --out o.jsonl": "found dog_1.wav; sort them so, or write a CSV with the columns",
-    "folder mixed --out o.jsonl": "found train/x.wav; sort them",
+    "folder mixed --out o.jsonl": "found wav/x.wav; sort them",
     "folder broken --out o.jsonl": "2.wav: no such file",
     "folder piped --out o.jsonl": "2.wav: is not a regular file",
     "filter rated.jsonl": "required: --out",
@@ -440,7 +440,7 @@ def test_refused(run, here, argv):
     files("sounds", *(f"{label}/{i}.wav" for label in ("dog", "cat") for i in range(5)))
     files("one_label", "dog/1.wav", "dog/2.wav", "audio/dog/3.wav")
     files("named", "dog_1.wav", "cat_1.wav")
-    files("mixed", "dog/1.wav", "cat/1.wav", "train/x.wav")
+    files("mixed", "dog/1.wav", "cat/1.wav", "wav/x.wav")
     for folder in ("broken", "piped"):
         files(folder, "dog/1.wav", "cat/1.wav")
     os.symlink("nowhere", "broken/dog/2.wav")
@@ -505,7 +505,11 @@ def test_convert_loses_nothing(run, here, number):
     for old, new in zip(before, after):
         assert vars(new) == vars(old) | dict(audio=new.audio)
         assert list(map(os.path.normpath, new.clips)) == list(map(os.path.normpath, old.clips))
-    named = set(re.split("[ |]", " ".join([known.keys, *known.fields.values(), "other_attributes response"])))
+    named = set(
+        re.split(
+            "[ |]", " ".join([known.keys, *known.fields.values(), "other_attributes response completion"])
+        )
+    )
     given = [leaf for row in rows for key, value in row.items() if key not in named for leaf in leaves(value)]
     lost = set(given) - set(leaves(rows_of("sub/out.jsonl")))
     assert not [leaf for leaf in lost if leaf and not leaf.endswith(".wav")]
@@ -611,7 +615,7 @@ LABELS = """
 dog/1.wav, cat/1.FLAC | cat, dog
 animals/dog/1.wav, tools/saw/1.ogg | dog, saw
 dog/audio/1.wav, cat/train/wav/1.wav | cat, dog
-train/dog/1.wav, test/cat/2.wav, val/dog/7.mp3 | cat, dog
+train/dog/1.wav, train/cat/2.wav, train/dog/7.mp3 | cat, dog
 101 - Dog/1-30226-A-0.ogg, 102 - Rain/1-1-A-0.ogg | dog, rain
 dog/cow.wav, cat/cow.wav | cat, dog
 犬/1.wav, 猫/1.wav | 犬, 猫
