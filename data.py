@@ -1454,8 +1454,9 @@ class Examples(collections.abc.Sequence):
     source: a file of a known format (JSON lines, a JSON list, CSV, parquet), a folder of sounds, or a Hub id.
     audio_dir: where relative audio paths start; "" is the folder of the file. columns: what other files call
     our columns, as "sound=audio,prompt=question".
-    Attributes: format, version (a benchmark's, or ""), skipped (Counter of reasons), items (of every question
-    the numbers of its rows). Raises DataError.
+    Attributes: format, version (a benchmark's, or ""), skipped and noted (Counters of reasons), items (of
+    every question the numbers of its rows), hash (of all questions, once `scan` has read them). Raises
+    DataError.
     """
 
     def __init__(self, source: str, audio_dir: str = "", columns: str = ""):
@@ -1624,7 +1625,7 @@ def scan(examples: Examples, purpose="train", folder="", most=10) -> array:
     purpose: "train" needs choices and an answer (or Countdown's numbers), "cold_start" a target, "check"
     neither. folder: where the keys' paths start. Raises DataError listing the first `most` problems.
     """
-    keys, problems = array("L"), []
+    keys, problems, digest = array("L"), [], hashlib.blake2b(digest_size=8)
     problem_of = functools.lru_cache(100_000)(clip_problem)  # several questions a clip is usual
     for i in range(len(examples)):
         try:
@@ -1641,6 +1642,9 @@ def scan(examples: Examples, purpose="train", folder="", most=10) -> array:
                 raise DataError(f"{examples.where(i)}: {problem}")
             keys.append(clip_key(example, folder))
             examples.noted.update(oddities(example))
+            names = [os.path.basename(str(clip)) for clip in example.clips]  # the data may be moved
+            asked = example.question, example.choices, example.answer, example.target
+            digest.update(repr((names, *asked)).encode("utf-8", "replace"))
         except DataError as e:
             problems.append(str(e))
             if len(problems) == most:
@@ -1648,6 +1652,7 @@ def scan(examples: Examples, purpose="train", folder="", most=10) -> array:
                 break
     if problems:
         raise DataError("\n".join(problems))
+    examples.hash = digest.hexdigest()
     return keys
 
 

@@ -359,10 +359,7 @@ def take_apart(
     )
     model.requires_grad_(False)
     if adapter and not full_training:
-        import peft
-
-        with blame(f"--adapter {adapter}"):
-            policy.model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=train)
+        policy.model = load_adapter(model, lm_path, adapter, train)
     elif train and lora_rank:
         policy.model = add_lora(model, lm_path, lora_rank)
     elif train:
@@ -373,6 +370,31 @@ def take_apart(
         (enable or lm.gradient_checkpointing_enable)({"use_reentrant": False})
     policy.model.eval()
     return policy
+
+
+def load_adapter(model, lm_path: str, adapter: str, train: bool):
+    """LoRA as PEFT saves it, on the language model alone.       -> PeftModel
+
+    Raises UserError if its tensors are not exactly those that the adapted model has a place for: what the
+    library leaves out in silence would be the base's scores under the adapter's name.
+    """
+    import peft
+
+    where = f"--adapter {adapter}"
+    with blame(where):
+        config = peft.PeftConfig.from_pretrained(adapter)
+        if not isinstance(config.target_modules, str):  # a list of names, which the audio tower has, too
+            names = "|".join(map(re.escape, sorted(config.target_modules)))
+            config.target_modules = rf"{re.escape(lm_path)}\.(.*\.)?({names})"
+        adapted = peft.PeftModel.from_pretrained(model, adapter, config=config, is_trainable=train)
+        there = {name: x.shape for name, x in peft.utils.load_peft_weights(adapter, device="cpu").items()}
+    wanted = {name: x.shape for name, x in peft.get_peft_model_state_dict(adapted).items()}
+    if there != wanted:
+        unplaced, missing = sorted(there.keys() - wanted.keys()), sorted(wanted.keys() - there.keys())
+        first = f"no place for {unplaced[0]}" if unplaced else f"it lacks {(missing or ['shapes'])[0]}"
+        counts = f"{len(unplaced)} of its {len(there)} tensors have no place, {len(missing)} are missing"
+        raise UserError(f"{where}: not an adapter of this model, {counts}; {first}")
+    return adapted
 
 
 def add_lora(model, lm_path: str, rank: int):

@@ -35,7 +35,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, count, islice
 from typing import NamedTuple
@@ -45,7 +45,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import PROMPTS, DataError, Example, Examples, UserError, check_knobs, interruptible, knob, seed_of
+from data import (
+    PROMPTS,
+    AudioError,
+    DataError,
+    Example,
+    Examples,
+    UserError,
+    check_knobs,
+    interruptible,
+    knob,
+    seed_of,
+)
 from model import (
     Clip,
     Completion,
@@ -335,6 +346,9 @@ def sample_groups(policy: Policy, cfg: Config, drawn: list[Drawn], weights: dict
     for group in groups:
         for completion in group.completions:
             reward, parts = score(what_was_said(policy, cfg, completion, weights), group.example, weights)
+            if not math.isfinite(reward):
+                name = max(parts, key=lambda name: not math.isfinite(parts[name]))
+                raise UserError(f"--reward: {name} gives {parts[name]} for question {group.example.id}")
             group.rewards.append(reward)
             group.parts.append(parts)
         group.advantages = group_advantages(torch.tensor([group.rewards]), cfg.scale)[0].tolist()
@@ -442,7 +456,10 @@ def decode(
     batch = list(range(len(rows)))  # which rows are decoded; finished ones leave when they are half of them
     for step in range(max_new_tokens):
         ids, logps = sample_tokens(logits, u[:, step], temperature)
-        for r, token, logp in zip(batch, ids.tolist(), logps.tolist()):  # the step's one wait for the device
+        sampled = list(zip(batch, ids.tolist(), logps.tolist()))  # the step's one wait for the device
+        if not all(math.isfinite(logp) for _, _, logp in sampled):
+            raise UserError("the policy's log-probabilities are not finite; a lower --lr may keep them so")
+        for r, token, logp in sampled:
             if not rows[r].finished:
                 rows[r].append(token, logp)
                 rows[r].finished = token in policy.stop_ids
@@ -475,6 +492,7 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor
     else:
         cdf = logps.double().exp().cumsum(dim=-1)
         ids = torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True)
+        ids = ids.clamp(max=logits.shape[1] - 1)  # of numbers that are not finite, which the caller refuses
     return ids[:, 0], logps.gather(1, ids)[:, 0]
 
 
@@ -656,7 +674,17 @@ def train(cfg: Config) -> tuple[str, bool]:
         raise UserError(
             f"--prompts_per_step {cfg.prompts_per_step}: cannot be shared evenly among {n_ranks} ranks"
         )
-    out = cfg.resume or gather("" if rank else open_run(cfg))[0]
+    out = gather("" if rank else open_run(cfg))[0]
+    with contextlib.nullcontext() if rank else claimed(out):
+        if rank == 0 and not cfg.resume and holds_a_run(out):
+            found = f"--out {out}: already holds something"
+            raise UserError(f"{found}; go on with it by --resume {out}, or give another name")
+        return out, train_in(cfg, questions, out)
+
+
+def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
+    """The rest of `train`, in the run's directory, which no other process uses now."""
+    rank, n_ranks = ranks()
     if torch.cuda.is_available() and rank == 0:
         from tools.fits import preflight
 
@@ -665,44 +693,52 @@ def train(cfg: Config) -> tuple[str, bool]:
     policy = load_run_policy(cfg)
     optimizer = make_optimizer(policy, cfg)
     # the ranks' places in the data
-    state = {"step": 0, "rl": list(range(n_ranks)), "cold": list(range(n_ranks))}
+    state = {"step": 0, "record": None, "rl": list(range(n_ranks)), "cold": list(range(n_ranks))}
     if cfg.resume:
         state = load_checkpoint(policy, optimizer, out, n_ranks)
-    about = machine()
     if rank == 0:
-        saved = asdict(cfg) | {"out": out, "resume": ""}
-        data.write_text(
-            os.path.join(out, "config.json"), json.dumps(dict(config=saved, ranks=n_ranks) | about, indent=1)
-        )
+        about = machine()
+        write_config(cfg, out, about | dict(ranks=n_ranks, data=questions.files), state["step"])
         print(
             f"{out}: {cfg.model} on {about['hardware']}, "
             f"{sum(p.numel() for p in policy.trainable().values()):,} trained parameters, "
             f"{len(questions.rl[1]) if questions.rl else 0} questions, {len(questions.held)} held out",
             flush=True,
         )
-    with interruptible("SIGINT", "SIGTERM") as stopping:
+    # a terminal that closes sends SIGHUP, a cluster that takes its machine back SIGTERM
+    with interruptible("SIGINT", "SIGTERM", "SIGHUP") as stopping:
         if not cfg.resume:
             save_checkpoint(policy, optimizer, out, state)
         if not gather(os.path.exists(os.path.join(out, "log.jsonl")))[0]:
-            append_lines(
-                out, "log.jsonl", [{"step": 0, **measure(policy, cfg, questions.held, control=True)}]
-            )
+            measured = measure(policy, cfg, questions.held, control=True, stopping=stopping)
+            if measured is None:
+                return False
+            append_lines(out, "log.jsonl", [{"step": 0, **measured}])
         finished = loop(policy, optimizer, cfg, questions, out, state, stopping)
     if rank == 0:
         from tools.plots import draw_curves
 
         draw_curves(out)
-    return out, finished
+    return finished
 
 
 def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dict, stopping: list) -> bool:
-    """Rollout, reward, update, log, evaluate, save; until the last step or a signal.       -> was it the last
-    step?"""
-    weights, last = parse_rewards(cfg.reward), cfg.cold_start_steps + cfg.steps
-    phase, stream, bad, flat_steps, lost_steps, saved = None, None, {}, 0, 0, state["step"]
+    """Rollout, reward, update, save, evaluate, log; until the last step or a signal.       -> was it the last
+    step?
+
+    A checkpoint holds the record of its step as long as that is not in the log: whoever is stopped during an
+    evaluation evaluates again on --resume.
+    """
+    weights, last, first = parse_rewards(cfg.reward), cfg.cold_start_steps + cfg.steps, state["step"]
+    phase, stream, bad, flat_steps, lost_steps, saved = None, None, {}, 0, 0, first
     rank, n_ranks = ranks()
     held_out = last_accuracy(out) if rank == 0 else None
-    bar = tqdm(total=last, initial=state["step"], unit="step", dynamic_ncols=True, disable=rank > 0)
+    last_logged = gather(read_log(out)[-1]["step"] if rank == 0 and state["record"] else 0)[0]
+    logged = True
+    if state["record"] and last_logged < first:
+        if not evaluate_and_log(policy, cfg, questions, out, state, stopping):
+            return False
+    bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0)
     # ranks may get a signal in different steps
     while state["step"] < last and not any(gather(bool(stopping))):
         start, step = time.monotonic(), state["step"] + 1
@@ -714,48 +750,67 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
             stream = load_ahead(policy, cfg, stream, bad)
             if not cold:
                 keep_reference(policy, cfg, out)
-
+        lr = set_learning_rate(optimizer, cfg, step)
         try:
             groups, drawn, every_group = draw_groups(policy, cfg, stream, weights, cold)
-        except UserError:  # too many bad clips: the last step is whole, keep it
-            save_checkpoint(policy, optimizer, out, state)
-            raise
-        rolled = time.monotonic()
+            rolled = time.monotonic()
+            record = {"step": step, **update(policy, optimizer, step_cfg, groups), "optim/lr": lr}
+            state |= {"step": step, "record": record, phase: gather(drawn[-1].cursor + n_ranks)}
 
-        lr = set_learning_rate(optimizer, cfg, step)
-        record = {"step": step, **update(policy, optimizer, step_cfg, groups), "optim/lr": lr}
-        state |= {"step": step, phase: gather(drawn[-1].cursor + n_ranks)}
+            record |= describe(every_group, cfg)
+            record |= total({"audio/cut": sum(d.was_cut for d in drawn), "audio/bad": len(bad)})
+            record |= {"mem/peak_gib": peak_memory_gib(), "time/rollout_s": rolled - start}
+            record["time/update_s"] = time.monotonic() - rolled
+            flat_steps = flat_steps + 1 if record["group/frac_zero_std"] == 1 and not cold else 0
+            if flat_steps == 10 and rank == 0:
+                tqdm.write(NO_SPREAD)
+            if step % LOG_ROLLOUTS == 0 and not cold:
+                append_lines(out, "rollouts.jsonl", sum(gather(rollout_lines(policy, cfg, step, groups)), []))
+                if rank == 0:
+                    tqdm.write(show_group(policy, groups[0], step))
 
-        record |= describe(every_group, cfg)
-        record |= total({"audio/cut": sum(d.was_cut for d in drawn), "audio/bad": len(bad)})
-        record |= {"mem/peak_gib": peak_memory_gib(), "time/rollout_s": rolled - start}
-        record["time/update_s"] = time.monotonic() - rolled
-        flat_steps = flat_steps + 1 if record["group/frac_zero_std"] == 1 and not cold else 0
-        if flat_steps == 10 and rank == 0:
-            tqdm.write(NO_SPREAD)
-        if step % LOG_ROLLOUTS == 0 and not cold:
-            append_lines(out, "rollouts.jsonl", sum(gather(rollout_lines(policy, cfg, step, groups)), []))
-            if rank == 0:
-                tqdm.write(show_group(policy, groups[0], step))
-
-        if step == last or step % cfg.eval_every == 0:
-            start = time.monotonic()
-            record |= measure(policy, cfg, questions.held, control=step == last)
-            record["time/eval_s"] = time.monotonic() - start
-            held_out = record.get("eval/accuracy")
-        append_lines(out, "log.jsonl", [record])
+            if step == last or step % cfg.save_every == 0:
+                save_checkpoint(policy, optimizer, out, state)
+                saved = step
+            logged = evaluate_and_log(policy, cfg, questions, out, state, stopping)
+            if not logged:
+                break
+            lost_steps = lost_steps + 1 if record["optim/skipped"] == cfg.updates_per_rollout else 0
+            if lost_steps == min(10, last - first):
+                raise UserError(
+                    f"all updates of {lost_steps} steps were skipped: their gradient is not finite"
+                )
+        except (UserError, RunStopped) as e:
+            if isinstance(e, AudioError):  # the last step is whole
+                save_checkpoint(policy, optimizer, out, state)
+                saved = state["step"]
+            bar.close()
+            where = f"step {step}, lr {lr:g}; the last whole checkpoint is of step {saved}"
+            raise type(e)(f"{e} ({where})") from None
         bar.update()
         shown = {"logp": record["policy/logp"]} if cold else {"reward": record["reward/mean"]}
+        held_out = record.get("eval/accuracy", held_out)
         if held_out is not None:
             shown["held_out"] = held_out
         bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()}, refresh=False)
-        if step == last or step % cfg.save_every == 0:
-            save_checkpoint(policy, optimizer, out, state)
-            saved = step
     bar.close()
     if saved != state["step"]:  # stopped by a signal
         save_checkpoint(policy, optimizer, out, state)
-    return state["step"] >= last
+    return state["step"] >= last and logged
+
+
+def evaluate_and_log(policy: Policy, cfg: Config, questions, out: str, state: dict, stopping: list) -> bool:
+    """Complete the record of the last step and append it to the log.       -> False: stopped before that"""
+    record, last = state["record"], cfg.cold_start_steps + cfg.steps
+    if record["step"] == last or record["step"] % cfg.eval_every == 0:
+        start = time.monotonic()
+        measured = measure(policy, cfg, questions.held, control=record["step"] == last, stopping=stopping)
+        if measured is None:
+            return False
+        record |= measured | {"time/eval_s": time.monotonic() - start}
+    append_lines(out, "log.jsonl", [record])
+    state["record"] = None
+    return True
 
 
 def draw_groups(policy: Policy, cfg: Config, stream, weights: dict[str, float], cold: bool):
@@ -884,33 +939,49 @@ def show_group(policy: Policy, group: Group, step: int) -> str:
 # ---- held-out accuracy
 
 
-def measure(policy: Policy, cfg: Config, held: list[Example], control: bool) -> dict[str, float]:
+def measure(
+    policy: Policy, cfg: Config, held: list[Example], control: bool, stopping: Collection = ()
+) -> dict[str, float] | None:
     """Held-out accuracy for the log; with `control` also under silence (a gain that survives it is not
-    hearing), and hearing the clip once, whatever a re-listening policy asks for."""
+    hearing), and hearing the clip once, whatever a re-listening policy asks for. None if it was stopped."""
     if not held:
         return {}
-    result = evaluate(policy, cfg, held, EVAL_SAMPLES)
+    result, controls = evaluate(policy, cfg, held, EVAL_SAMPLES, stopping), {}
+    if result is None:
+        return None
     if control and cfg.audio == "real" and any(e.clips for e in held):
-        deaf = dataclasses.replace(cfg, audio="silence")
-        result["eval/accuracy_silence"] = evaluate(policy, deaf, held)["eval/accuracy"]
+        controls["eval/accuracy_silence"] = dataclasses.replace(cfg, audio="silence")
     if control and cfg.relistens:
-        once = dataclasses.replace(cfg, max_relistens=0)
-        result["eval/accuracy_once"] = evaluate(policy, once, held)["eval/accuracy"]
+        controls["eval/accuracy_once"] = dataclasses.replace(cfg, max_relistens=0)
+    for name, changed in controls.items():
+        measured = evaluate(policy, changed, held, stopping=stopping)
+        if measured is None:
+            return None
+        result[name] = measured["eval/accuracy"]
     return result
 
 
-def evaluate(policy: Policy, cfg: Config, examples: list[Example], samples: int = 0) -> dict[str, float]:
-    """-> eval/accuracy (greedy) and, of `samples` at the training temperature, eval/accuracy_sampled. A
-    question whose clip cannot be heard counts as wrong."""
+def evaluate(
+    policy: Policy, cfg: Config, examples: list[Example], samples: int = 0, stopping: Collection = ()
+) -> dict[str, float] | None:
+    """-> eval/accuracy (greedy) and, of `samples` at the training temperature, eval/accuracy_sampled. None as
+    soon as `stopping` holds something.
+
+    A question whose clip cannot be heard counts as wrong, and eval/bad_audio says how many there are.
+    """
     ways = [("eval/accuracy", 1, 0.0)]
     if samples:
         ways.append(("eval/accuracy_sampled", samples, cfg.temperature))
-    right = {name: 0.0 for name, _, _ in ways}
+    right = {name: 0.0 for name, _, _ in ways} | {"heard": 0, "stopped": 0}
     rank, n_ranks = ranks()
     mine = islice(enumerate(examples), rank, None, n_ranks)
     loaded = data.ahead(mine, lambda item: load_clips_of(policy, cfg, item[1])[0], WORKERS, 2 * WORKERS)
     heard = ((i, e, clips) for (i, e), clips in loaded if not isinstance(clips, DataError))
     while batch := list(islice(heard, max(1, cfg.rollout_rows // max(1, samples)))):
+        if stopping:
+            right["stopped"] = 1
+            break
+        right["heard"] += len(batch)
         places, questions, clips = zip(*batch)
         prompts = encode_prompts(policy, cfg, questions, clips)
         seeds = [seed_of(cfg.seed, "eval", i) for i in places]
@@ -919,7 +990,14 @@ def evaluate(policy: Policy, cfg: Config, examples: list[Example], samples: int 
             for group, example in zip(done, questions):
                 said = [Said(completion_text(policy, completion)) for completion in group]
                 right[name] += sum(accuracy(x, example) for x in said) / n
-    return {name: x / len(examples) for name, x in total(right).items()}
+    right = total(right)
+    n_heard = right.pop("heard")
+    if right.pop("stopped"):
+        return None
+    if not n_heard:
+        raise UserError("none of the held-out clips can be heard; `python data.py check` lists why")
+    result = {name: x / len(examples) for name, x in right.items()}
+    return result | ({"eval/bad_audio": len(examples) - n_heard} if n_heard < len(examples) else {})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -931,6 +1009,7 @@ class Questions:
     rl: tuple[Examples, list[int]] | None = None  # a data set, and which of its questions are trained on
     cold: tuple[Examples, list[int]] | None = None
     held: list[Example] = field(default_factory=list)
+    files: dict = field(default_factory=dict)  # flag -> how many questions the file holds, and their hash
 
 
 def open_data(cfg: Config) -> Questions:
@@ -944,7 +1023,13 @@ def open_data(cfg: Config) -> Questions:
             keys[flag] = data.scan(files[flag], purpose, files[flag].folder if to_split else "")
             if cfg.audio != "none":
                 refuse_bad_audio(files[flag], cfg.max_audio_s)
+            if ranks()[0] == 0:
+                print(files[flag], flush=True)
     out = Questions()
+    for flag, examples in files.items():
+        out.files[flag] = dict(questions=len(examples), hash=examples.hash)
+    if cfg.resume:
+        refuse_other_data(cfg, out.files)
     if "cold_start_data" in files:
         out.cold = files["cold_start_data"], range(len(files["cold_start_data"]))
     if "eval_data" in files:
@@ -990,7 +1075,7 @@ def require_pass_rates(examples: Examples, indices) -> None:
             raise DataError(f'{where}: field "meta": --order easy_to_hard needs a number "pass_rate"')
 
 
-def draw(cfg: Config, examples: Examples, indices, cursor: int, phase: str, bad: dict):
+def draw(cfg: Config, examples: Examples, indices, cursor: int, phase: str, bad: Collection = ()):
     """Endless (cursor, Example): the question at place `cursor` of this run is a function of the seed alone.
     N ranks take every N-th place each. A question whose clip has been found bad is not drawn again."""
     n, epoch, order, passed = len(indices), -1, None, 0
@@ -1003,9 +1088,9 @@ def draw(cfg: Config, examples: Examples, indices, cursor: int, phase: str, bad:
         example = examples[order[cursor % n]]
         if cfg.shuffle_choices and phase == "rl":
             example = data.shuffle_choices(example, random.Random(seed_of(cfg.seed, "choices", cursor)))
-        passed = passed + 1 if str(example.clips) in bad else 0
+        passed = passed + 1 if bad and str(example.clips) in bad else 0
         if passed > n:
-            raise UserError(f"no clip of {examples.path} can be heard: {next(iter(bad.values()))}")
+            raise AudioError(f"{examples.path}: none of its clips can be heard any more")
         if not passed:
             yield cursor, example
         cursor += ranks()[1]
@@ -1026,7 +1111,7 @@ def load_ahead(policy: Policy, cfg: Config, stream, bad: dict):
             continue
         bad[str(example.clips)] = heard
         if len(bad) > max(MAX_BAD_AUDIO, drawn // 100):
-            raise UserError(f"{len(bad)} clips could not be heard, the last: {heard}")
+            raise AudioError(f"{len(bad)} clips could not be heard, the last: {heard}")
 
 
 def load_clips_of(policy: Policy, cfg: Config, example: Example) -> tuple[list[Clip], bool]:
@@ -1038,27 +1123,87 @@ def load_clips_of(policy: Policy, cfg: Config, example: Example) -> tuple[list[C
 
 
 def open_run(cfg: Config) -> str:
-    """Make the run directory, or refuse to write over one."""
-    out = cfg.out
-    if not out:
-        stem = os.path.splitext(os.path.basename(cfg.data or cfg.cold_start_data))[0]
-        names = (os.path.join("runs", f"{stem}-{i}" if i > 1 else stem) for i in count(1))
-        out = next(name for name in names if is_free(name))
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise UserError(f"--out {out}: is a file")
-    if not is_free(out):
-        raise UserError(
-            f"--out {out}: already holds something; go on with it by --resume {out}, or give another name"
-        )
+    """Find or make the run directory; of names of its own it takes the first that no other process has."""
+    if cfg.resume:
+        return cfg.resume
+    if cfg.out:
+        if os.path.exists(cfg.out) and not os.path.isdir(cfg.out):
+            raise UserError(f"--out {cfg.out}: is a file")
+        try:
+            os.makedirs(cfg.out, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out {cfg.out}: {e.strerror}") from None
+        return cfg.out
+    os.makedirs("runs", exist_ok=True)
+    stem = os.path.splitext(os.path.basename(os.path.normpath(cfg.data or cfg.cold_start_data)))[0]
+    for i in count(1):
+        out = os.path.join("runs", f"{stem}-{i}" if i > 1 else stem)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(out)
+            return out
+
+
+@contextlib.contextmanager
+def claimed(out: str):
+    """Lock the run directory, and refuse to write over another run. A kill takes the lock away, too."""
     try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out {out}: {e.strerror}") from None
-    return out
+        folder = os.open(out, os.O_RDONLY)
+    except PermissionError:  # Windows opens no directories
+        yield
+        return
+    try:
+        if not data.lock(folder):
+            raise UserError(f"{out}: another process is writing it; wait for its end, or give another --out")
+        yield
+    finally:
+        os.close(folder)
 
 
-def is_free(folder: str) -> bool:
-    return not os.path.exists(folder) or (os.path.isdir(folder) and not os.listdir(folder))
+def holds_a_run(out: str) -> bool:
+    """Is there more than what a run leaves that is killed before its first checkpoint?"""
+    names = set(os.listdir(out))
+    started = {"config.json", "adapter", "adapter.part", "model", "model.part", "checkpoint"}
+    killed_early = "config.json" in names and names <= started
+    return bool(names) and (not killed_early or os.path.exists(os.path.join(out, "checkpoint", "state.pt")))
+
+
+def write_config(cfg: Config, out: str, about: dict, step: int) -> None:
+    """config.json: the run's flags, its data and machine, and what was changed at which --resume."""
+    path, saved, history = os.path.join(out, "config.json"), asdict(cfg) | {"out": out, "resume": ""}, []
+    if cfg.resume:
+        before = read_config(out)
+        history = before.get("history", [])
+        changed = {
+            k: [old, saved[k]] for k, old in before["config"].items() if old != saved[k] and k != "out"
+        }
+        if changed:
+            history.append(dict(step=step, changed=changed))
+            print("changed: " + ", ".join(f"--{k} {old} -> {new}" for k, (old, new) in changed.items()))
+    with writing(out):
+        data.write_text(path, json.dumps(dict(config=saved) | about | dict(history=history), indent=1))
+
+
+def read_config(out: str) -> dict:
+    """Raises UserError if config.json is not that of a run of this version."""
+    path = os.path.join(out, "config.json")
+    with blame(f"--resume {out}: config.json"), open(path, encoding="utf-8") as f:
+        content = json.load(f)
+    saved = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(saved, dict) or set(saved) != {f.name for f in dataclasses.fields(Config)}:
+        raise UserError(f"--resume {out}: config.json is not of this version; start the run again")
+    return content
+
+
+def refuse_other_data(cfg: Config, files: dict) -> None:
+    """A place in the order of other questions means nothing. A data set may be moved."""
+    for flag, before in read_config(cfg.resume).get("data", {}).items():
+        if flag != "eval_data" and files.get(flag) != before:
+            now = files.get(flag, {"questions": 0, "hash": "none"})
+            found = f"{now['questions']} questions (hash {now['hash']})"
+            raise UserError(
+                f"--{flag} {getattr(cfg, flag)}: {found}, and the run had {before['questions']} "
+                f"(hash {before['hash']}); for other data start a run with --adapter {cfg.resume}/adapter"
+            )
 
 
 def save_weights(policy: Policy, out: str) -> None:
@@ -1085,9 +1230,30 @@ def save_checkpoint(policy: Policy, optimizer, out: str, state: dict) -> None:
     if ranks()[0]:
         return
     content = dict(state=dict(state), weights=policy.trainable(), optimizer=optimizer.state_dict())
-    os.makedirs(os.path.join(out, "checkpoint"), exist_ok=True)
-    save_weights(policy, out)
-    data.write_atomically(os.path.join(out, "checkpoint", "state.pt"), lambda part: torch.save(content, part))
+    with writing(out):
+        os.makedirs(os.path.join(out, "checkpoint"), exist_ok=True)
+        save_weights(policy, out)
+        path = os.path.join(out, "checkpoint", "state.pt")
+        data.write_atomically(path, lambda part: torch.save(content, part))
+
+
+class RunStopped(Exception):
+    """What ends a run that can go on once it is mended: exit code 1."""
+
+
+@contextlib.contextmanager
+def writing(out: str):
+    """Around writing into the run directory: a full disk, or a directory that is gone, becomes one line."""
+    import safetensors
+
+    if not os.path.isdir(out):
+        raise RunStopped(f"{out}: is gone")
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as e:  # torch.save raises a RuntimeError
+        reason = getattr(e, "strerror", None) or " ".join(str(e).split())[:200]
+        room = shutil.disk_usage(os.path.dirname(os.path.abspath(out))).free / 2**20
+        raise RunStopped(f"{out}: could not be written, {reason}; {room:.0f} MiB are free") from None
 
 
 def load_checkpoint(policy: Policy, optimizer, out: str, n_ranks: int) -> dict:
@@ -1108,6 +1274,8 @@ def load_checkpoint(policy: Policy, optimizer, out: str, n_ranks: int) -> dict:
         fill(load("reference.pt"))
         freeze_reference(policy)
     content = load("checkpoint/state.pt")
+    if not isinstance(content, dict) or not content.keys() >= {"state", "weights", "optimizer"}:
+        raise UserError(f"--resume {out}: checkpoint/state.pt is not a checkpoint of this trainer")
     state = content["state"]
     if len(state["rl"]) != n_ranks:
         n = len(state["rl"])
@@ -1135,8 +1303,18 @@ def forget_later_lines(path: str, step: int) -> None:
 def append_lines(out: str, name: str, records: list[dict]) -> None:
     if ranks()[0]:
         return
-    with open(os.path.join(out, name), "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(record) + "\n" for record in records)
+    lines = "".join(json.dumps(strict(record), allow_nan=False) + "\n" for record in records)
+    with writing(out), open(os.path.join(out, name), "a", encoding="utf-8") as f:
+        f.write(lines)
+
+
+def strict(x):
+    """JSON knows neither NaN nor infinity: they become null."""
+    if isinstance(x, dict):
+        return {name: strict(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [strict(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def read_log(out: str) -> list[dict]:
@@ -1172,9 +1350,12 @@ def machine() -> dict:
 def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1192,7 +1373,7 @@ def join_ranks() -> None:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
 
-class RankLost(Exception):
+class RankLost(RunStopped):
     """Another rank has ended."""
 
 
@@ -1201,7 +1382,8 @@ def notice_lost_rank():
     try:
         yield
     except RuntimeError as e:  # what the libraries say when a connection breaks
-        raise RankLost(f"rank {ranks()[0]}: another rank ended ({' '.join(str(e).split())[:120]})") from None
+        reason = " ".join(str(e).split())[:120]
+        raise RankLost(f"rank {ranks()[0]}: another rank ended ({reason}); go on with --resume") from None
 
 
 def ranks() -> tuple[int, int]:
@@ -1279,25 +1461,29 @@ def parse_config(argv=None) -> tuple[Config, str]:
     return Config(**DEMOS[demo] | given), demo
 
 
+# What --resume does not change: with it, the run's past and its future would be of two different runs
+FIXED = (
+    "model adapter seed prompt reward audio lora_rank optimizer order shuffle_choices cold_start_steps"
+).split()
+
+
 def resume_config(given: dict) -> Config:
     """The run's own config.json, with the given flags in place of its values."""
     run = given.get("out", "") if given["resume"] == "--out" else given["resume"]
     if not run:
         raise UserError("--resume: name the run, --resume runs/NAME")
-    if not os.path.exists(os.path.join(run, "checkpoint", "state.pt")):
+    if given.get("out", run) != run:
         raise UserError(
-            f"--resume {run}: no checkpoint there; a run killed before its first one has to start again"
+            f"--out {given['out']}: a run goes on where it is; leave it out beside --resume {run}"
         )
-    path = os.path.join(run, "config.json")
-    with blame(f"--resume {run}: config.json"), open(path, encoding="utf-8") as f:
-        saved = json.load(f)["config"]
-    known = {f.name for f in dataclasses.fields(Config)}
-    if not isinstance(saved, dict) or set(saved) != known:
-        raise UserError(f"--resume {run}: config.json is not of this version; start the run again")
-    for name in sorted({"lora_rank", "optimizer"} & given.keys()):
-        if given[name] != saved[name]:
+    if not os.path.exists(os.path.join(run, "checkpoint", "state.pt")):
+        raise UserError(f"--resume {run}: no checkpoint there; start it by the same command without --resume")
+    saved = read_config(run)["config"]
+    for name in FIXED:
+        if given.get(name, saved[name]) != saved[name]:
+            remedy = f"start another run, with --adapter {run}/adapter to begin where this one is"
             raise UserError(
-                f"--{name} {given[name]}: cannot be changed on --resume, the run has {saved[name]}"
+                f"--{name} {given[name]}: cannot be changed on --resume, the run has {saved[name]}; {remedy}"
             )
     return Config(**saved | given | dict(out=run, resume=run))
 
@@ -1318,10 +1504,13 @@ def run(argv=None) -> int:
         finished = make_demo(demo, lambda **knobs: train(Config(**knobs)))
     join_ranks()  # the others wait here for the demo's base
     out, finished = train(cfg) if finished else ("", False)
-    if ranks()[0]:
-        return 0
     if not finished:
-        print(f"stopped; go on with: python omni_grpo.py --resume {out}" if out else "stopped", flush=True)
+        if ranks()[0] == 0:
+            print(
+                f"stopped; go on with: python omni_grpo.py --resume {out}" if out else "stopped", flush=True
+            )
+        return 130
+    if ranks()[0]:
         return 0
     evaluations = [record for record in read_log(out) if "eval/accuracy" in record]
     for record in evaluations[:1] + evaluations[1:][-1:]:
@@ -1332,12 +1521,12 @@ def run(argv=None) -> int:
 
 
 def main(argv=None) -> int:
-    """-> exit code: 0; 1 for what ends a run that can go on; 2 for what the user can mend; 130 after a second
-    Ctrl-C"""
+    """-> exit code: 0 at the end of the run; 1 for what ends a run that can go on; 2 for what the user can
+    mend; 130 after SIGINT, SIGTERM or SIGHUP"""
     try:
         return data.exit_code(lambda: run(argv), "--resume goes on from the last checkpoint")
-    except RankLost as e:
-        print(f"error: {e}. The last checkpoint is whole: go on with --resume", file=sys.stderr)
+    except RunStopped as e:
+        print(f"error: {e}", file=sys.stderr)
     except torch.OutOfMemoryError as e:
         print(f"error: out of memory ({str(e).split('. ')[0]}). {SMALLER}", file=sys.stderr)
     return 1

@@ -91,7 +91,15 @@ def make_demo(name: str, train: Callable) -> bool:
         raise UserError(f"{folder}: is in the way of the demo, and holds no base model; remove it")
     print(f"making sounds, questions and a tiny base model in {folder} (once)", flush=True)
     making = folder + ".making"
-    shutil.rmtree(making, ignore_errors=True)
+    os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)
+    with open(making + ".lock", "w") as file:
+        if not data.lock(file):
+            raise UserError(f"{folder}: another process is making it; wait for its end")
+        shutil.rmtree(making, ignore_errors=True)
+        return fill_demo(name, folder, making, train)
+
+
+def fill_demo(name: str, folder: str, making: str, train: Callable) -> bool:
     texts = []  # beside the lessons, what the tokenizer should know the words of
     if name == "sounds":
         sounds.write_sounds(making, 960, 4, seed=1, name="demo", silent=0.15)
@@ -111,6 +119,7 @@ def make_demo(name: str, train: Callable) -> bool:
     if finished:
         os.rename(os.path.join(taught, "model"), os.path.join(making, "base"))
         os.rename(making, folder)
+        os.remove(making + ".lock")
     return finished
 
 

@@ -37,12 +37,10 @@ def draw_curves(out: str) -> None:
     with open(path, encoding="utf-8") as f:
         log = [json.loads(line) for line in f]
 
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, axes = plt.subplot_mosaic("AABC;AADE", figsize=(13, 5))
+    fig = Figure(figsize=(13, 5))  # not by pyplot, whose state belongs to the notebook that may call this
+    axes = fig.subplot_mosaic("AABC;AADE")
     for place, (title, lines) in PANELS.items():
         ax = axes[place]
         for key, name in lines.items():
@@ -62,7 +60,6 @@ def draw_curves(out: str) -> None:
     fig.supxlabel("step", fontsize=10)
     fig.tight_layout()
     write_atomically(os.path.join(out, "curves.png"), lambda part: fig.savefig(part, dpi=100, format="png"))
-    plt.close(fig)
 
 
 def draw_noisy(ax, x, y) -> None:

@@ -1,0 +1,387 @@
+"""Trouble: signals, full disks, damaged checkpoints, other data on --resume, two runs at once, bad clips, numbers that
+are not finite. Nothing is silent, nothing is lost, and no traceback is shown."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+import model
+import omni_grpo as og
+import reward
+import runs
+
+
+@pytest.fixture
+def said(capsys):
+    """The trainer's command line -> (exit code, all that it said)."""
+
+    def said(*words):
+        code = og.main(list(map(str, words)))
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out + captured.err
+
+    return said
+
+
+@pytest.fixture
+def run(config, said, tmp_path):
+    """run(changes) -> (exit code, what was said) of the command line of a run of four steps in tmp_path/run."""
+
+    def run(**changes):
+        cfg = config(**dict(steps=4, save_every=2, out=str(tmp_path / "run")) | changes)
+        return said(*runs.flags(cfg))
+
+    return run
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("when", ["training", "evaluation", "first evaluation", "last control"])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
+def test_a_signal_loses_nothing(config, tiny, said, tmp_path, monkeypatch, when, sign):
+    """Exit code 130, soon; --resume then leaves what the unbroken run leaves, evaluations included."""
+    cfg = config(steps=3, save_every=2, eval_every=2, eval_data=tiny.questions, eval_size=4, rollout_rows=8)
+    whole = runs.train(cfg, tmp_path / "whole")
+    calls, evaluate, update = {"evaluate": 0, "update": 0}, og.evaluate, og.update
+    place = dict(training=("update", 2), evaluation=("evaluate", 3))
+    place |= {"first evaluation": ("evaluate", 1), "last control": ("evaluate", 5)}
+    name, n = place[when]
+
+    def counted(called, function):
+        def count(*args, **kwargs):
+            calls[called] += 1
+            if (called, calls[called]) == (name, n):
+                os.kill(os.getpid(), sign)
+            return function(*args, **kwargs)
+
+        return count
+
+    with monkeypatch.context() as patch:
+        patch.setattr(og, "evaluate", counted("evaluate", evaluate))
+        patch.setattr(og, "update", counted("update", update))
+        code, text = said(*runs.flags(dataclasses.replace(cfg, out=str(tmp_path / "run"))))
+    assert code == 130 and f"go on with: python omni_grpo.py --resume {tmp_path}/run" in text
+    assert calls["evaluate"] <= n if name == "evaluate" else calls["update"] == n
+    code, _ = said("--resume", tmp_path / "run")
+    assert code == 0 and runs.left_by(tmp_path / "run") == runs.left_by(whole)
+
+
+def test_a_step_is_saved_before_it_is_evaluated(config, tiny, tmp_path, monkeypatch):
+    """Killed during the evaluation, the step need not be done again, and its line of the log is not lost."""
+    cfg = config(steps=2, save_every=1, eval_every=2, eval_data=tiny.questions, eval_size=4)
+    whole, out = runs.train(cfg, tmp_path / "whole"), str(tmp_path / "run")
+    measure = og.measure
+
+    def dies(*args, **kwargs):
+        if kwargs["control"] and os.path.exists(os.path.join(out, "log.jsonl")):
+            raise RuntimeError("the lights went out")
+        return measure(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(og, "measure", dies)
+        og.train(dataclasses.replace(cfg, out=out))
+    assert runs.saved_state(out)["step"] == 2 and runs.read(out)[-1]["step"] == 1
+    og.train(dataclasses.replace(cfg, out=out, resume=out))
+    assert runs.left_by(out) == runs.left_by(whole)
+
+
+def test_killed_before_the_first_checkpoint(run, tmp_path, monkeypatch, said):
+    """The same command starts again; --resume says so; a folder of something else is not written over."""
+    with monkeypatch.context() as patch:
+        patch.setattr(og.torch, "save", lambda *args: os._exit(9))
+        if not (child := os.fork()):
+            run()
+        os.waitpid(child, 0)
+    assert sorted(os.listdir(tmp_path / "run")) == ["adapter", "checkpoint", "config.json"]
+    code, text = said("--resume", tmp_path / "run")
+    assert code == 2 and "start it by the same command without --resume" in text
+    assert run()[0] == 0
+    code, text = run()
+    assert code == 2 and f"already holds something; go on with it by --resume {tmp_path}/run" in text
+    shutil.rmtree(tmp_path / "run")
+    os.makedirs(tmp_path / "run" / "model")
+    assert run()[0] == 2
+
+
+# ---- disks and files
+
+QUOTA = """
+import resource
+save = og.save_checkpoint
+def full(policy, optimizer, out, state):
+    if state["step"] == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    save(policy, optimizer, out, state)
+og.save_checkpoint = full
+"""
+GONE = """
+import shutil
+update = og.update
+def gone(*args):
+    shutil.rmtree({out!r}, ignore_errors=True)
+    return update(*args)
+og.update = gone
+"""
+
+
+@pytest.mark.parametrize("change", [QUOTA, GONE], ids=["full", "gone"])
+def test_a_disk_that_takes_no_more(config, tmp_path, change):
+    """Exit code 1, one line with the last whole checkpoint, and --resume goes on from it."""
+    out = str(tmp_path / "run")
+    words = runs.flags(config(steps=4, save_every=1, out=out))
+    process = runs.start(words, change.format(out=out) if change is GONE else change, tmp_path)
+    _, stderr = runs.finish(process, code=1)
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in stderr
+    if change is GONE:
+        assert line.startswith(f"error: {out}: is gone (step 1, ")
+        return
+    assert f"error: {out}: could not be written, " in line and "MiB are free" in line
+    assert "(step 2, lr 0.0002; the last whole checkpoint is of step 1)" in line
+    assert runs.saved_state(out)["step"] == 1
+    og.train(og.resume_config(dict(resume=out)))
+    assert runs.saved_state(out)["step"] == 4
+
+
+@pytest.mark.parametrize(
+    "damage, what",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-200]), "checkpoint/state.pt: "),
+        (lambda path: path.write_bytes(b"\0" * 5000), "checkpoint/state.pt: "),
+        (lambda path: torch.save({"a": 1}, path), "checkpoint/state.pt is not a checkpoint of this trainer"),
+        (lambda path: torch.save([1], path), "checkpoint/state.pt is not a checkpoint of this trainer"),
+        (lambda path: change_shape(path), "its checkpoint is of another model or another --lora_rank"),
+    ],
+)
+def test_a_damaged_checkpoint(run, said, tmp_path, damage, what):
+    assert run()[0] == 0
+    damage(tmp_path / "run" / "checkpoint" / "state.pt")
+    code, text = said("--resume", tmp_path / "run", "--steps", 5)
+    assert code == 2 and f"error: --resume {tmp_path}/run: {what}" in text
+
+
+def change_shape(path):
+    content = torch.load(path, weights_only=True)
+    name = next(iter(content["weights"]))
+    content["weights"][name] = content["weights"][name][None]
+    torch.save(content, path)
+
+
+# ---- resume
+
+
+@pytest.mark.parametrize(
+    "flags, what",
+    [
+        (["--data", "OTHER"], "24 questions (hash "),
+        (["--seed", "1"], "--seed 1: cannot be changed on --resume, the run has 0; start another run, with"),
+        (["--prompt", "think"], "--prompt think: cannot be changed"),
+        (["--reward", "accuracy=2"], "--reward accuracy=2: cannot be changed"),
+        (["--adapter", "x"], "--adapter x: cannot be changed"),
+        (["--model", "x"], "--model x: cannot be changed"),
+        (["--lora_rank", "8"], "--lora_rank 8: cannot be changed"),
+        (["--audio", "silence"], "--audio silence: cannot be changed"),
+        (["--out", "x"], "--out x: a run goes on where it is"),
+    ],
+)
+def test_what_would_make_another_run_of_it_is_refused(run, said, tiny, tmp_path, flags, what):
+    other = tmp_path / "other.jsonl"
+    with open(tiny.questions) as f, open(other, "w") as out:
+        for line in f:
+            row = json.loads(line)
+            row["audio"] = os.path.join(tiny.folder, row["audio"])
+            out.write(json.dumps(row | dict(question="What else?")) + "\n")
+    assert run()[0] == 0
+    flags = [str(other) if flag == "OTHER" else flag for flag in flags]
+    code, text = said("--resume", tmp_path / "run", *flags, "--steps", 5)
+    assert code == 2 and what in text
+
+
+def test_a_run_goes_on_with_moved_data_and_keeps_its_history(run, said, tiny, tmp_path):
+    """What may change is said, and written into config.json."""
+    assert run()[0] == 0
+    shutil.copytree(tiny.folder, tmp_path / "moved")
+    moved = str(tmp_path / "moved" / os.path.basename(tiny.questions))
+    code, text = said("--resume", tmp_path / "run", "--data", moved, "--steps", 5, "--lr", 0.01)
+    assert code == 0 and "--steps 4 -> 5" in text and "--lr 0.001 -> 0.01" in text
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    (entry,) = about["history"]
+    assert entry["step"] == 4 and entry["changed"]["steps"] == [4, 5] and about["config"]["data"] == moved
+    assert said("--resume", tmp_path / "run", "--steps", 6)[0] == 0
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["history"]) == 2
+
+
+# ---- two at once
+
+
+def test_two_runs_never_share_a_directory(config, tmp_path, monkeypatch):
+    """--out or --resume twice: the second is refused. Names of the trainer's own: the second takes the next."""
+    out = str(tmp_path / "run")
+    runs.train(config(), out)
+    with og.claimed(out):
+        for cfg in (config(out=out), config(out=out, resume=out, steps=3)):
+            with pytest.raises(data.UserError, match="another process is writing it"):
+                og.train(cfg)
+    monkeypatch.chdir(tmp_path)
+    first, _ = og.train(config(steps=0))
+    second, _ = og.train(config(steps=0))
+    assert (first, second) == ("runs/demo", "runs/demo-2")
+    processes = [runs.start(runs.flags(config(out=str(tmp_path / "both")))) for _ in range(2)]
+    assert sorted(process.wait(240) for process in processes) == [0, 2]
+
+
+# ---- clips and numbers
+
+
+def test_a_bad_clip_counts_once(config, tiny, tmp_path, monkeypatch):
+    """However often it would be drawn; a run whose clips all vanish ends."""
+    monkeypatch.setattr(og, "MAX_BAD_AUDIO", 1)
+    folder = shutil.copytree(tiny.folder, tmp_path / "data")
+    questions = os.path.join(folder, os.path.basename(tiny.questions))
+    examples = data.Examples(questions)
+    monkeypatch.setattr(data, "probe_audio", lambda *args: (0, []))
+    with open(examples[3].audio, "w") as f:
+        f.write("no sound")
+    out = runs.train(config(data=questions, steps=40), tmp_path / "run")
+    assert runs.read(out)[-1]["audio/bad"] == 1
+    monkeypatch.setattr(og, "MAX_BAD_AUDIO", 1000)
+    for example in examples:
+        with open(example.audio, "w") as f:
+            f.write("no sound")
+    with pytest.raises(data.AudioError, match="none of its clips can be heard any more"):
+        og.train(config(data=questions, out=str(tmp_path / "deaf")))
+
+
+def test_clips_in_both_files_are_said(config, tiny, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    clips = [example.audio for example in data.Examples(tiny.lessons)[:9]]
+    rows = [dict(audio=clip, question="?", choices=["x", "y"], answer=0) for clip in clips]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    og.open_data(config(eval_data=tiny.questions, eval_size=4))
+    assert (
+        "warning: 4 of the 4 held-out questions are about a clip that --data has, too"
+        in capsys.readouterr().out
+    )
+    og.open_data(config(eval_data=str(other), eval_size=4))
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "value, what", [(float("nan"), "gives nan for question"), (float("inf"), "gives inf for question")]
+)
+def test_a_reward_that_is_no_number(run, monkeypatch, value, what):
+    monkeypatch.setitem(reward.REWARDS, "broken", lambda said, example: value)
+    code, text = run(reward="accuracy=1,broken=1")
+    assert (
+        code == 2
+        and f"error: --reward: broken {what}" in text
+        and "the last whole checkpoint is of step 0" in text
+    )
+
+
+def test_updates_that_are_all_skipped(run, monkeypatch, tmp_path):
+    """A short run ends with an error, too; the log is JSON without NaN."""
+    monkeypatch.setattr(
+        og, "grpo_loss", lambda logp, *args: (logp.sum() * float("nan"), torch.ones_like(logp))
+    )
+    code, text = run()
+    assert (
+        code == 2
+        and "all updates of 4 steps were skipped: their gradient is not finite (step 4, lr 0.0004;" in text
+    )
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert lines[-1]["optim/grad_norm"] is None and lines[-1]["optim/skipped"] == 1
+
+
+def test_a_policy_that_is_not_finite(run, monkeypatch):
+    update = og.update
+
+    def too_far(policy, *args):
+        record = update(policy, *args)
+        next(iter(policy.trainable().values())).data.fill_(float("nan"))
+        return record
+
+    monkeypatch.setattr(og, "update", too_far)
+    code, text = run()
+    assert code == 2 and "the policy's log-probabilities are not finite; a lower --lr" in text
+    assert "(step 2, lr 0.0002; the last whole checkpoint is of step 0)" in text
+
+
+# ---- other people's code and adapters
+
+
+def test_code_of_a_checkpoint_is_not_run(config, tiny, tmp_path, monkeypatch):
+    """Not even if someone answers yes."""
+    monkeypatch.setattr(
+        "builtins.input", lambda *args: pytest.fail("asked whether to run the checkpoint's code")
+    )
+    folder, mark = tmp_path / "base", tmp_path / "mark"
+    shutil.copytree(tiny.base, folder)
+    code = f"open({str(mark)!r}, 'w')\n"
+    for name in ("configuration_x.py", "modeling_x.py", "tokenization_x.py", "processing_x.py"):
+        (folder / name).write_text(code)
+    maps = {
+        "config.json": {"AutoConfig": "configuration_x.X", "AutoModel": "modeling_x.X"},
+        "tokenizer_config.json": {"AutoTokenizer": ["tokenization_x.X", None]},
+        "preprocessor_config.json": {"AutoFeatureExtractor": "processing_x.X"},
+    }
+    for name, auto_map in maps.items():
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | dict(auto_map=auto_map)))
+    og.load_run_policy(config(model=str(folder)))
+    assert not mark.exists()
+
+
+@pytest.fixture
+def adapter(config, tmp_path):
+    out = runs.train(config(steps=1), tmp_path / "trained")
+    return os.path.join(out, "adapter")
+
+
+def rewrite(adapter, change):
+    path = os.path.join(adapter, "adapter_model.safetensors")
+    save_file(change(load_file(path)), path)
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        (lambda w: {"x." + k: v for k, v in w.items()}, "have no place"),
+        (lambda w: dict(list(w.items())[::2]), "are missing; it lacks base_model."),
+        (lambda w: {}, "0 of its 0 tensors have no place, 42 are missing"),
+        (lambda w: w | {"base_model.model.audio_tower.proj.lora_A.weight": torch.zeros(4, 8)}, "1 of its 43"),
+        (lambda w: {k: torch.cat([v, v]) if "lora_A" in k else v for k, v in w.items()}, "size mismatch"),
+    ],
+    ids=["names", "half", "none", "tower", "shapes"],
+)
+def test_an_adapter_of_another_model_is_refused(config, adapter, change, what):
+    rewrite(adapter, change)
+    with pytest.raises(data.UserError, match="^--adapter ") as e:
+        og.load_run_policy(config(adapter=adapter))
+    assert what in str(e.value)
+
+
+def test_a_list_of_names_does_not_reach_the_tower(config, adapter):
+    """As TRL and LLaMA-Factory write target_modules; the log-probabilities are those of the pattern."""
+    ours = og.load_run_policy(config(adapter=adapter)).trainable()
+    path = os.path.join(adapter, "adapter_config.json")
+    with open(path) as f:
+        about = json.load(f)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+    with open(path, "w") as f:
+        json.dump(about | dict(target_modules=names), f)
+    policy = og.load_run_policy(config(adapter=adapter))
+    theirs = policy.trainable()
+    assert theirs.keys() == ours.keys() and not any("audio_tower" in name for name in theirs)
+    assert all(torch.equal(theirs[name], x) for name, x in ours.items())
+    assert isinstance(policy, model.Policy)
