@@ -1,8 +1,8 @@
 """An OpenAI-compatible server of our own on 127.0.0.1, in a thread; what it answers depends on the request
-alone. And the files of the runs that ask it.
+alone. And the runs of the tools that ask it.
 
-`server` is the fixture. Other tests let it answer otherwise: a subclass of Server with its own `respond`,
-put in its place by monkeypatch.setattr(fake_server, "Server", Other).
+`server` is the fixture. Other tests let it answer otherwise: a subclass of Server with its own `asked` and
+`reply`, put in its place by monkeypatch.setattr(fake_server, "Server", Other).
 """
 
 import asyncio
@@ -14,9 +14,13 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from data import UserError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEY = "sk-test-0123456789abcdef"
 ANIMALS = "dog cat cow duck goat horse owl frog crow sheep pig goose".split()
 GOOD = dict(
@@ -24,14 +28,23 @@ GOOD = dict(
     choices=["A dog", "A cat", "A duck", "A cow"],
     answer="A dog",
 )
-ERRORS = {  # mode: (status, header) of the first requests on a clip; of all, but for the first two modes
-    "limit": [(429, "Retry-After: 1\r\n")],
-    "errors": [(500, ""), (503, "")],
-    "forbidden": [(401, "")],
-    "missing": [(404, "")],
-    "broken": [(500, "")],
-    "odd": [(422, "")],
+ERRORS = {  # mode: the statuses of the first requests on the same thing
+    "limit": [429],
+    "errors": [500, 503],
+    "forbidden": [401] * 999,
+    "missing": [404] * 999,
+    "broken": [500] * 999,
+    "odd": [422] * 999,
 }
+PAGES = {"page": b"<html>hello</html>", "half_json": b'{"id": "x", "choices": [{"ind'}
+
+
+def modes(text: str) -> list[str]:
+    """ "2 good, bad@3" -> ["good", "good", "bad@3"]: so it goes with each clip; @3: after three seconds."""
+    found = []
+    for n, mode in re.findall(r"(\d+ )?([a-z][\w@.]*)", text):
+        found += [mode] * int(n or 1)
+    return found
 
 
 def good(name: str) -> dict:
@@ -41,31 +54,10 @@ def good(name: str) -> dict:
     return dict(question=f"Which animal is heard first in part {part}?", choices=choices, answer=choices[0])
 
 
-def content(name: str, mode: str, seed: int) -> tuple[str | None, str]:
-    """The text and the finish reason of a reply to a request for a question."""
-    row = good(name)
-    whole = json.dumps(row)
-    wrong = json.dumps(row | {"answer": "a whale"})
-    if mode == "mixed" and seed % 3 == 0:
-        return [whole[:40], wrong, "I cannot.", json.dumps(row | {"choices": ["x"]})][seed % 4], "stop"
-    texts = {
-        "prose": f"Here you are:\n```json\n{whole}\n```\nHave fun.",
-        "cut": whole[:60],
-        "bad": wrong,
-        "null": None,
-        "long": "x" * 5000,
-        "half": json.dumps(row | {"question": "What is \ud83d here now?"}),
-        "leak": json.dumps(row | {"question": f"Which animal says {KEY} to you?"}),
-        "same": json.dumps(GOOD),
-    }
-    return texts.get(mode, whole), "length" if mode == "cut" else "stop"
-
-
 def completion(text: str | None, finish: str = "stop", tokens: tuple | None = (300, 40)) -> dict:
     """The body of a chat completion; with its usage unless tokens is None."""
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "finish_reason": finish, "message": message}
-    body = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    choice = dict(index=0, finish_reason=finish, message=dict(role="assistant", content=text))
+    body = dict(id="x", object="chat.completion", created=1, model="m", choices=[choice])
     if tokens:
         names = ("prompt_tokens", "completion_tokens", "total_tokens")
         body["usage"] = dict(zip(names, (*tokens, sum(tokens))))
@@ -88,36 +80,53 @@ class Server(asyncio.Protocol):
         size = int(re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)[1]) if found else 0
         if found and len(rest) >= size:
             self.data = rest[size:]
-            status, extra, body, wait_s = self.respond(json.loads(rest[:size]), head.decode())
+            status, body, wait_s = self.respond(json.loads(rest[:size]), head.decode())
             raw = body if isinstance(body, bytes) else json.dumps(body).encode()
             kind = "application/json" if raw[:1] == b"{" else "text/html"
-            start = (
-                f"HTTP/1.1 {status} X\r\n{extra}Content-Type: {kind}\r\nContent-Length: {len(raw)}\r\n\r\n"
-            )
+            start = f"HTTP/1.1 {status} X\r\nRetry-After: 1\r\nContent-Type: {kind}\r\n"
+            start += f"Content-Length: {len(raw)}\r\n\r\n"
             asyncio.get_running_loop().call_later(wait_s, self.transport.write, start.encode() + raw)
 
     def respond(self, request, head):
-        """-> status, more headers, body, seconds to wait. A clip's notes say "mode=..." and "slow=..." """
-        text = request["messages"][-1]["content"]
-        name = re.search(r"clip (\w+)", text)[1]
-        mode = (re.findall(r"mode=(\w+)", text) or ["good"])[0]
-        wait_s = float((re.findall(r"slow=([\d.]+)", text) or [0])[0])
-        hits = sum(entry["id"] == name for entry in self.log) if mode in ("limit", "errors") else 0
+        """-> status, body, seconds to wait. What is asked about says "mode=good" or "mode=good@0.5"."""
+        text, about = self.asked(request)
+        mode, wait_s = (re.findall(r"mode=(\w*)@?([\d.]*)", text) or [("good", "")])[0]
+        hits = sum(about.items() <= entry.items() for entry in self.log)
         key = re.search(r"Bearer (\S+)", head)[1]
-        self.log.append(dict(id=name, time=time.monotonic(), key=key, **request))
+        self.log.append(dict(about, time=time.monotonic(), key=key, **request))
         for option, named in self.options:
             if option in request:
-                message = f"unsupported: {option if named else 'something'}"
-                return 400, "", {"error": {"message": message}}, 0
+                return 400, {"error": {"message": f"unsupported: {option if named else 'something'}"}}, 0
         errors = ERRORS.get(mode, [])
         if hits < len(errors):
-            return *errors[hits], {"error": {"message": f"no good: Authorization: Bearer {KEY}"}}, 0
-        if mode == "half_json":
-            return 200, "", b'{"id": "x", "choices": [{"ind', 0
-        if mode == "page":
-            return 200, "", b"<html>hello</html>", 0
+            return errors[hits], {"error": {"message": f"no good: Authorization: Bearer {KEY}"}}, 0
+        body = PAGES.get(mode) or completion(*self.reply(request, mode, **about))
+        return 200, body, float(wait_s or 0)
+
+    def asked(self, request):
+        """-> the text that holds the mode, {what the log says of the request}"""
+        text = request["messages"][-1]["content"]
+        return text, dict(id=re.search(r"clip (\w+)", text)[1])
+
+    def reply(self, request, mode, id):
+        """-> the text, the finish reason, the tokens"""
+        row = good(id)
+        whole, wrong, seed = json.dumps(row), json.dumps(row | {"answer": "a whale"}), request.get("seed", 1)
+        if mode == "mixed" and seed % 3 == 0:
+            bad = [whole[:40], wrong, "I cannot.", json.dumps(row | {"choices": ["x"]})]
+            return bad[seed % 4], "stop"
+        texts = {
+            "prose": f"Here you are:\n```json\n{whole}\n```\nHave fun.",
+            "cut": whole[:60],
+            "bad": wrong,
+            "null": None,
+            "long": "x" * 5000,
+            "half": json.dumps(row | {"question": "What is \ud83d here now?"}),
+            "leak": json.dumps(row | {"question": f"Which animal says {KEY} to you?"}),
+            "same": json.dumps(GOOD),
+        }
         tokens = None if mode == "free" else (300, 40)
-        return 200, "", completion(*content(name, mode, request.get("seed", 1)), tokens), wait_s
+        return texts.get(mode, whole), "length" if mode == "cut" else "stop", tokens
 
 
 @pytest.fixture
@@ -130,21 +139,40 @@ def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"
-    yield type("Fixture", (), dict(url=url, log=log, options=options))
+    yield SimpleNamespace(url=url, log=log, options=options)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
 
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
 class Runs:
-    """Runs of a tool in a folder, each with a name; its files are the name and a part each."""
+    """Runs of a tool in a folder, each with a name; its files are the name and a part each.
 
-    def __init__(self, tool, folder, parts, url):
-        self.tool, self.folder, self.parts, self.url = tool, str(folder), parts, url
+    work: its function of what is asked about and Options, which a call of the object calls in this process.
+    """
+
+    def __init__(self, tool, work, parts, folder, server):
+        self.tool, self.work, self.parts, self.folder = tool, work, parts, str(folder)
+        self.url, self.log = server.url, server.log
+
+    def __call__(self, asked, name="a", **options) -> dict:
+        options = dict(model="m", out=self.paths(name)[0], base_url=self.url) | options
+        return self.work(asked, self.tool.Options(**options))
+
+    def refuses(self, says, asked, *name, **options):
+        """With such a message, and no key in it."""
+        with pytest.raises(UserError, match=says) as e:
+            self(asked, *name, **options)
+        assert KEY not in str(e.value)
+
+    def refuses_to_go_on(self, says, asked, **options):
+        """What each of the files alone is enough for."""
+        before, n = self.files(), len(self.log)
+        for k, path in enumerate(self.paths()):
+            self.refuses(f"{says}.*other files", asked, **options)
+            assert self.files()[k:] == before[k:] and len(self.log) == n
+            os.truncate(path, 0)
 
     def paths(self, name="a") -> list[str]:
         return [os.path.join(self.folder, f"{name}{part}.jsonl") for part in self.parts]
@@ -153,18 +181,23 @@ class Runs:
         return [open(path, "rb").read() for path in self.paths(name) if os.path.exists(path)]
 
     def rows(self, name="a") -> list[list[dict]]:
-        return [[json.loads(line) for line in content.splitlines()] for content in self.files(name)]
+        """Of each file the whole lines."""
+        return [list(map(json.loads, content.split(b"\n")[:-1])) for content in self.files(name)]
 
     def ids(self) -> list[str]:
-        """Of whole lines."""
-        return [json.loads(line)["id"] for content in self.files() for line in content.split(b"\n")[:-1]]
+        return [row["id"] for rows in self.rows() for row in rows]
 
     def command(self, path, *flags, **options) -> subprocess.Popen:
         """The command line, a process of its own."""
-        command = [sys.executable, "-m", self.tool, path, "--out", self.paths()[0], "--model", "m"]
-        command += ["--base_url", self.url, *map(str, flags)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, **options)
+        out = ["--out", self.paths()[0], "--model", "m", "--base_url", self.url]
+        return start_tool(self.tool, path, *out, *flags, **options)
+
+
+def start_tool(tool, *words, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", tool.__name__, *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": ROOT}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, **pipes, **options)
 
 
 def wait_until(is_so, most_s=300.0):

@@ -4,48 +4,30 @@ bad files nor bad judges lose, double or leak anything. The judge is the fake se
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-import data
 import fake_server
-from data import UserError
-from fake_server import KEY, Server
+from fake_server import KEY, start_tool, wait_until
 from fake_server import server as server  # a fixture
 from tools import behaviours as bh
-from tools import server as client
 
 NAMES, DRAW = list(bh.BEHAVIOURS), bh.draw_behaviours
-ROOT = os.path.dirname(os.path.abspath(data.__file__))
 
 
-def field(name: str, text: str, otherwise: str) -> str:
-    return (re.findall(rf"{name}=([\w.]+)", text) or [otherwise])[0]
-
-
-class Judge(Server):
+class Judge(fake_server.Server):
     """A completion tells by "verification=2" what is true of it, by "mode=..." how that is said."""
 
-    def respond(self, request, head):
+    def asked(self, request):
         text = request["messages"][0]["content"]
         name = re.search(r"in that text: ([\w ]+), where", text)[1]
-        completion = re.search(r"<text>\n(.*)\n</text>", text, re.DOTALL)[1]
-        mode = field("mode", text, "good")
-        job = (name, completion)
-        hits = sum(e["job"] == job for e in self.log)
-        self.log.append(dict(job=job, key=re.search(r"Bearer (\S+)", head)[1], **request))
-        status = {"odd": 422, "forbidden": 401}.get(mode, 200)
-        if mode == "limit" and not hits:
-            status = 429
-        if status != 200:
-            return status, "Retry-After: 0\r\n", {"error": {"message": f"no good: Bearer {KEY}"}}, 0
-        if mode == "page":
-            return 200, "", b"<html>hello</html>", 0
-        good = f"<count>{field(name, completion, '0')}</count>"
+        said = re.search(r"<text>\n(.*)\n</text>", text, re.DOTALL)[1]
+        return text, dict(name=name, said=said, job=(name, said))
+
+    def reply(self, request, mode, name, said, job):
+        (number,) = re.findall(rf"{name}=(\w+)", said) or ["0"]
+        good = f"<count>{number}</count>"
         replies = dict(
             prose=f"As <count>7</count> is:\n- 'so'\nThus **{good.upper()}**.",
             think=f"<think><count>9</count></think>\n{good}",
@@ -56,10 +38,7 @@ class Judge(Server):
             huge=f"<count>{'9' * 6000}</count>",
             leak=f"{KEY} {good}",
         )
-        choice = dict(index=0, finish_reason="length" if mode == "cut" else "stop")
-        choice["message"] = dict(role="assistant", content=replies.get(mode, good))
-        body = dict(id="x", object="chat.completion", created=1, model="m", choices=[choice])
-        return 200, "", body, float(field("slow", text, "0"))
+        return replies.get(mode, good), "length" if mode == "cut" else "stop"
 
 
 @pytest.fixture(autouse=True)
@@ -75,15 +54,24 @@ def line(completion: str, **more) -> dict:
 
 
 def rollouts(lines: list, run="a", end="\n") -> str:
+    """A file of these lines, texts as they are."""
     os.makedirs(f"runs/{run}", exist_ok=True)
     with open(f"runs/{run}/rollouts.jsonl", "w") as f:
         f.write("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + end)
     return f"runs/{run}/rollouts.jsonl"
 
 
-def read(name: str, mode="rb"):
-    with open(name, mode) as f:
+def completions(*texts: str) -> str:
+    return rollouts([line(text) for text in texts])
+
+
+def read(name: str):
+    with open(name, "rb") as f:
         return f.read()
+
+
+def folder(out="out") -> dict[str, bytes]:
+    return {name: read(f"{out}/{name}") for name in os.listdir(out)}
 
 
 def behaviours(*args, code=0, out="out") -> dict | None:
@@ -102,18 +90,8 @@ def judged(server, *args) -> list[dict]:
     return [step["judge"] for step in steps]
 
 
-def start(server, path: str) -> subprocess.Popen:
-    """The command as a process of its own."""
-    command = [sys.executable, "-m", "tools.behaviours", path, *judge_flags(server), "--out", "out"]
-    flags = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    environment = os.environ | {"PYTHONPATH": ROOT}
-    return subprocess.Popen([*command, "--concurrency", "4"], env=environment, **flags)
-
-
-def answered(out="out") -> set:
-    path = f"{out}/behaviours_items.jsonl"
-    raw = read(path) if os.path.exists(path) else b""
-    return {json.loads(x)["item"] for x in raw.split(b"\n")[:-1]}
+def counted(mean, n=1, unknown=0) -> dict:
+    return dict(mean=mean, n=n, unknown=unknown)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -194,18 +172,17 @@ def test_table_json_and_plot(capsys, monkeypatch):
     report = behaviours(rollouts(a), rollouts(b, "_b$x$"))
     first, second = report["runs"]["a"]
     assert [first[k] for k in ("step", "n", "reward", "tokens")] == [0, 2, 0.25, 5.0] and second["step"] == 5
-    assert first["lexical"]["backtracking"] == dict(mean=1.5, n=2, unknown=0) and "judge" not in first
-    assert first["audio"]["contradiction"] == dict(mean=None, n=0, unknown=2)
+    assert first["lexical"]["backtracking"] == counted(1.5, 2) and "judge" not in first
+    assert first["audio"]["contradiction"] == counted(None, 0, 2)
     (other,) = report["runs"]["_b$x$"]
-    assert other["audio"]["contradiction"] == dict(mean=1.0, n=1, unknown=1)
+    assert other["audio"]["contradiction"] == counted(1.0, 1, 1)
     assert (other["reward"], other["tokens"]) == (1, 10)
     out = capsys.readouterr().out
     assert "lexical (words, not a judge); mean count" in out and "judge:" not in out
     assert "| a | 0 | 2 | 0.250 | 5.0 | 0.00 | 1.50 | 0.00 | 0.00 |" in out
     assert "| _b$x$ | 0 | 2 | 1.000 | 10.0 | 0.00 | 0.00 | 0.00 | 1.00 (of 1) |" in out
-    assert read("out/behaviours.png")[:4] == b"\x89PNG" and not any(
-        n.endswith(".part") for n in os.listdir("out")
-    )
+    assert sorted(folder()) == ["behaviours.json", "behaviours.png", "behaviours_config.json"]
+    assert read("out/behaviours.png")[:4] == b"\x89PNG"
     axes = figures[0].axes
     assert [len(ax.lines) for ax in axes] == [2, 2, 0, 0] + [2] * 8
     assert [t.get_text() for t in axes[2].get_legend().get_texts()] == [" a", r" _b\$x\$"]
@@ -223,26 +200,26 @@ def test_other_peoples_lines():
 
 
 @pytest.mark.parametrize(
-    "lines, end, says",
+    "lines, says",
     [
-        (["{}"], "\n", ':1: field "completion"'),
-        ([line("x"), "{oops"], "\n", ":2: broken JSON"),
-        ([line(3)], "\n", ":1: field"),
-        ([line("x"), "", [1]], "\n", ":3: expected an object"),
-        ([line("x", step="7")], "\n", ':1: field "step"'),
-        ([line("x", step=10**400)], "", ':1: field "step"'),
-        ([line("x", step=True)], "", ':1: field "step"'),
-        ([], "", ": holds no completion"),
-        (["", " "], "\n", ": holds no completion"),
-        (['{"completion": "a'], "", ": holds no completion"),
-        (["hello"], "", ":1: broken JSON"),
-        (["", "{}"], "", ":2: field"),
-        (["[" * 100_000], "\n", ":1: broken JSON"),
-        ([dict(text="x")], "", ":1: field"),
+        ("{}\n", ':1: field "completion"'),
+        ('{"completion": "x"}\n{oops\n', ":2: broken JSON"),
+        ('{"completion": 3}\n', ":1: field"),
+        ('{"completion": "x"}\n\n[1]\n', ":3: expected an object"),
+        ('{"completion": "x", "step": "7"}\n', ':1: field "step"'),
+        ('{"completion": "x", "step": 1%s}' % ("0" * 400), ':1: field "step"'),
+        ('{"completion": "x", "step": true}', ':1: field "step"'),
+        ("", ": holds no completion"),
+        ("\n \n", ": holds no completion"),
+        ('{"completion": "a', ": holds no completion"),
+        ("hello", ":1: broken JSON"),
+        ("\n{}", ":2: field"),
+        ("[" * 100_000 + "\n", ":1: broken JSON"),
+        ('{"text": "x"}', ":1: field"),
     ],
 )
-def test_bad_files_are_refused(lines, end, says, capsys):
-    assert bh.main([rollouts(lines, end=end)]) == 2
+def test_bad_files_are_refused(lines, says, capsys):
+    assert bh.main([rollouts([lines], end="")]) == 2
     err = capsys.readouterr().err
     assert f"runs/a/rollouts.jsonl{says}" in err and "Traceback" not in err and not os.path.exists("results")
 
@@ -264,13 +241,13 @@ def test_bad_files_are_refused(lines, end, says, capsys):
 def test_bad_arguments(args, says, capsys, monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    path = rollouts([line("x")])
+    path = completions("x")
     assert bh.main(args.replace("PATH", path).split()) == 2 and says in capsys.readouterr().err
 
 
 def test_a_line_that_a_kill_cut(capsys):
     whole = json.dumps(line("wait é"), ensure_ascii=False).encode()
-    path, marks = rollouts([line("dog")]), set()
+    path, marks = completions("dog"), set()
     for end in (1, 30, whole.index(b"\xc3") + 1, len(whole) - 1):
         with open(path, "wb") as f:
             f.write(json.dumps(line("dog")).encode() + b"\n" + whole[:end])
@@ -330,7 +307,7 @@ def test_replies(server, capsys):
     steps = judged(server, path)
     assert [s["verification"]["mean"] for s in steps] == [3, 3, 3, 3, 3, 100] + [None] * 4
     assert [s["backtracking"]["mean"] for s in steps] == [0, 1, 2, 3, 4, 100] + [None] * 4
-    assert steps[9]["verification"] == dict(mean=None, n=0, unknown=1)
+    assert steps[9]["verification"] == counted(None, 0, 1)
     assert steps[0]["subgoal setting"]["mean"] == 0
     log = [e for e in server.log if e["job"][0] == "verification"]
     asked = {mode: sum(f"mode={mode}" in e["job"][1] for e in log) for mode in modes}
@@ -354,7 +331,7 @@ def test_requests(server):
     steps = judged(server, path, "--max_new_tokens", 77)
     texts = ("verification=2", "x")
     assert sorted(e["job"] for e in server.log) == sorted((n, t) for n in NAMES for t in texts)
-    assert steps[0]["verification"] == dict(mean=2, n=2, unknown=0)
+    assert steps[0]["verification"] == counted(2, 2)
     for e in server.log:
         assert "response_format" not in e and e["temperature"] == 0 and e["max_tokens"] == 77
         (message,) = e["messages"]
@@ -377,7 +354,7 @@ def test_samples_of_a_step(server):
     five, again = asked(5, 1, "one"), asked(5, 8, "many")
     assert five == again and len(five) == 10 and five != set(texts[:10])
     steps = json.loads(read("one/behaviours.json"))["runs"]["a"]
-    assert [s["judge"]["verification"] for s in steps] == [dict(mean=i, n=5, unknown=0) for i in range(2)]
+    assert [s["judge"]["verification"] for s in steps] == [counted(i, 5) for i in range(2)]
     more = asked(8, 8, "one")
     assert len(more) == 6 and not more & five
     assert not asked(8, 8, "one") and len(asked(200, 8, "many")) == 30
@@ -385,38 +362,30 @@ def test_samples_of_a_step(server):
 
 def test_killed_and_resumed(server):
     """What has a line is not asked again; what has half a line is."""
-    texts = [f"verification={i} slow=0.05" for i in range(30)]
-    path = rollouts([line(t) for t in texts])
-    process = start(server, path)
-    while process.poll() is None and len(answered()) < 20:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    texts, items = [f"verification={i} mode=good@0.05" for i in range(30)], "out/behaviours_items.jsonl"
+
+    def answered():
+        return read(items).split(b"\n")[:-1] if os.path.exists(items) else []
+
+    path = completions(*texts)
+    process = start_tool(bh, path, *judge_flags(server), "--out", "out", "--concurrency", 4)
+    wait_until(lambda: process.poll() is not None or len(answered()) >= 20)
+    process.kill()
     process.communicate()
-    before = answered()
+    before = {json.loads(x)["item"] for x in answered()}
     assert process.returncode == -9 and 20 <= len(before) < 100
-    assert len(server.log) - len(before) <= 2 * 4 + 1  # no more than what was under way
-    with open("out/behaviours_items.jsonl", "ab") as f:
+    assert len(server.log) - len(before) <= 4 * 4 + 1  # no more than what was under way
+    with open(items, "ab") as f:
         f.write(b'{"item": "half a li')
-    items = {bh.read_row(line(t), "")["item"]: t for t in texts}
-    done = {(i.partition(" ")[2], items[i.partition(" ")[0]]) for i in before}
-    del server.log[:]
+    jobs = {f"{bh.read_row(line(t), '')['item']} {name}": (name, t) for t in texts for name in NAMES}
+    server.log.clear()
     steps = judged(server, path)
-    assert sorted(e["job"] for e in server.log) == sorted({(n, t) for n in NAMES for t in texts} - done)
-    assert steps[0]["verification"] == dict(mean=14.5, n=30, unknown=0)
-    del server.log[:]
+    assert sorted(e["job"] for e in server.log) == sorted(jobs[key] for key in jobs.keys() - before)
+    assert steps[0]["verification"] == counted(14.5, 30)
+    server.log.clear()
     assert judged(server, path) == steps and not server.log
-    os.truncate("out/behaviours_items.jsonl", os.path.getsize("out/behaviours_items.jsonl") - 5)
+    os.truncate(items, os.path.getsize(items) - 5)
     assert judged(server, path) == steps and len(server.log) == 1
-
-
-def test_ctrl_c_stops(server):
-    process = start(server, rollouts([line(f"no. {i} slow=0.3") for i in range(100)]))
-    while process.poll() is None and len(answered()) < 3:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
-    assert len(answered()) == len(server.log)  # what was begun has come in
 
 
 @pytest.mark.parametrize(
@@ -434,38 +403,38 @@ def test_ctrl_c_stops(server):
     ],
 )
 def test_what_does_not_belong_together_is_refused(change, says, server, capsys, monkeypatch):
-    path = rollouts([line("x")])
+    path = completions("x")
     judged(server, path)
     flags = [] if change == "no judge" else judge_flags(server)
     flags += change.split() if change.startswith("--") else []
     if change == "another file":
-        rollouts([line("x"), line("y")])
+        completions("x", "y")
     if change == "another prompt":
         monkeypatch.setattr(bh, "JUDGE_VERSION", "12345678")
     if change.startswith("damaged"):
         with open("out/behaviours_items.jsonl", "w") as f:
             f.write('{"item": "x", "said": 3}\n' if change == "damaged" else '{"count": 3}\n')
-    before = {name: read(f"out/{name}") for name in os.listdir("out")}
+    before = folder()
     behaviours(path, *flags, code=2)
     err = capsys.readouterr().err
     assert says in err and (change.startswith("damaged") or "--out out: holds results of another" in err)
-    assert before == {name: read(f"out/{name}") for name in os.listdir("out")}
-    assert len(server.log) == len(NAMES)
+    assert before == folder() and len(server.log) == len(NAMES)
 
 
 def test_results_of_an_evaluation_stay(server):
     """--out may be the folder of other results; without a judge the tables may be made anew at any time."""
     os.makedirs("out")
-    for name in ("config.json", "items.jsonl", "report.json"):
-        with open(f"out/{name}", "w") as f:
-            f.write("mine")
-    behaviours(rollouts([line("x")]))
-    judged(server, rollouts([line("x"), line("y")]))
-    assert all(read(f"out/{name}") == b"mine" for name in ("config.json", "items.jsonl", "report.json"))
+    mine = dict.fromkeys(("config.json", "items.jsonl", "report.json"), b"mine")
+    for name, content in mine.items():
+        with open(f"out/{name}", "wb") as f:
+            f.write(content)
+    behaviours(completions("x"))
+    judged(server, completions("x", "y"))
+    assert mine.items() <= folder().items()
 
 
 def test_failed_requests_are_reported_and_asked_again(server, capsys):
-    path = rollouts([line("verification=4"), line("mode=odd")])
+    path = completions("verification=4", "mode=odd")
     for _ in range(2):
         behaviours(path, *judge_flags(server), code=2)
         said = capsys.readouterr()
@@ -474,48 +443,28 @@ def test_failed_requests_are_reported_and_asked_again(server, capsys):
     assert len(server.log) == 4 + 4 + 4
 
 
-@pytest.mark.parametrize(
-    "mode, says",
-    [
-        ("forbidden", "check OPENAI_API_KEY"),
-        ("odd", "20 requests in a row failed"),
-        ("page", "20 requests in a row failed"),
-    ],
-)
-def test_hopeless_judges_are_given_up(mode, says, server, capsys):
-    path = rollouts([line(f"{i} mode={mode}") for i in range(50)])
+def test_hopeless_judges_are_given_up(server, capsys):
+    path = completions(*(f"{i} mode=odd" for i in range(50)))
     behaviours(path, *judge_flags(server), "--concurrency", 2, code=2)
-    assert says in capsys.readouterr().err and len(server.log) < 80
+    assert "20 requests in a row failed" in capsys.readouterr().err and len(server.log) < 80
 
 
-def test_no_judge_there(capsys, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    connect = client.connect
-    monkeypatch.setattr(client, "connect", lambda *a, **k: connect(*a[:4], 0, *a[5:], **k))  # no retries
-    behaviours(rollouts([line("x")]), "--judge", "m", "--base_url", "http://127.0.0.1:9/v1", code=2)
-    assert "cannot reach the server" in capsys.readouterr().err
-
-
-def test_a_full_disk_stops(server, monkeypatch, capsys):
-    """Nothing is written behind half a line."""
-    written = []
-
-    def append(ledger, record):
-        written.append(record)
-        if len(written) == 3:
-            raise UserError("the disk is full")
-
-    monkeypatch.setattr(data.Ledger, "append", append)
-    behaviours(rollouts([line(f"no. {i}") for i in range(20)]), *judge_flags(server), code=2)
-    assert "the disk is full" in capsys.readouterr().err and len(written) == 3
+def test_options_that_a_judge_refuses(server, capsys):
+    """They are left out, and what is asked next goes without."""
+    server.options[:] = [
+        (name, True) for name in ("temperature", "max_tokens", "max_completion_tokens", "seed")
+    ]
+    (step,) = judged(server, completions("verification=4"), "--concurrency", 1)
+    assert step["verification"] == counted(4) and len(server.log) == 4 + len(NAMES)
+    assert not {"temperature", "max_completion_tokens", "seed"} & server.log[-1].keys()
+    assert "the server refuses temperature; it is left out" in capsys.readouterr().err
 
 
 def test_the_key_is_nowhere(server, capsys):
     """Though the server echoes it, in errors and in replies."""
-    path = rollouts([line("verification=1 mode=leak"), line("mode=odd"), line("mode=limit")])
+    path = completions("verification=1 mode=leak", "mode=odd", "mode=limit")
     behaviours(path, *judge_flags(server), code=2)
-    said = capsys.readouterr()
-    files = [read(f"out/{name}") for name in os.listdir("out")]
+    said, files = capsys.readouterr(), list(folder().values())
     assert {e["key"] for e in server.log} == {KEY} and any(b"***" in f for f in files) and "***" in said.err
     for text in (said.out.encode(), said.err.encode(), *files):
         assert KEY.encode() not in text and server.url.encode() not in text

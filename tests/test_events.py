@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 
@@ -17,8 +16,8 @@ import data
 import fake_server
 import reward
 import tools.server as client
-from data import DataError, Example, Examples, UserError
-from fake_server import ROOT, Runs, completion, wait_until
+from data import DataError, Example, Examples
+from fake_server import ROOT, Runs, modes
 from fake_server import server as server
 from tools import events
 
@@ -36,33 +35,27 @@ YARD = heard("0-9 Wind, 1-2 Bark, 3-4.5 Siren, 3.2-3.9 Bark, 6-6.5 Door, 7-7.5 B
 class Server(fake_server.Server):
     """Writes a chain on what decides, and calls everything good, unless a label of the clip says mode=..."""
 
-    def respond(self, request, head):
+    def asked(self, request):
         system, prompt = (m["content"] for m in request["messages"])
-        heard = prompt.partition("Question: ")[0]
-        writes, said = system == events.CHAINER, prompt.partition("Thoughts: ")[2]
-        mode = (re.findall(r"mode=(\w+)", heard) or [""])[0]
+        heard, writes = prompt.partition("Question: ")[0], system == events.CHAINER
+        if not writes:
+            heard = heard.replace("nojudge", "broken")
+        return heard, dict(prompt=prompt, heard=heard, writes=writes, said=prompt.partition("Thoughts: ")[2])
+
+    def reply(self, request, mode, prompt, heard, writes, said):
         if mode == "mixed":
             mode = ["", "babble", "badquestion", "poor", "late"][request["seed"] % 5]
-        wait_s = float((re.findall(r"slow=([\d.]+)", heard) or [0])[0])
-        self.log.append(dict(prompt=prompt, heard=heard, writes=writes, said=said, **request))
-        if mode == "broken" or mode == "nojudge" and not writes:
-            return 500, "", {"error": {"message": "no good"}}, 0
         right, spans = (re.search(rf"{what}: (.*)", prompt)[1] for what in ("Right choice", "Decided in"))
-        parts = [
-            f"in <seg>{a}, {b}</seg> it can be heard" for a, b in re.findall(r"([\d.]+) to ([\d.]+)", spans)
-        ]
-        parts = ", and ".join(parts)
-        chain = f"I have to listen for what decides, so I go there; {parts}. So what is asked for is {right}."
+        spans = re.sub(r"([\d.]+) to ([\d.]+)", r"and in <seg>\1, \2</seg> it can be heard", spans)
+        chain = f"I have to listen for what decides, so I go there; {spans}. So what is asked for is {right}."
+        question, good = ("bad" if bad else "good" for bad in (
+            mode == "badquestion", mode == "poor" or said == "(none)"
+        ))  # fmt: skip
+        row = dict(reason=f"because {said[:9]}", question=question, chain=good)
         if writes:
-            reply = {"chain": f"It is {right}." if mode == "babble" else chain}
-        else:
-            good = {key: "bad" if bad else "good" for key, bad in (
-                ("question", mode == "badquestion"), ("chain", mode == "poor" or said == "(none)")
-            )}  # fmt: skip
-            reply = dict(reason=f"because {said[:9]}") | good
-        text = "no idea" if mode == "mute" and not writes else json.dumps(reply)
-        finish = "length" if mode == "late" and writes else "stop"
-        return 200, "", completion(text, finish, (500, 60)), wait_s
+            row = dict(chain=f"It is {right}." if mode == "babble" else chain)
+        text = "no idea" if mode == "mute" and not writes else json.dumps(row)
+        return text, "length" if mode == "late" and writes else "stop", (500, 60)
 
 
 @pytest.fixture(autouse=True)
@@ -85,15 +78,15 @@ def write(path, *lines) -> str:
 
 @pytest.fixture
 def table(tmp_path):
-    """Clips c00.wav, ... with the same events, and with two names of one sound that say `extra(i)`: it is
-    not asked about. z.wav has no sound file, and gives its labels to other clips' choices.      -> path of
-    the table"""
+    """Clips c00.wav, ... with the same events, and with two names of one sound that say how the server
+    answers: it is not asked about. z.wav has no sound file, and gives its labels to other clips' choices.
+    -> path of the table"""
 
-    def table(n=6, extra=lambda i: "", sounds=YARD):
+    def table(text, sounds=YARD):
         rows = [f"z.wav\t1\t2\t{label}" for label in POOL]
-        for i in range(n):
+        for i, mode in enumerate(modes(text)):
             sound(tmp_path / "clips" / f"c{i:02d}.wav", seed=i)
-            signs = [(8.5, 8.9, f"sign {extra(i)}"), (8.5, 8.9, f"sign {extra(i)} too")] if extra(i) else []
+            signs = [(8.5, 8.9, f"sign mode={mode}"), (8.5, 8.9, f"sign mode={mode} too")]
             rows += [f"c{i:02d}.wav\t{a}\t{b}\t{label}" for a, b, label in [*sounds, *signs]]
         return write(tmp_path / "clips" / "events.tsv", "filename\tonset\toffset\tevent_label", *rows)
 
@@ -102,16 +95,7 @@ def table(tmp_path):
 
 @pytest.fixture
 def make(server, tmp_path):
-    """`write_chains` in this process; and the files of it."""
-
-    class Make(Runs):
-        log = server.log
-
-        def __call__(self, table, name="a", **options):
-            options = dict(model="m", out=self.paths(name)[0], base_url=server.url) | options
-            return events.write_chains(table, events.Options(**options))
-
-    return Make("tools.events", tmp_path, ("", "_rl", "_rejects"), server.url)
+    return Runs(events, events.write_chains, ("", "_rl", "_rejects"), tmp_path, server)
 
 
 def clip(sounds, name="x"):
@@ -178,9 +162,8 @@ same time as "Siren"? Wind, not: Door; 3-4.5"""
 def test_what_is_asked(kind, sounds, asked):
     """All that could be asked: the end of the question, right choice, wrong choices, segments that decide."""
     merged = events.merge_events(sounds)
-    clear = [x for x in merged if not any(events.alike(x, other) for other in merged if other != x)]
     lines = []
-    for question, right, wrong, spans in events.KINDS[kind](merged, clear):
+    for question, right, wrong, spans in events.KINDS[kind](merged, events.clear_of(merged)):
         decide = " ".join(f"{a:g}-{b:g}" for a, b in spans)
         end = re.search(r"(after|before|times|longest|shortest|same) .*", question)[0]
         if wrong:
@@ -274,10 +257,9 @@ def test_choices_are_filled_up_by_labels_that_name_no_sound_of_the_clip():
 # Tables
 
 
-def events_of(path, names=None):
-    return {
-        name: c.meta["events"] for name, c in events.read_events(data.open_rows(path), names or {}).items()
-    }
+def events_of(path, names=()):
+    clips = events.read_events(data.open_rows(path), dict(names))
+    return {name: clip.meta["events"] for name, clip in clips.items()}
 
 
 @pytest.mark.parametrize(
@@ -320,18 +302,14 @@ def test_audioset_strong(tmp_path):
     read = events_of(path, events.read_display_names(names))
     assert read[ids[0]] == [(0, 1, "Bark"), (2, 9.8, "Outside, rural"), (3, 4, "Music")] and list(read) == ids
     files = [f"{ids[0]}.wav", "deeper/-0ABcdefgh1_0.wav", "-0ABcdefgh2_000120.flac", "-0ABcdefgh4_2.wav"]
-    for file in [
-        *files,
-        "x/-0ABcdefgh3_20.wav",
-        "y/-0ABcdefgh3_20.wav",
-    ]:  # two that it could be, one of another second
+    twice = ["x/-0ABcdefgh3_20.wav", "y/-0ABcdefgh3_20.wav"]
+    for file in [*files, *twice]:  # two that it could be, one of another second
         sound(tmp_path / "clips" / file)
     questions, found = events.questions_of(path, str(tmp_path / "clips"), names)
     assert {os.path.relpath(q.audio, tmp_path / "clips") for q in questions} == set(files[:3])
     assert found["useless_clips"] == {events.NO_SOUND: 2} and found["clips"] == 5
-    with pytest.raises(
-        DataError, match=r"strong.tsv:2: field \"label\": /m/05tny_ is a code; give its name by --labels"
-    ):
+    says = r"strong.tsv:2: field \"label\": /m/05tny_ is a code; give its name by --labels"
+    with pytest.raises(DataError, match=says):
         events.questions_of(path, str(tmp_path / "clips"))
     for bad in (str(tmp_path / "none.tsv"), write(tmp_path / "x.tsv", "a\tb")):
         with pytest.raises(DataError, match="mid_to_display_name.tsv"):
@@ -374,7 +352,7 @@ def test_bad_rows_are_named(row, says, tmp_path):
 
 
 def test_sounds_that_are_not_there(table, tmp_path):
-    path = table(4)
+    path = table("4 good")
     os.remove(tmp_path / "clips" / "c01.wav")
     (tmp_path / "clips" / "c02.wav").write_bytes(b"not a sound")
     sound(tmp_path / "clips" / "c03.wav", 6.9)
@@ -388,16 +366,16 @@ def test_sounds_that_are_not_there(table, tmp_path):
     sound(tmp_path / "clips" / "c03.wav", 8.6)  # the wind goes on for 0.4 s more: cut there
     meta = events.questions_of(path)[0][-1].meta
     assert meta["duration_s"] == 8.6 and (0.0, 8.6, "Wind") in meta["events"]
-    with pytest.raises(
-        DataError, match="none of the sounds of its 5 .*nowhere or .* looked for as c03 .*--audio_dir"
+    nowhere = str(tmp_path / "nowhere")
+    for says, *args in (
+        ("none of the sounds of its 5 .*nowhere or .* looked for as c03 .*--audio_dir", path, nowhere),
+        ("entry 1: expected a JSON object, found 1", write(tmp_path / "list.json", "[1]")),
+        ("holds no event", write(tmp_path / "empty.tsv", "filename\tonset\toffset\tlabel")),
     ):
-        events.questions_of(path, str(tmp_path / "nowhere"))
+        with pytest.raises(DataError, match=says):
+            events.questions_of(*args)
     with pytest.raises(DataError, match="there is nothing to ask: .*nothing clear to ask': 1"):
-        events.questions_of(table(1, sounds=YARD[:1]))
-    with pytest.raises(DataError, match="entry 1: expected a JSON object, found 1"):
-        events.questions_of(write(tmp_path / "list.json", "[1]"))
-    with pytest.raises(DataError, match="holds no event"):
-        events.questions_of(write(tmp_path / "empty.tsv", "filename\tonset\toffset\tlabel"))
+        events.questions_of(table("good", sounds=YARD[:1]))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -495,21 +473,20 @@ def test_verdicts(verdict, reason):
 
 def test_routes(table, make, capsys):
     """A line each: with a target, without, or dropped; all of them say why."""
-    modes = ["", "mode=babble", "mode=poor", "mode=badquestion", "mode=mute", "mode=late"]
-    summary = make(table(6, lambda i: modes[i]), concurrency=2)
+    summary = make(table("good, babble, poor, badquestion, mute, late"), concurrency=2)
     cold, rl, rejects = make.rows()
     assert list(cold[0]) == ["id", "audio", "question", "choices", "answer", "target", "meta"]
-    whys = [
-        (r["id"][:3], r["meta"].get("no_chain") or r.get("reason"), r["meta"]["attempts"])
-        for r in cold + rl + rejects
-    ]
+    whys = []
+    for r in cold + rl + rejects:
+        why = r["meta"].get("no_chain") or r.get("reason")
+        whys.append(f"{r['id'][:3]} {why} {r['meta']['attempts']}")
     assert whys[::2] == whys[1::2] and whys[::2] == [  # attempts of both calls
-        ("c00", None, 2),
-        ("c01", "chain length", 4),
-        ("c02", "judged bad", 2),
-        ("c05", "cut off", 4),
-        ("c03", "bad question", 2),
-        ("c04", "no verdict", 4),
+        "c00 None 2",
+        "c01 chain length 4",
+        "c02 judged bad 2",
+        "c05 cut off 4",
+        "c03 bad question 2",
+        "c04 no verdict 4",
     ]
     assert [r["reply"][:7] for r in rejects[::2]] == ['{"reaso', "no idea"]
     assert cold[0]["meta"]["tokens"] == [1000, 120] and summary["tokens_in_and_out"] == [500 * 36, 60 * 36]
@@ -532,7 +509,7 @@ def test_routes(table, make, capsys):
 def test_lines_train(table, make):
     """Both files are data for the trainer, `check` finds no fault, and meta holds what a grounding reward
     needs."""
-    make(table(6, lambda i: "mode=poor" if i % 2 else ""), per_clip=4)
+    make(table("good, poor, " * 3), per_clip=4)
     made = dict(model="m", judge_model="m", prompt_version=events.PROMPT_VERSION, seed=0, per_clip=4)
     for path, purpose in zip(make.paths(), ("cold_start", "train")):
         examples = Examples(path)
@@ -552,31 +529,8 @@ def test_lines_train(table, make):
 
 
 def test_another_judge(table, make):
-    make(table(2), model="writer", judge_model="judge")
+    make(table("2 good"), model="writer", judge_model="judge")
     assert {(e["model"], e["writes"]) for e in make.log} == {("writer", True), ("judge", False)}
-
-
-def test_stopped_at_any_moment(table, make):
-    """Killed and interrupted; nothing is lost or doubled, and the bytes are those of one run. A torn line is
-    made again."""
-    path, done = table(30, lambda i: f"mode=mixed slow={0.02 if i % 7 else 0.05}"), []
-    for how, stop_at, code in ((signal.SIGKILL, 1, -9), (signal.SIGINT, 25, 130), (None, 60, 0)):
-        before, asked = set(done), len(make.log)
-        process = make.command(path, "--concurrency", 4)
-        wait_until(lambda at=stop_at, p=process: p.poll() is not None or len(make.ids()) >= at)
-        if how:
-            process.send_signal(how)
-        _, errors = process.communicate()
-        done = make.ids()
-        assert len(done) == len(set(done)) and before <= set(done) and "Traceback" not in errors
-        assert process.returncode == code and len(make.log) > asked and (len(done) == 60) == (how is None)
-    make(path, "unbroken", concurrency=3)
-    whole = make.files()
-    assert whole == make.files("unbroken") and all(len(rows) > 5 for rows in make.rows())
-    for file, content in zip(make.paths(), whole):
-        open(file, "wb").write(content[:-9])
-        make(path)
-        assert make.files() == whole
 
 
 @pytest.mark.parametrize(
@@ -590,35 +544,35 @@ def test_stopped_at_any_moment(table, make):
     ],
 )
 def test_going_on_with_other_settings_is_refused(changes, says, table, make, monkeypatch):
-    path = table(3, lambda i: ["", "mode=poor", "mode=badquestion"][i])
+    path = table("good, poor, badquestion")
     make(path)
-    before, asked = make.files(), len(make.log)
     if not changes:
         monkeypatch.setattr(events, "PROMPT_VERSION", "new")
-    for k, file in enumerate(make.paths()):  # each file alone is enough
-        with pytest.raises(UserError, match=f"{says}.*other files"):
-            make(path, **changes)
-        assert make.files()[k:] == before[k:] and len(make.log) == asked
-        os.truncate(file, 0)
+    make.refuses_to_go_on(says, path, **changes)
 
 
 def test_failures_are_asked_again(table, make):
     """Though the chain was written: the judge's answer is a part of the question's line."""
-    summary = make(table(3, lambda i: ["", "mode=broken", "mode=nojudge"][i]), retries=0)
+    summary = make(table("good, broken, nojudge"), retries=0)
     assert summary["failed_to_be_asked_again"] == 4 and len(make.ids()) == 2
     assert summary["tokens_in_and_out"] == [500 * 6, 60 * 6]
-    assert make(table(3), retries=0)["failed_to_be_asked_again"] == 0
+    assert make(table("3 good"), retries=0)["failed_to_be_asked_again"] == 0
     assert sorted(r["id"][:3] for r in make.rows()[0]) == ["c00"] * 2 + ["c01"] * 2 + ["c02"] * 2
 
 
 def test_limits_hold_over_all_runs(table, make):
     """No question is begun that might go beyond; what is left is less than one can take: 3 * (1,900 + 3 *
-    100)."""
-    path = table(20, lambda i: "mode=mixed")
+    100). The bytes are those of one run, whatever the concurrency, and a torn line is made again."""
+    path, options = table("mixed@0.02, mixed, " * 10), dict(max_tokens=100)
     for limit in (20_000, 20_000, 40_000):
-        summary = make(path, max_tokens_total=limit, max_tokens=100)
+        summary = make(path, max_tokens_total=limit, **options)
         assert "limit" in summary["stopped"] and limit - 6_600 < sum(summary["tokens_in_and_out"]) <= limit
     assert sum(summary["tokens_in_and_out"]) == 560 * len(make.log)
-    make(path, max_tokens=100)
-    make(path, "unbroken", max_tokens=100)
-    assert make.files() == make.files("unbroken")
+    make(path, **options)
+    make(path, "unbroken", concurrency=3, **options)
+    whole = make.files()
+    assert whole == make.files("unbroken") and all(len(rows) > 5 for rows in make.rows())
+    for file, content in zip(make.paths(), whole):
+        open(file, "wb").write(content[:-9])
+        make(path, **options)
+        assert make.files() == whole

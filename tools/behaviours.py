@@ -14,7 +14,6 @@ import random
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import data
@@ -35,20 +34,18 @@ class Options:
     concurrency: int = knob(16, "requests to the judge at once", low=1)
     seed: int = knob(0, "of the sample that the judge reads, and of its replies")
 
-    def __post_init__(self):
-        data.check_knobs(self)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Words, counted by pattern
 
 
-def phrases(*parts: str, marks: str = r"(?!)") -> re.Pattern:
-    """Any of the parts as whole words, or the marks.
+def phrases(parts: str, marks: str = r"(?!)") -> re.Pattern:
+    """Any of the parts, one a line, as whole words; or the marks.
 
     Repeats have bounds, so that the time is linear in the text.
     """
-    return re.compile(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)|{marks}", re.IGNORECASE)
+    either = "|".join(map(str.strip, parts.strip().splitlines()))
+    return re.compile(rf"(?<!\w)(?:{either})(?!\w)|{marks}", re.IGNORECASE)
 
 
 BEHAVIOURS = {  # what the judge counts, and words that often go with it
@@ -56,13 +53,15 @@ BEHAVIOURS = {  # what the judge counts, and words that often go with it
         "the writer checks a result against what was asked, openly ('let me check: 6 * 4 = 24, the target') "
         "or by saying that it meets or misses the goal ('the clip has no drums, so that does not fit')",
         phrases(
-            r"(?:double|re|cross)[- ]?check\w{0,3}",
-            "(?:let me|let's|let us|i'll|to|we) check",
-            r"verif(?:y|ie[sd]|ication)",
-            "verifying",
-            "confirm(?:s|ed|ing)?",
-            "this works",
-            "(?:this|that) (?:is|equals|matches|fits) (?:not )?the target",
+            r"""
+            (?:double|re|cross)[- ]?check\w{0,3}
+            (?:let me|let's|let us|i'll|to|we) check
+            verif(?:y|ie[sd]|ication)
+            verifying
+            confirm(?:s|ed|ing)?
+            this works
+            (?:this|that) (?:is|equals|matches|fits) (?:not )?the target
+            """,
             marks=r"= {0,3}-?\d{1,12} {0,3}[✓✔✅✗✘❌]",
         ),
     ),
@@ -70,68 +69,77 @@ BEHAVIOURS = {  # what the judge counts, and words that often go with it
         "the writer gives up a path and tries another ('that does not work, let me try 5 * 5', "
         "'wait, no steps')",
         phrases(
-            "wait",
-            "instead(?! of)",
-            "hmm",
-            "actually,",
-            "on second thought",
-            "scratch that",
-            "dead end",
-            "start(?:ed)? over",
-            "(?:try|consider) (?:another|again|a different|something else|other)",
-            "go(?:ing)? back",
-            r"reconsider\w{0,3}",
-            "(?:does|did|do|will|would)(?:n't| not) (?:work|fit)",
-            "not (?:quite )?right",
-            "too (?:high|low|big|small)",
+            r"""
+            wait
+            instead(?! of)
+            hmm
+            actually,
+            on second thought
+            scratch that
+            dead end
+            start(?:ed)? over
+            (?:try|consider) (?:another|again|a different|something else|other)
+            go(?:ing)? back
+            reconsider\w{0,3}
+            (?:does|did|do|will|would)(?:n't| not) (?:work|fit)
+            not (?:quite )?right
+            too (?:high|low|big|small)
+            """
         ),
     ),
     "subgoal setting": (
         "the writer names an intermediate target ('first I need to get 12', "
         "'step 1: find out how many people talk')",
         phrases(
-            "first(?:ly)?,",
-            "next,",
-            r"step \d{1,3}",
-            "sub-?goals?",
-            "intermediate (?:goal|target|step|result)s?",
-            "(?:i|we) (?:first |now )?(?:need|have|want) to (?:first )?"
-            "(?:get|find|make|reach|identify|determine|work out)",
-            "(?:let me|let's|i'll) (?:first|start by|begin by)",
-            r"break (?:this|it|the \w{1,20}) (?:down|into)",
+            r"""
+            first(?:ly)?,
+            next,
+            step \d{1,3}
+            sub-?goals?
+            intermediate (?:goal|target|step|result)s?
+            (?:i|we) (?:first |now )?(?:need|have|want) to (?:first )?(?:get|find|make|reach)
+            (?:i|we) (?:first |now )?(?:need|have|want) to (?:first )?(?:identify|determine|work out)
+            (?:let me|let's|i'll) (?:first|start by|begin by)
+            break (?:this|it|the \w{1,20}) (?:down|into)
+            """
         ),
     ),
     "backward chaining": (
         "the writer reasons from the target back to what is given ('24 = 6 * 4, so I look for a 6', "
         "'if it were a piano, each note would fade')",
         phrases(
-            r"to (?:get|reach|make|obtain) (?:to )?(?:the (?:target|goal|answer)|\d{1,12}),? "
-            "(?:i|we|you|one)",
-            "work(?:s|ed|ing)? back(?:wards?)?",
-            "(?:start|begin)(?:s|ing)? (?:from|with) the (?:target|goal|answer|end)",
-            r"if (?:it|this|that|the (?:sound|answer)) (?:is|was|were) [^.?!\n]{1,60}? (?:would|should|must)",
+            r"""
+            to (?:get|reach|make|obtain) (?:to )?(?:the (?:target|goal|answer)|\d{1,12}),? (?:i|we|you|one)
+            work(?:s|ed|ing)? back(?:wards?)?
+            (?:start|begin)(?:s|ing)? (?:from|with) the (?:target|goal|answer|end)
+            if (?:it|this|that|the (?:sound|answer)) (?:is|was|were) [^.?!\n]{1,60}? (?:would|should|must)
+            """,
             marks=r"(?<![-+*/×÷=(\d.])(?<![-+*/×÷=] )\d{1,12} ?= ?\(?\d{1,12} ?[-+*/×÷] ?\(?\d",
         ),
     ),
 }
 RECHECK = phrases(
-    "(?:the|this) question (?:is|was|asks|asked|says|said|wants)",
-    r"re-?read\w{0,3} the question",
-    "(?:back to|look at|check) the question",
-    "what (?:is|was) (?:being )?asked",
+    r"""
+    (?:the|this) question (?:is|was|asks|asked|says|said|wants)
+    re-?read\w{0,3} the question
+    (?:back to|look at|check) the question
+    what (?:is|was) (?:being )?asked
+    """
 )
 CUES = phrases(
-    "(?:over)?hear(?:s|d|ing)?",
-    "sound(?:s|ed|ing)?",
-    "listen(?:s|ed|ing)?",
-    "loud(?:er|est|ly|ness)?",
-    "audible",
-    "quiet(?:er|est|ly)?",
-    "nois(?:e|es|y)",
-    "pitch(?:es|ed)?",
-    "rhythms?",
-    "echo(?:es|ed|ing)?",
-    "silen(?:ce|t)",
+    """
+    (?:over)?hear(?:s|d|ing)?
+    sound(?:s|ed|ing)?
+    listen(?:s|ed|ing)?
+    loud(?:er|est|ly|ness)?
+    audible
+    quiet(?:er|est|ly)?
+    nois(?:e|es|y)
+    pitch(?:es|ed)?
+    rhythms?
+    echo(?:es|ed|ing)?
+    silen(?:ce|t)
+    """
 )
 
 
@@ -210,8 +218,7 @@ def read_row(line, where: str) -> dict:
     """What is counted of a line; `item` is the same for the same texts. Raises DataError with `where`."""
     if not isinstance(line, dict):
         raise DataError(f"{where}: expected an object with a completion, found {line!r:.60}")
-    named = (line[key] for key in ("completion", "response", "output") if line.get(key) is not None)
-    completion = next(named, None)
+    completion = data.take(line, "completion|response|output")
     if not isinstance(completion, str):
         raise DataError(f'{where}: field "completion": expected a text, found {completion!r:.60}')
     step = 0 if line.get("step") is None else line["step"]
@@ -220,9 +227,7 @@ def read_row(line, where: str) -> dict:
     choices = line["choices"] if isinstance(line.get("choices"), list) else []
     texts = [str(line.get("question") or ""), completion]
     texts += [choice for choice in choices if isinstance(choice, str)]
-    texts = [
-        text.encode("utf-8", "replace").decode().replace("’", "'") for text in texts
-    ]  # no half characters
+    texts = [data.HALF_CHARACTER.sub("?", text).replace("’", "'") for text in texts]
     row = dict(step=step, question=texts[0], completion=texts[1], choices=texts[2:])
     for key in ("reward", "tokens"):
         value = line.get(key)
@@ -284,66 +289,51 @@ def ask_judge(send, row: dict, name: str, seed: int) -> list[str]:
     return said
 
 
-def run_judge(options: Options, jobs: dict, keep: Callable):
-    """Send jobs, {key: (row, behaviour)}, and keep(key, replies).       -> server.Failures
+def judge(options: Options, runs: dict[str, list[dict]]) -> list[str]:
+    """Give some rows of every step their "judge": {name: count}.       -> errors of requests
 
     Raises UserError where no request can succeed, and KeyboardInterrupt once what was begun has come in.
     """
-    limits = options.max_new_tokens, 5, 120.0  # tokens, retries, seconds
-    send = server.connect(options.judge, options.base_url, options.temperature, *limits)
-
-    def work(key: str):
-        try:
-            return ask_judge(send, *jobs[key], options.seed), None
-        except (server.RequestFailed, ConnectionError, UserError) as e:
-            return [], e
-
-    failures = server.Failures("request")
-    with data.interruptible() as stopping:
-        replies = data.ahead(jobs, work, options.concurrency, 2 * options.concurrency, stopping)
-        for key, (said, error) in data.progress(replies, len(jobs), "counts"):
-            if error is None:
-                keep(key, said)
-            if problem := failures.enter(error):
-                stopping.append(problem)
-    if stopping:
-        raise stopping[0]
-    return failures
-
-
-def judge(options: Options, runs: dict[str, list[dict]]):
-    """Give some rows of every step their "judge": {name: count}.       -> server.Failures"""
-    sample = []
+    sample, jobs, counts = [], {}, {}
     for rows in runs.values():
         for step, part in rows_by_step(rows).items():
             random.Random(data.seed_of(options.seed, step)).shuffle(part)  # a larger sample holds a smaller
             sample += part[: options.samples_per_step]
-    jobs = {}  # equal completions are read once
-    for row in sample:
+    for row in sample:  # equal completions are read once
         jobs.update({f"{row['item']} {name}": (row, name) for name in BEHAVIOURS})
-        row["judge"] = dict.fromkeys(BEHAVIOURS)
-    counts = {}
 
-    def enter(line: dict, where: str):
+    def enter(line, where):
         said = line.get("said")
-        if not isinstance(said, list) or not said or not isinstance(said[-1], str):
+        if not said or not data.is_list_of(str, said):
             raise UserError(f"{where}: is damaged: no reply of a judge; give another --out")
         counts[line["item"]] = count_of(said[-1])
 
-    failures = server.Failures("request")
+    def work(key):
+        answer = server.Answer()
+        try:
+            answer.row = dict(item=key, said=ask_judge(send, *jobs[key], options.seed))
+        except server.FAILURES as e:
+            answer.error = e
+        return answer
+
+    def take(key, answer):
+        if answer.error is None:
+            ledger.append(answer.row)
+            enter(answer.row, ledger.path)
+
+    errors, stopping = [], []
     with data.Ledger(f"{options.out}/behaviours_items.jsonl", "item", enter) as ledger:
-        todo = {key: job for key, job in jobs.items() if key not in counts}
-
-        def keep(key: str, said: list[str]):
-            ledger.append(dict(item=key, said=said))
-            counts[key] = count_of(said[-1])
-
+        todo = [key for key in jobs if key not in counts]
         if todo:
-            failures = run_judge(options, todo, keep)
+            limits = options.temperature, options.max_new_tokens
+            send = server.Chat(options.judge, None, options.base_url, *limits).send
+            n = options.concurrency
+            errors, stopping = server.answer_all(todo, len(todo), "request", work, take, n)
+    if stopping:
+        raise stopping[0]
     for row in sample:
-        for name in BEHAVIOURS:
-            row["judge"][name] = counts.get(f"{row['item']} {name}")
-    return failures
+        row["judge"] = {name: counts.get(f"{row['item']} {name}") for name in BEHAVIOURS}
+    return [error for error in errors if error is not None]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -377,13 +367,8 @@ def behaviours_text(report: dict) -> str:
         rows = []
         for run, entries in report["runs"].items():
             for entry in entries:
-                row = [
-                    run,
-                    entry["step"],
-                    entry["n"],
-                    decimals(entry["reward"], 3),
-                    decimals(entry["tokens"], 1),
-                ]
+                row = [run, entry["step"], entry["n"]]
+                row += [decimals(entry["reward"], 3), decimals(entry["tokens"], 1)]
                 for stat in entry[group].values():
                     some = "" if stat["n"] in (0, entry["n"]) else f" (of {stat['n']})"
                     row.append(decimals(stat["mean"], 2) + some)
@@ -396,7 +381,7 @@ def behaviours_text(report: dict) -> str:
     return "\n".join(lines)
 
 
-def decimals(x: float | None, n: int) -> str:
+def decimals(x, n) -> str:
     return "-" if x is None else f"{x:.{n}f}"
 
 
@@ -407,29 +392,27 @@ def draw_behaviours(report: dict, path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    def plain(text: str) -> str:
+    def plain(text):
         return text.replace("$", r"\$")  # else it would be set as mathematics
 
-    def draw(ax, title: str, value):
+    panels = [("reward", lambda entry: entry["reward"])]
+    panels += [("completion length, tokens", lambda entry: entry["tokens"]), ("", None), ("", None)]
+    for group, (title, names) in report["groups"].items():
+        for name in names:
+            panels.append((f"{name}\n{title:.44}", lambda entry, g=group, n=name: entry[g][n]["mean"]))
+    height = len(panels) // 4
+    figure, axes = pyplot.subplots(height, 4, figsize=(14, 2.8 * height))
+    for ax, (title, value) in zip(axes.flat, panels):
+        if not title:
+            ax.axis("off")
+            continue
         ax.set_title(plain(title), fontsize=9)
         ax.grid(alpha=0.3)
         for run, entries in report["runs"].items():
-            known = [(entry["step"], value(entry)) for entry in entries if value(entry) is not None]
-            steps, values = [step for step, _ in known], [y for _, y in known]
-            ax.plot(steps, values, "o-", ms=3, lw=1.2, label=" " + plain(run[-60:]))
-
-    groups = report["groups"]
-    height = 2.8 * (1 + len(groups))
-    figure, axes = pyplot.subplots(1 + len(groups), 4, figsize=(14, height), squeeze=False)
-    draw(axes[0, 0], "reward", lambda entry: entry["reward"])
-    draw(axes[0, 1], "completion length, tokens", lambda entry: entry["tokens"])
-    axes[0, 2].axis("off")
-    axes[0, 3].axis("off")
+            steps = [entry["step"] for entry in entries]
+            ax.plot(steps, list(map(value, entries)), "o-", ms=3, lw=1.2, label=" " + plain(run[-60:]))
     handles = axes[0, 0].get_legend_handles_labels()
     axes[0, 2].legend(*handles, loc="upper left", fontsize=9, title="run", frameon=False)
-    for row, (group, (title, names)) in zip(axes[1:], groups.items()):
-        for ax, name in zip(row, names):
-            draw(ax, f"{name}\n{title:.44}", lambda entry, g=group, n=name: entry[g][n]["mean"])
     figure.supxlabel("training step; below the first row: mean count a completion", fontsize=9)
     figure.tight_layout()
     data.write_atomically(path, lambda part: figure.savefig(part, dpi=100, format="png"))
@@ -456,20 +439,15 @@ def behaviours(paths: list[str], options: Options) -> None:
     if not options.out:
         name = re.sub(r"[^\w.-]+", "-", "-".join(runs))[:100]
         options.out = f"results/{name}-behaviours"
-    settings = dict(
-        judge=options.judge,
-        prompt_version=JUDGE_VERSION,
-        temperature=options.temperature,
-        seed=options.seed,
-        max_new_tokens=options.max_new_tokens,
-        rollouts=marks,
-    )
+    asked = ("judge", "temperature", "seed", "max_new_tokens")
+    settings = {name: getattr(options, name) for name in asked}
+    settings |= dict(prompt_version=JUDGE_VERSION, rollouts=marks)
     ev.check_settings(options.out, settings, "behaviours_")
     rows = ev.flatten(runs.values())
     for row in data.progress(rows, len(rows), "completions"):
         for group, counters in COUNTERS.items():
             row[group] = {name: count(row) for name, count in counters.items()}
-    groups, failures = {}, None
+    groups, failures = {}, []
     if options.judge:
         failures = judge(options, runs)
         groups["judge"] = (f"judge: {options.judge}", list(BEHAVIOURS))
@@ -480,22 +458,14 @@ def behaviours(paths: list[str], options: Options) -> None:
     ev.write_json(f"{options.out}/behaviours.json", report)
     draw_behaviours(report, f"{options.out}/behaviours.png")
     print(f"{behaviours_text(report)}\n{options.out}: behaviours.json, behaviours.png")
-    if failures and failures.failed:
-        why = f"{failures.failed} requests failed, the last with: {failures.last}"
+    if failures:
+        why = f"{len(failures)} requests failed, the last with: {failures[-1]}"
         raise UserError(f"{why}; the same command asks them again")
 
 
 def main(argv=None) -> int:
-    parser = data.Parser(description=__doc__)
-    parser.add_argument("rollouts", nargs="+", metavar="ROLLOUTS", help="rollouts.jsonl of one or more runs")
-    parser.add_knobs(Options)
-
-    def command():
-        given = vars(parser.parse_args(argv))
-        paths = given.pop("rollouts")
-        behaviours(paths, Options(**given))
-
-    return data.exit_code(command)
+    about = ("ROLLOUTS", "rollouts.jsonl of one or more runs", Options, behaviours)
+    return data.exit_code(lambda: server.start("behaviours", __doc__, *about, argv, nargs="+"))
 
 
 if __name__ == "__main__":

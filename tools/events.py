@@ -13,6 +13,7 @@ An answer is right as far as the table is right. Nothing is asked where a listen
 fraction of a second, or call a sound by another of its names.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -21,14 +22,17 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise, product
 
 from data import (
     CLIP_KEYS,
+    HALF_CHARACTER,
     SEGMENT,
     DataError,
     Example,
     exit_code,
     file_problem,
+    find_columns,
     knob,
     leave,
     locate,
@@ -40,8 +44,8 @@ from data import (
     stem_of,
 )
 from tools import server
-from tools.generate import CONTROL, HALF
-from tools.server import LINE, Refused, Task
+from tools.generate import CONTROL
+from tools.server import LINE, Task
 
 
 @dataclass
@@ -97,6 +101,10 @@ def alike(a: str, b: str) -> bool:
     return a <= b or b <= a
 
 
+def clear_of(sounds) -> list[str]:
+    return [label for label in sounds if not any(alike(label, other) for other in sounds if other != label)]
+
+
 def ask_order(sounds, clear):
     begins = sorted((start, end, label) for label, segments in sounds.items() for start, end in segments)
     for asked in clear:
@@ -104,15 +112,13 @@ def ask_order(sounds, clear):
         others = [event for event in begins if event[2] != asked]
         if len(sounds[asked]) > 1 or any(abs(start - segment[0]) < APART_S for start, _, _ in others):
             continue
-        later = [event for event in others if event[0] > segment[0]]
-        earlier = [event for event in reversed(others) if event[0] < segment[0]]
-        for way, side in (("after", later), ("before", earlier)):
-            if not side or side[0][2] not in clear:
-                continue
-            start, end, right = side[0]
-            if all(abs(other - start) >= APART_S for other, _, label in side if label != right):
-                wrong = [label for label in clear if label not in (asked, right)]
-                yield ASKED[way].format(asked), right, wrong, [segment, [start, end]]
+        for way, sign in (("after", 1), ("before", -1)):
+            side = [event for event in others[::sign] if sign * event[0] > sign * segment[0]]
+            for start, end, right in side[:1]:
+                rivals = [other for other, _, label in side if label != right]
+                if right in clear and all(abs(other - start) >= APART_S for other in rivals):
+                    wrong = [label for label in clear if label not in (asked, right)]
+                    yield ASKED[way].format(asked), right, wrong, [segment, [start, end]]
 
 
 def ask_count(sounds, clear):
@@ -121,7 +127,7 @@ def ask_count(sounds, clear):
     for label in clear:
         segments, n = sounds[label], len(sounds[label])
         lasting = n == 1 and segments[0][1] - segments[0][0] > last / 2  # what never stops is not counted
-        apart = all(b[0] - a[1] >= APART_S for a, b in zip(segments, segments[1:]))
+        apart = all(b[0] - a[1] >= APART_S for a, b in pairwise(segments))
         if n <= 8 and apart and not lasting:
             for low in range(max(1, n - 3), n + 1):
                 wrong = [str(k) for k in range(low, low + 4) if k != n]
@@ -142,8 +148,8 @@ def ask_overlap(sounds, clear):
     for asked in clear:
         common = {}  # {another label: what each pair of segments shares; its end is first if that is nothing}
         for label in clear:
-            pairs = [(a, b) for a in sounds[asked] for b in sounds[label]]
             if label != asked:
+                pairs = product(sounds[asked], sounds[label])
                 common[label] = [[max(a[0], b[0]), min(a[1], b[1])] for a, b in pairs]
         apart = [label for label, parts in common.items() if all(a - b >= APART_S for a, b in parts)]
         for right, parts in common.items():
@@ -162,17 +168,14 @@ def questions_on(clip: Example, pool: list[str], seed: int, per_clip: int) -> li
     drawn from the pool, the labels of the whole table.
     """
     sounds = merge_events(clip.meta["events"])
-    if not sounds:
-        return []
-    clear = [x for x in sounds if not any(alike(x, other) for other in sounds if other != x)]
     kinds = random.Random(seed_of(seed, clip.id)).sample(list(KINDS), len(KINDS))
-    drawn = [draw_question(clip, kind, sounds, clear, pool, seed) for kind in kinds]
+    drawn = [draw_question(clip, kind, sounds, pool, seed) for kind in kinds] if sounds else []
     return [question for question in drawn if question][:per_clip]
 
 
-def draw_question(clip, kind, sounds, clear, pool, seed) -> Example | None:
+def draw_question(clip, kind, sounds, pool, seed) -> Example | None:
     rng = random.Random(seed_of(seed, clip.id, kind))
-    found = [candidate for candidate in KINDS[kind](sounds, clear) if candidate[2]]
+    found = [candidate for candidate in KINDS[kind](sounds, clear_of(sounds)) if candidate[2]]
     for question, right, wrong, spans in rng.sample(found, len(found)):
         choices = draw_choices(right, wrong, sounds, pool, rng)
         if len(choices) == 4:
@@ -196,11 +199,11 @@ def draw_choices(right, wrong, sounds, pool, rng) -> list[str]:
 # -----------------------------------------------------------------------------------------------------------
 # Tables of events
 
-COLUMNS = dict(  # what -> the names of its column
-    clip=f"segment_id|{CLIP_KEYS}",
-    label="event_label|label|event|class|class_name|category|sound",
-    start="onset|start|start_time|start_time_seconds|start_s|start_seconds|event_onset",
-    end="offset|end|end_time|end_time_seconds|end_s|end_seconds|event_offset",
+COLUMNS = (  # the names of the columns of clip, label, start and end
+    f"segment_id|{CLIP_KEYS}",
+    "event_label|label|event|class|class_name|category|sound",
+    "onset|start|start_time|start_time_seconds|start_s|start_seconds|event_onset",
+    "offset|end|end_time|end_time_seconds|end_s|end_seconds|event_offset",
 )
 CODE = re.compile(r"/[a-z]/\w+")  # what AudioSet calls a label
 DAY_S = 86_400
@@ -226,25 +229,23 @@ def read_event(row, names):
     if not isinstance(row, dict):
         raise DataError(f"expected a JSON object, found {row!r:.60}")
     where, label, start, end = event_columns(tuple(row))
-    if not isinstance(row[where], str):
-        raise DataError(f'field "{where}": expected a text, found {row[where]!r:.60}')
-    if all(row[key] in (None, "") for key in (label, start, end)):
+    alone = all(row[key] in (None, "") for key in (label, start, end))
+    for key in [where] if alone else [where, label]:
+        if not isinstance(row[key], str):
+            raise DataError(f'field "{key}": expected a text, found {row[key]!r:.60}')
+    if alone:
         return row[where], None
-    if not isinstance(row[label], str):
-        raise DataError(f'field "{label}": expected a text, found {row[label]!r:.60}')
     code = row[label].strip()
     heard = " ".join(re.sub(r"[_<>\x00-\x1f\x7f]", " ", names.get(code, code)).split())
-    if not heard or HALF.search(heard + row[where]):
+    if not heard or HALF_CHARACTER.search(heard + row[where]):
         raise DataError(f'field "{label}": expected the name of a sound, found {code!r:.60}')
     if CODE.fullmatch(code) and code not in names:
-        raise DataError(
-            f'field "{label}": {code} is a code; give its name by --labels mid_to_display_name.tsv'
-        )
+        remedy = "give its name by --labels mid_to_display_name.tsv"
+        raise DataError(f'field "{label}": {code} is a code; {remedy}')
     start_s, end_s = read_seconds(row, start), read_seconds(row, end)
     if start_s >= end_s:
-        raise DataError(
-            f'field "{end}": {row[end]} is not after the start, {row[start]}; mend or drop the line'
-        )
+        problem = f"{row[end]} is not after the start, {row[start]}; mend or drop the line"
+        raise DataError(f'field "{end}": {problem}')
     return row[where], (start_s, end_s, heard)
 
 
@@ -252,43 +253,30 @@ def read_event(row, names):
 def event_columns(keys) -> list[str]:
     """The columns of clip, label, start and end among the keys of a row."""
     folded = {key.casefold(): key for key in keys}
-    columns = []
-    for known in COLUMNS.values():
-        found = [name for name in known.split("|") if name in folded]
-        if not found:
+    found = find_columns(tuple(folded), " ".join(COLUMNS))
+    for known, name in zip(COLUMNS, found):
+        if name is None:
             raise DataError(f'field "{known}": missing; found only {sorted(keys)!r:.300}')
-        columns.append(folded[found[0]])
-    return columns
+    return [folded[name] for name in found]
 
 
 def read_seconds(row, key) -> float:
     value = row[key]
-    try:
-        if (
-            isinstance(value, str | int | float)
-            and not isinstance(value, bool)
-            and 0 <= float(value) <= DAY_S
-        ):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if type(value) is not bool and 0 <= float(value) <= DAY_S:
             return float(value)
-    except (ValueError, OverflowError):
-        pass
     raise DataError(f'field "{key}": expected seconds, found {value!r:.60}; mend or drop the line')
 
 
 def read_display_names(path: str) -> dict[str, str]:
     """AudioSet's mid_to_display_name.tsv: the code of a label and its name."""
+    expected = "expected AudioSet's mid_to_display_name.tsv"
     if problem := file_problem(path):
-        raise DataError(f"{problem}; expected AudioSet's mid_to_display_name.tsv")
-    names = {}
+        raise DataError(f"{problem}; {expected}")
     with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            code, _, name = line.rstrip("\n").partition("\t")
-            if CODE.fullmatch(code):
-                names[code] = name
+        names = dict(re.findall(rf"^({CODE.pattern})\t(.*)", f.read(), re.MULTILINE))
     if not names:
-        raise DataError(
-            f"{path}: holds no label such as /m/09x0r; expected AudioSet's mid_to_display_name.tsv"
-        )
+        raise DataError(f"{path}: holds no label such as /m/09x0r; {expected}")
     return names
 
 
@@ -405,14 +393,18 @@ NUMERALS = {name: str(n) for n, name in enumerate(NUMERALS)} | {"once": "1", "tw
 
 def messages_on(question, system, end) -> list[dict]:
     """All that is known of a question, for the model that writes the chain and for the one that judges it."""
-    choices = question.choices
-    known = ["Heard, in seconds:"]
-    known += [f"{start:g} to {end:g}: {label}" for start, end, label in sorted(question.meta["events"])]
-    known.append(f"Question: {question.question}")
-    known.append(f"Choices: {'; '.join(choices)}")
-    known.append(f"Right choice: {choices[question.answer]}")
-    known.append("Decided in: " + ", ".join(f"{start:g} to {end:g}" for start, end in question.meta["spans"]))
-    text = "\n".join([*known, "", end]).encode("utf-8", "replace").decode()
+    choices, meta = question.choices, question.meta
+    known = [
+        "Heard, in seconds:",
+        *(f"{start:g} to {end:g}: {label}" for start, end, label in sorted(meta["events"])),
+        f"Question: {question.question}",
+        f"Choices: {'; '.join(choices)}",
+        f"Right choice: {choices[question.answer]}",
+        "Decided in: " + ", ".join(f"{start:g} to {end:g}" for start, end in meta["spans"]),
+        "",
+        end,
+    ]
+    text = HALF_CHARACTER.sub("?", "\n".join(known))
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
@@ -425,12 +417,9 @@ def spell_numbers(text) -> str:
 def last_named(text: str, choices: list[str]) -> int | None:
     """The choice that is the last to be named; a number may be spelt out."""
     said = spell_numbers(text)
-    last, index = 0, None
-    for i, choice in enumerate(choices):
-        name = spell_numbers(choice)
-        if name in said and said.rindex(name) + len(name) > last:
-            last, index = said.rindex(name) + len(name), i
-    return index
+    names = [spell_numbers(choice) for choice in choices]
+    ends = [said.rfind(name) + len(name) if name in said else 0 for name in names]
+    return ends.index(max(ends)) if any(ends) else None
 
 
 def chain_faults(chain: str, question: Example) -> dict:
@@ -441,7 +430,7 @@ def chain_faults(chain: str, question: Example) -> dict:
     follows = [after.lstrip()[:1] or "<" for after in chain.split("</seg>")[1:]]  # </think> follows the end
     decides = [a < end and start < b for a, b in segments for start, end in meta["spans"]]
     return {
-        "half a character": HALF.search(chain),
+        "half a character": HALF_CHARACTER.search(chain),
         "control character": CONTROL.search(chain),
         "chain length": not 10 <= len(normal_words(rest)) <= 300 or len(chain) > 4000,
         "broken tag": "<" in rest or ">" in rest,
@@ -465,8 +454,7 @@ def check_chain(reply: str, question: Example) -> dict:
 
 def check_verdict(reply: str) -> dict:
     row = server.read_reply(reply, VERDICT)
-    if not {row["question"], row["chain"]} <= {"good", "bad"}:
-        raise Refused("neither good nor bad")
+    server.refuse_faults({"neither good nor bad": not {row["question"], row["chain"]} <= {"good", "bad"}})
     return row
 
 
@@ -495,34 +483,34 @@ def write_chains(path: str, options: Options) -> dict:
         return first, prompts + 3 * options.max_tokens  # two replies, and the judge reads the chain
 
     def work(question, first):
-        chain = server.ask(writer, question.id, first, options, lambda text: check_chain(text, question))
-        if chain.error is not None:
-            return chain
-        second = messages_on(question, CHECKER, f"Thoughts: {chain.row.get('chain', '(none)')}")
-        verdict = server.ask(judge, question.id, second, options, check_verdict)
-        verdict.add_cost(chain.attempts, chain.tokens, chain.estimated)
-        verdict.before = chain
-        return verdict
+        answer = server.ask(writer, question.id, first, options, lambda text: check_chain(text, question))
+        if answer.error is not None:
+            return answer
+        written = dict(thoughts=answer.row.get("chain", ""), no_chain=answer.reason)
+        second = messages_on(question, CHECKER, f"Thoughts: {written['thoughts'] or '(none)'}")
+        return server.ask(
+            judge, question.id, second, options, lambda text: check_verdict(text) | written, answer
+        )
 
-    def make_line(question, verdict, _):
-        chain, row = verdict.before, verdict.row
-        meta = question.meta | {"source": "relisten", "verdict": HALF.sub("?", row.get("reason", ""))[:300]}
+    def make_line(question, answer, _):
+        row = answer.row
+        meta = question.meta | dict(
+            source="relisten", verdict=HALF_CHARACTER.sub("?", row.get("reason", ""))[:300]
+        )
         del meta["events"]
-        line = vars(question) | dict(meta=meta, reply=verdict.reply[:2000])
-        if not row:
-            return "rejects", line | dict(reason="no verdict")
-        if row["question"] == "bad":
-            return "rejects", line | dict(reason="bad question")
-        if not chain.row or row["chain"] == "bad":
-            meta["no_chain"] = chain.reason or "judged bad"
+        line = vars(question) | dict(meta=meta, reply=answer.reply[:2000])
+        if row.get("question") != "good":
+            return "rejects", line | dict(reason="bad question" if row else "no verdict")
+        if not row["thoughts"] or row["chain"] == "bad":
+            meta["no_chain"] = row["no_chain"] or "judged bad"
             return "rl", line
-        answer = question.choices[question.answer]
-        return "out", line | dict(target=f"<think>{chain.row['chain']}</think><answer>{answer}</answer>")
+        right = question.choices[question.answer]
+        return "out", line | dict(target=f"<think>{row['thoughts']}</think><answer>{right}</answer>")
 
     made = {name: getattr(options, name) for name in ("model", "judge_model", "seed", "per_clip")}
     made["prompt_version"] = PROMPT_VERSION
-    task = Task(KEYS, made, prepare, work, make_line, "question", found)
-    return server.run(questions, task, options)
+    task = Task(options, KEYS, made, prepare, work, make_line, "question", found)
+    return server.run(questions, task)
 
 
 def main(argv=None):

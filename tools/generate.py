@@ -16,12 +16,15 @@ import re
 from dataclasses import replace
 
 from data import (
+    HALF_CHARACTER,
     LABEL_KEYS,
     DataError,
     Embedded,
     Example,
     Examples,
     exit_code,
+    first_key,
+    is_list_of,
     leave,
     normal_text,
     normal_words,
@@ -80,11 +83,10 @@ def writing_prompt(clip: Example) -> list[dict]:
         remedy = "; it lies inside the data set: convert it first" if isinstance(clip.audio, Embedded) else ""
         raise DataError(f'{where}: field "audio": expected a path, found {clip.audio!r:.60}{remedy}')
     captions = clip.meta.get("captions")
-    texts = captions if isinstance(captions, list) else []
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    if not captions or not is_list_of(str, captions) or not all(map(str.strip, captions)):
         raise DataError(f'{where}: field "captions": expected a list of texts, found {captions!r:.80}')
-    notes = "\n".join("- " + " ".join(text.split()) for text in texts)
-    if HALF.search(notes):
+    notes = "\n".join("- " + " ".join(text.split()) for text in captions)
+    if HALF_CHARACTER.search(notes):
         raise DataError(f'{where}: field "captions": holds half a character; mend or drop the line')
     return [{"role": "system", "content": WRITER}, *SHOWN, {"role": "user", "content": NOTES.format(notes)}]
 
@@ -92,7 +94,6 @@ def writing_prompt(clip: Example) -> list[dict]:
 # -----------------------------------------------------------------------------------------------------------
 # What is accepted
 
-HALF = re.compile(r"[\ud800-\udfff]")  # half a character: JSON can write it, no tokenizer can read it
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LETTERS = ("ABCD", "abcd", "1234")
 LETTERED = re.compile(r"\(?([A-Da-d1-4])[.):]+(?!\d)\s*(.*)", re.DOTALL)  # "B. dog", "(b) dog", not "2.5"
@@ -129,12 +130,9 @@ def tidy(row) -> dict:
     """The question on one line, the choices without letters in front, the answer as an index or None."""
     choices = [choice.strip() for choice in row["choices"]]
     marks = [LETTERED.fullmatch(choice) for choice in choices]
-    found = [mark[1] for mark in marks if mark]
-    letters = ""
-    for kind in LETTERS:
-        if found == list(kind) and len(marks) == len(kind):
-            letters = kind
-            choices = [mark[2] for mark in marks]
+    letters = "".join(mark[1] if mark else "?" for mark in marks)
+    if letters in LETTERS:
+        choices = [mark[2] for mark in marks]
     index = answer_index(row["answer"].strip(), choices, letters)
     return dict(question=" ".join(row["question"].split()), choices=choices, answer=index)
 
@@ -142,8 +140,6 @@ def tidy(row) -> dict:
 def answer_index(answer, choices, letters):
     """Which choice is meant by its text, by its letter, or by both? letters: those that the choices had."""
     texts = [normal_text(choice) for choice in choices]
-    if answer in choices:
-        return choices.index(answer)
     if normal_text(answer) in texts:
         return texts.index(normal_text(answer))
     mark = LETTERED.fullmatch(answer)
@@ -165,7 +161,7 @@ def question_faults(captions, question, choices, answer) -> dict:
     everything = "\n".join([question, *choices])
     longest_other = max(len(choice) for i, choice in enumerate(choices) if i != answer)
     return {
-        "half a character": HALF.search(everything),
+        "half a character": HALF_CHARACTER.search(everything),
         "line break or control character": any(CONTROL.search(text) for text in [question, *choices]),
         "question length": not 3 <= len(asked) <= 40 or len(question) > 300,
         "choice length": any(not 1 <= len(key) <= 15 or len(c) > 100 for key, c in zip(keys, choices)),
@@ -209,13 +205,13 @@ class Captioned(Examples):
         example = super().__getitem__(i)
         if "captions" in example.meta:
             return example
-        for key in LABEL_KEYS.split("|"):
-            if key in example.meta:
-                labels = example.meta[key]
-                captions = labels if isinstance(labels, list) else [labels]
-                return replace(example, meta={"captions": captions} | example.meta)
-        where = self.where(i)
-        raise DataError(f"{where}: neither captions nor a label; eval.py --prompt caption writes some")
+        key = first_key(example.meta, LABEL_KEYS)
+        if key is None:
+            where = self.where(i)
+            raise DataError(f"{where}: neither captions nor a label; eval.py --prompt caption writes some")
+        labels = example.meta[key]
+        captions = labels if isinstance(labels, list) else [labels]
+        return replace(example, meta={"captions": captions} | example.meta)
 
 
 def generate_questions(clips, options: Options) -> dict:
@@ -235,19 +231,18 @@ def generate_questions(clips, options: Options) -> dict:
         return server.ask(send, clip.id, messages, options, lambda text: check_question(text, captions))
 
     def make_line(clip, answer, fingerprints):
-        reason = answer.reason
+        reason, captions = answer.reason, clip.meta["captions"]
         if answer.row and server.fingerprint(answer.row) in fingerprints:
             reason = "near duplicate"
         if reason:
-            reply, captions = answer.reply[:2000], clip.meta["captions"]
+            reply = answer.reply[:2000]
             return "rejects", dict(id=clip.id, reason=reason, reply=reply, captions=captions, meta={})
-        meta = clip.meta | {"source": "generated"}
-        example = Example(clip.id, clip.audio, **answer.row, meta=meta)
+        example = Example(clip.id, clip.audio, **answer.row, meta=clip.meta | {"source": "generated"})
         return "out", vars(shuffle_choices(example, random.Random(seed_of(options.seed, clip.id))))
 
     made = dict(model=options.model, prompt_version=PROMPT_VERSION, seed=options.seed)
-    task = Task(KEYS, made, prepare, work, make_line, found={"clips": len(clips)})
-    return server.run(clips, task, options)
+    task = Task(options, KEYS, made, prepare, work, make_line, found={"clips": len(clips)})
+    return server.run(clips, task)
 
 
 def main(argv=None):

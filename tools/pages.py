@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import data
 import eval as ev
 from data import UserError, knob
+from tools import server
 
 BUDGET_MIB = 96.0  # of sounds in a page; further clips are linked by their path
 ORDER = ("won", "lost", "unheard", "wrong", "unresolved", "right", "unscored")  # of the groups of report.html
@@ -61,7 +62,7 @@ def text_html(text: str, heard: list | None) -> str:
     """The text, in which every segment is a button where `heard` is known: [[start, end], ...] in order."""
     left = list(heard or [])
 
-    def button(found: re.Match) -> str:
+    def button(found):
         start, end = float(found[1]), float(found[2])
         state, title = "refused", "refused: nothing was heard again"
         for n, part in enumerate(left):
@@ -266,9 +267,8 @@ def write_rollouts(path: str, max_audio_s: float = 30.0) -> str:
     groups = collections.defaultdict(list)
     for n, line in reversed(lines):
         row = data.parse_json(line, f"{path}:{n}")
-        bad = [
-            k for k, kind in ROLLOUT.items() if not isinstance(row, dict) or not isinstance(row.get(k), kind)
-        ]
+        known = row if isinstance(row, dict) else {}
+        bad = [key for key, kind in ROLLOUT.items() if not isinstance(known.get(key), kind)]
         if bad:
             raise UserError(f"{path}:{n}: not a line of rollouts.jsonl, or damaged: {', '.join(bad)}")
         groups[f"step {row['step']}"].append(rollout_entry(row))
@@ -282,9 +282,7 @@ def rollout_entry(row: dict) -> Entry:
     right = row["parts"].get("accuracy", row["advantage"]) > 0
     title = [row["id"], f"reward {row['reward']:g}", f"advantage {row['advantage']:.2f}"]
     title += [f"{name} {value:g}" for name, value in row["parts"].items()]
-    clips = row.get("audio")
-    if not isinstance(clips, list):
-        clips = [clips]
+    clips = data.Example(audio=row.get("audio")).clips
     return Entry(
         title,
         "right" if right else "wrong",
@@ -304,21 +302,13 @@ def write_page(path: str, title: str, head: str, groups: dict[str, list[Entry]],
 class Options:
     max_audio_s: float = knob(30.0, "seconds of a clip that are played", above=0, high=300)
 
-    def __post_init__(self):
-        data.check_knobs(self)
-
 
 def main(argv=None) -> int:
-    parser = data.Parser(description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="folder of a run, or a rollouts.jsonl")
-    parser.add_knobs(Options)
+    def work(path, options):
+        print(write_rollouts(path, options.max_audio_s))
 
-    def command():
-        given = vars(parser.parse_args(argv))
-        path = given.pop("run")
-        print(write_rollouts(path, Options(**given).max_audio_s))
-
-    return data.exit_code(command)
+    about = "folder of a run, or a rollouts.jsonl"
+    return data.exit_code(lambda: server.start("pages", __doc__, "RUN", about, Options, work, argv))
 
 
 if __name__ == "__main__":

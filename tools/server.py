@@ -1,6 +1,6 @@
 """A language model behind an OpenAI-compatible server, and a run that asks it about many clips.
 
-connect   the client: send(messages, seed) -> a reply
+Chat      the client: send(messages, seed) -> a reply
 ask       asks until a reply is accepted
 run       asks about every clip and writes a line on each; it can be stopped at any moment, and goes on
 
@@ -19,7 +19,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from data import Ledger, Parser, UserError, ahead, check_knobs, interruptible, knob, normal_words, seed_of
+from data import (
+    Ledger,
+    Parser,
+    UserError,
+    ahead,
+    check_knobs,
+    interruptible,
+    is_list_of,
+    knob,
+    normal_words,
+    progress,
+    seed_of,
+)
 
 
 @dataclass
@@ -52,17 +64,22 @@ class Options:
 
     def connect(self, model, schema):
         limits = self.max_tokens, self.retries, self.timeout_s
-        return connect(model, self.base_url, self.temperature, *limits, schema)
+        return Chat(model, schema, self.base_url, self.temperature, *limits).send
 
 
-def start(name, description, metavar, about, options_class, work, argv) -> None:
-    """The command of a tool: work(file, options) -> the summary of a run. Raises UserError if any failed."""
+def start(name, description, metavar, about, options_class, work, argv, **argument) -> None:
+    """The command of a tool: work(what METAVAR names, options), which may return the summary of a run.
+
+    argument: how argparse takes METAVAR. Raises UserError if some of the run failed.
+    """
     parser = Parser(prog=f"python -m tools.{name}", description=description)
-    parser.add_argument("path", metavar=metavar, help=about)
+    parser.add_argument("path", metavar=metavar, help=about, **argument)
     parser.add_knobs(options_class)
     given = vars(parser.parse_args(argv))
-    failed = work(given.pop("path"), options_class(**given))["failed_to_be_asked_again"]
-    if failed:
+    path, options = given.pop("path"), options_class(**given)
+    check_knobs(options)
+    summary = work(path, options) or {}
+    if failed := summary.get("failed_to_be_asked_again"):
         raise UserError(f"{failed} failed; the same command asks them again")
 
 
@@ -74,44 +91,19 @@ class RequestFailed(Exception):
     """A request without a usable answer, after all retries. The next run asks again."""
 
 
+FAILURES = (RequestFailed, ConnectionError, UserError)  # what the client raises
 REMEDIES = {  # statuses that would come back for every request: stop at once
     401: "check OPENAI_API_KEY",
     403: "the key may not do this; check OPENAI_API_KEY and --model",
     404: "check --model and --base_url (it usually ends in /v1)",
 }
-OPTIONAL = ("response_format", "max_tokens", "seed", "temperature")  # what a server may refuse
 NO_CHAT = "the answer is no chat completion; is --base_url right (it usually ends in /v1)?"
 
 
-def connect(
-    model: str,
-    base_url: str = "",
-    temperature: float = 1.0,
-    max_tokens: int = 400,
-    retries: int = 5,
-    timeout_s: float = 120.0,
-    schema: dict | None = None,
-) -> Callable:
-    """Returns send(messages, seed) -> (text, finish reason, [prompt, completion tokens], are they estimates?)
-
-    schema: of the JSON object that is asked for; None: a plain text. The openai client itself waits and asks
-    again after 408, 409, 429, 5xx, time-outs and lost connections.
-
-    Raises UserError if key or address cannot be right. `send` raises RequestFailed, ConnectionError if there
-    is no connection at all, or UserError if no request can ever succeed.
-    """
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    client = open_client(key, base_url or os.environ.get("OPENAI_BASE_URL", ""), retries, timeout_s)
-    options = dict(model=model, temperature=temperature, max_tokens=max_tokens)
-    if schema is not None:
-        named_schema = {"name": "reply", "strict": True, "schema": schema}
-        options["response_format"] = {"type": "json_schema", "json_schema": named_schema}
-    return Chat(client, key, options).send
-
-
-def open_client(key, base_url, retries, timeout_s):
+def open_client(base_url, retries, timeout_s):
     import openai
 
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key and not base_url:
         raise UserError("no OPENAI_API_KEY in the environment; set it, or give --base_url of your own server")
     if not re.fullmatch(r"[!-~]*", key):  # the client would fail with a message that quotes the key
@@ -127,18 +119,28 @@ def open_client(key, base_url, retries, timeout_s):
 
 
 class Chat:
-    """An openai client, the options of its requests, and what the server has refused so far."""
+    """A language model: send(messages, seed) -> text, finish reason, [prompt, completion tokens], estimated?
 
-    def __init__(self, client, key, options):
-        self.client, self.key, self.options = client, key, options
-        self.refused = set()
-        self.answered = False
+    schema: of the JSON object that is asked for; None: a plain text. The openai client itself waits and asks
+    again after 408, 409, 429, 5xx, time-outs and lost connections.
+
+    Raises UserError if key or address cannot be right. `send` raises RequestFailed, ConnectionError if there
+    is no connection at all, or UserError if no request can ever succeed.
+    """
+
+    def __init__(self, model, schema, base_url, temperature, max_tokens, retries=5, timeout_s=120.0):
+        self.client = open_client(base_url or os.environ.get("OPENAI_BASE_URL", ""), retries, timeout_s)
+        self.model, self.answered = model, False
+        self.options = dict(temperature=temperature, max_tokens=max_tokens, seed=0)  # less what is refused
+        if schema is not None:
+            named_schema = {"name": "reply", "strict": True, "schema": schema}
+            self.options["response_format"] = {"type": "json_schema", "json_schema": named_schema}
 
     def send(self, messages, seed):
         import openai
 
         try:
-            reply = self.create(self.options | dict(messages=messages, seed=seed))
+            reply = self.create(messages, seed)
         except openai.APIError as e:
             said = self.hide_key(e.__cause__ or e)[:300]
             status = getattr(e, "status_code", 0)
@@ -149,53 +151,55 @@ class Chat:
             raise RequestFailed(said) from None
         except ValueError:  # not JSON
             raise RequestFailed(NO_CHAT) from None
-        choice = first_choice(reply)
-        self.answered = True
-        text = self.hide_key(choice.message.content or getattr(choice.message, "refusal", None) or "")
+        text, finish = read_completion(reply)
+        text = self.hide_key(text)
         tokens = [getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-        estimated = not all(type(n) is int for n in tokens)
+        estimated = not is_list_of(int, tokens)
         if estimated:
             tokens = [rough_tokens(*(m["content"] for m in messages)), rough_tokens(text)]
-        return text, choice.finish_reason, tokens, estimated
+        return text, finish, tokens, estimated
 
-    def create(self, options):
-        """Send a request. What the server refuses by name is left out, and from the next answer on for good.
+    def create(self, messages, seed):
+        """Send a request. An option that the server refuses by name is left out, for good once it answers.
 
         If the first request is refused and no option is named, it is the response format that is left out.
         """
         import openai
 
-        first, refused = not self.answered, set(self.refused)
+        options = dict(self.options)
         while True:
-            sent = {name: value for name, value in options.items() if name not in refused}
-            if "max_tokens" in refused:
-                sent["max_completion_tokens"] = options["max_tokens"]  # its newer name
+            if "seed" in options:
+                options["seed"] = seed
             try:
-                reply = self.client.chat.completions.create(**sent)
+                reply = self.client.chat.completions.create(model=self.model, messages=messages, **options)
                 break
             except (openai.BadRequestError, openai.NotFoundError, openai.UnprocessableEntityError) as e:
-                named = [name for name in OPTIONAL if name in str(e)] or ["response_format"] * first
-                named = [name for name in named if name in sent]
-                if not named:
+                words = re.findall(r"\w+", str(e)) + ["response_format"] * (not self.answered)
+                refused = next((word for word in words if word in options), None)
+                if refused is None:
                     raise
-                refused.add(named[0])
-        for name in refused - self.refused:
+                value = options.pop(refused)
+                if refused == "max_tokens":
+                    options["max_completion_tokens"] = value  # its newer name
+        for name in self.options.keys() - options.keys():
             print(f"note: the server refuses {name}; it is left out", file=sys.stderr)
-        self.refused |= refused
+        self.options, self.answered = options, True
         return reply
 
     def hide_key(self, text) -> str:
         """Servers echo keys. A key as short as "none" is no secret, and may be a word of the reply."""
-        return str(text).replace(self.key, "***") if len(self.key) >= 8 else str(text)
+        key = self.client.api_key
+        return str(text).replace(key, "***") if len(key) >= 8 else str(text)
 
 
-def first_choice(reply):
-    """Raises RequestFailed if the reply is no chat completion: the client checks little of what it gets."""
-    choices = getattr(reply, "choices", None)
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not hasattr(getattr(choice, "message", None), "content"):
-        raise RequestFailed(NO_CHAT)
-    return choice
+def read_completion(reply) -> tuple[str, str]:
+    """-> text, finish reason. Raises RequestFailed if it is no chat completion: the client checks little."""
+    try:
+        choice = reply.choices[0]
+        text = choice.message.content or getattr(choice.message, "refusal", None) or ""
+        return text, choice.finish_reason
+    except (AttributeError, LookupError, TypeError):
+        raise RequestFailed(NO_CHAT) from None
 
 
 def rough_tokens(*texts: str) -> int:
@@ -206,29 +210,30 @@ def rough_prompt_tokens(messages, schema) -> int:
     return rough_tokens(json.dumps(schema), *(m["content"] for m in messages))
 
 
-class Failures:
-    """Counts how requests end, and says when no further one makes sense."""
+def answer_all(jobs, total, unit, work, take, concurrency, room=lambda waiting: True):
+    """work(job) -> Answer in threads; take(job, answer) in the order of the jobs.
 
-    def __init__(self, unit):
-        self.unit, self.answered, self.failed, self.in_a_row, self.last = unit, 0, 0, 0, ""
-
-    def enter(self, error):
-        """How one request ended: an error, or None.      -> the UserError with which to stop, or None"""
-        if error is None:
-            self.answered += 1
-            self.in_a_row = 0
-            return None
-        self.failed += 1
-        self.in_a_row += 1
-        self.last = str(error)
-        if isinstance(error, UserError):
-            return error
-        if isinstance(error, ConnectionError) and not self.answered:
-            return UserError(f"cannot reach the server: {error}; is it running, and is --base_url right?")
-        if self.in_a_row == 20:
-            last = f"20 {self.unit}s in a row failed, the last with: {error}"
-            return UserError(f"{last}; once that is mended, the same command goes on from here")
-        return None
+    Returns the error, or None, of each job that was begun, as a text; and a list of why no further one makes
+    sense: Ctrl-C, or errors. room: as in data.ahead.
+    """
+    errors, note = [], "\nstopping when the running requests are answered; Ctrl-C again to leave at once\n"
+    with interruptible(note=note) as stopping:
+        answers = ahead(jobs, work, concurrency, 4 * concurrency, stopping, room)
+        with contextlib.closing(answers):
+            for job, answer in progress(answers, total, f"{unit}s"):
+                take(job, answer)
+                error = answer.error
+                errors.append(error and str(error))
+                if isinstance(error, UserError):
+                    stopping.append(error)
+                elif isinstance(error, ConnectionError) and None not in errors:
+                    remedy = "is it running, and is --base_url right?"
+                    stopping.append(UserError(f"cannot reach the server: {error}; {remedy}"))
+                elif len(errors) >= 20 and None not in errors[-20:]:
+                    last = f"20 {unit}s in a row failed, the last with: {error}"
+                    remedy = "once that is mended, the same command goes on from here"
+                    stopping.append(UserError(f"{last}; {remedy}"))
+    return errors, stopping
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -275,8 +280,7 @@ def read_reply(text: str, schema: dict) -> dict:
     row = {name: found[0][name] for name in kinds}
     for name, kind in kinds.items():
         values = row[name] if kind["type"] == "array" else [row[name]]
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise Refused("wrong type")
+        refuse_faults({"wrong type": not is_list_of(str, values)})
     return row
 
 
@@ -291,35 +295,32 @@ class Answer:
     attempts: int = 0
     tokens: list = field(default_factory=lambda: [0, 0])  # prompts, completions
     estimated: int = 0  # replies whose tokens are estimates
-    before: "Answer | None" = None  # to another question, on which this one builds
-
-    def add_cost(self, attempts, tokens, estimated):
-        self.attempts += attempts
-        self.tokens = add_pairs(self.tokens, tokens)
-        self.estimated += estimated
 
 
 def add_pairs(a, b):
     return [a[0] + b[0], a[1] + b[1]]
 
 
-def ask(send: Callable, name: str, messages: list[dict], options: Options, accept: Callable) -> Answer:
+def ask(send: Callable, name: str, messages: list, options: Options, accept: Callable, answer=None) -> Answer:
     """Ask until accept(reply) returns a row and does not raise Refused, options.attempts times at most.
 
     name: what is asked about; it seeds the requests. An error of `send` ends the asking and is in the answer.
+    answer: to an earlier question; it becomes the answer to this one, and goes on counting.
     """
-    answer = Answer()
+    answer = answer or Answer()
     for attempt in range(options.attempts):
         try:
             seed = seed_of(options.seed, name, attempt) >> 25  # 31 bits: servers differ in how many they take
             answer.reply, finish, tokens, estimated = send(messages, seed)
-            answer.add_cost(1, tokens, estimated)
+            answer.attempts += 1
+            answer.tokens = add_pairs(answer.tokens, tokens)
+            answer.estimated += estimated
             refuse_faults({"cut off": finish == "length"})
             answer.row, answer.reason = accept(answer.reply), ""
             break
         except Refused as e:
-            answer.reason = str(e)
-        except (RequestFailed, ConnectionError, UserError) as e:
+            answer.row, answer.reason = {}, str(e)
+        except FAILURES as e:
             answer.error = e
             break
     return answer
@@ -337,7 +338,7 @@ STOP_WORDS = frozenset(
 
 @dataclass
 class Task:
-    """What a run asks about each clip, and what it writes. The names of its files are those of options.
+    """A run: what it asks about each clip, what it writes, and how it goes. The files are those of options.
 
     keys: {name of a file: the keys of its lines}; "out", "rejects", perhaps "rl": questions without a chain
     made: what the `meta` of every line says of how it was made; a run goes on with the same only
@@ -346,7 +347,8 @@ class Task:
     make_line(clip, answer, fingerprints) -> the name of a file, the fields of the line
     """
 
-    keys: dict[str, tuple]
+    options: Options
+    keys: dict
     made: dict
     prepare: Callable
     work: Callable
@@ -354,26 +356,32 @@ class Task:
     unit: str = "clip"
     found: dict = field(default_factory=dict)  # what there is to ask about: the start of the summary
 
-
-class Book:
-    """The files of a run, each a Ledger, what is known of their lines (hashes, sums), and how the run goes.
-
-    Raises UserError, and changes nothing, if a file is not ours or was made otherwise.
-    """
-
-    def __init__(self, task, options, stack):
-        self.task, self.options = task, options
+    def __post_init__(self):
         self.done, self.fingerprints = set(), set()  # hashes of ids, and of accepted questions
-        self.no_chain, self.rejected = Counter(), Counter()  # reasons
-        self.positions = [0] * 4
         self.longest = 0.0  # answers that are the longest choice; one of k equally long ones counts 1 / k
-        self.tokens = [0, 0]
-        # of this run alone: clips with a line from before, replies whose tokens are estimates, what stops it
-        self.failures, self.start_s = Failures(task.unit), time.monotonic()
-        self.done_before, self.estimated, self.broken = 0, 0, None
+        self.all_begun, self.broken = False, []  # has every clip its line or a request? The fault of a clip
+        self.summary = self.found | dict(
+            accepted=0,
+            without_a_chain=Counter(),  # reasons
+            rejected=Counter(),
+            failed_to_be_asked_again=0,
+            last_failure="",
+            tokens_in_and_out=[0, 0],
+            replies_with_estimated_tokens=0,
+            answers_per_second=0.0,
+            answer_positions=[0] * 4,
+            answer_is_the_longest_choice=0.0,  # 0.25 by chance
+            stopped="",
+        )
+
+    def open(self, stack):
+        """Open the files, each a Ledger, and count their lines.
+
+        Raises UserError, and changes nothing, if a file is not ours or was made otherwise.
+        """
         self.ledgers, names = {}, {}
-        for name in task.keys:
-            path = getattr(options, name)
+        for name in self.keys:
+            path = getattr(self.options, name)
             other = names.setdefault(os.path.realpath(path), name)
             if other != name:
                 raise UserError(f"--{other} and --{name} name the same file; give two")
@@ -382,80 +390,64 @@ class Book:
 
     def enter(self, name, line, where):
         """Count a line of an earlier run."""
-        made, meta = self.task.made, line.get("meta")
-        ours = tuple(line) == self.task.keys[name] and line.get("answer", 0) in range(4)
-        if not ours or not isinstance(meta, dict) or not meta.keys() >= {"tokens", *made}:
+        meta = line.get("meta")
+        ours = tuple(line) == self.keys[name] and line.get("answer", 0) in range(4)
+        if not ours or not isinstance(meta, dict) or not meta.keys() >= {"tokens", *self.made}:
             raise UserError(f"{where}: not written by this command; give another file")
-        other = {key: meta[key] for key in made}
-        if other != made:
+        made = {key: meta[key] for key in self.made}
+        if made != self.made:
             remedy = "go on with the same, or give other files"
-            raise UserError(f"{where}: made with {other}, and this run has {made}; {remedy}")
+            raise UserError(f"{where}: made with {made}, and this run has {self.made}; {remedy}")
         self.count(name, line)
 
     def count(self, name, line):
+        sums, answer = self.summary, line.get("answer")
         self.done.add(seed_of(line["id"]))
-        self.tokens = add_pairs(self.tokens, line["meta"]["tokens"])
+        self.spend(line["meta"]["tokens"])
         if name == "rejects":
-            self.rejected[line["reason"]] += 1
+            sums["rejected"][line["reason"]] += 1
             return
         if name == "rl":
-            self.no_chain[line["meta"]["no_chain"]] += 1
+            sums["without_a_chain"][line["meta"]["no_chain"]] += 1
         self.fingerprints.add(fingerprint(line))
-        self.positions[line["answer"]] += 1
+        sums["accepted"] += 1
+        sums["answer_positions"][answer] += 1
         sizes = [len(choice) for choice in line["choices"]]
-        if sizes[line["answer"]] == max(sizes):
+        if sizes[answer] == max(sizes):
             self.longest += 1 / sizes.count(max(sizes))
+        sums["answer_is_the_longest_choice"] = round(self.longest / sums["accepted"], 2)
+
+    def spend(self, tokens):
+        self.summary["tokens_in_and_out"] = add_pairs(self.summary["tokens_in_and_out"], tokens)
 
     def jobs(self, clips):
         """Yield (clip, messages, the most tokens of an attempt) of every clip that has no line yet."""
         try:
             for clip in with_own_ids(clips):
-                if seed_of(clip.id) in self.done:
-                    self.done_before += 1
-                else:
-                    yield clip, *self.task.prepare(clip)
+                if seed_of(clip.id) not in self.done:
+                    yield clip, *self.prepare(clip)
         except UserError as e:  # all that stands before it is still asked and written
-            self.broken = e
-
-    def n_begun(self):
-        return self.done_before + self.failures.answered + self.failures.failed
+            self.broken.append(e)
+        self.all_begun = True
 
     def has_room(self, jobs):
         """May all these be begun without going beyond the limit?"""
         most = sum(tokens for _, _, tokens in jobs) * self.options.attempts
         limit = self.options.max_tokens_total
-        return not limit or sum(self.tokens) + most <= limit
+        return not limit or sum(self.summary["tokens_in_and_out"]) + most <= limit
 
-    def take(self, clip, answer):
-        """Write the line of an answered clip.      -> the UserError with which to stop, or None"""
-        self.estimated += answer.estimated
-        if answer.error is None:
-            clip = replace(clip, audio=relative_path(self.options.out, clip.audio))
-            name, fields = self.task.make_line(clip, answer, self.fingerprints)
-            cost = dict(attempts=answer.attempts, tokens=answer.tokens)
-            fields = fields | dict(meta=fields["meta"] | self.task.made | cost)
-            line = {key: fields[key] for key in self.task.keys[name]}
-            self.ledgers[name].append(line)
-            self.count(name, line)
-        else:
-            self.tokens = add_pairs(self.tokens, answer.tokens)
-        return self.failures.enter(answer.error)
-
-    def summary(self, stopped):
-        accepted, failures = sum(self.positions), self.failures
-        return self.task.found | dict(
-            accepted=accepted,
-            without_a_chain=dict(self.no_chain.most_common()),
-            rejected=dict(self.rejected.most_common()),
-            failed_to_be_asked_again=failures.failed,
-            last_failure=failures.last,
-            tokens_in_and_out=self.tokens,
-            replies_with_estimated_tokens=self.estimated,
-            answers_per_second=round(failures.answered / (time.monotonic() - self.start_s), 1),
-            answer_positions=self.positions,
-            answer_is_the_longest_choice=round(self.longest / max(accepted, 1), 2),  # 0.25 by chance
-            stopped=stopped,
-        )
+    def take(self, job, answer):
+        """Write the line of an answered clip."""
+        self.summary["replies_with_estimated_tokens"] += answer.estimated
+        if answer.error is not None:
+            self.spend(answer.tokens)
+            return
+        clip = replace(job[0], audio=relative_path(self.options.out, job[0].audio))
+        name, fields = self.make_line(clip, answer, self.fingerprints)
+        meta = fields["meta"] | self.made | dict(attempts=answer.attempts, tokens=answer.tokens)
+        line = {key: meta if key == "meta" else fields[key] for key in self.keys[name]}
+        self.ledgers[name].append(line)
+        self.count(name, line)
 
 
 def fingerprint(row: dict) -> int:
@@ -470,32 +462,26 @@ def fingerprint(row: dict) -> int:
 # and the bytes are those that an unbroken run writes.
 
 
-def run(clips, task: Task, options: Options) -> dict:
+def run(clips, task: Task) -> dict:
     """Ask about every clip that has no line in any file yet.      -> the summary of all files, also printed
 
     clips: has a length, is read once and in order. Raises UserError, and KeyboardInterrupt after Ctrl-C; what
     was answered until then is in the files.
     """
-    from tqdm import tqdm
-
+    start_s, summary = time.monotonic(), task.summary
     with contextlib.ExitStack() as stack:
-        book = Book(task, options, stack)
-        note = "\nstopping when the running requests are answered; Ctrl-C again to leave at once\n"
-        stopping = stack.enter_context(interruptible(note=note))
-        bar = stack.enter_context(tqdm(total=len(clips), unit=task.unit, dynamic_ncols=True, disable=None))
-        n = options.concurrency
-        results = ahead(book.jobs(clips), lambda job: task.work(*job[:2]), n, 4 * n, stopping, book.has_room)
-        for (clip, _, _), answer in stack.enter_context(contextlib.closing(results)):
-            why = book.take(clip, answer)
-            if why is not None:
-                stopping.append(why)
-            bar.update(book.n_begun() - bar.n)
-    if book.broken is not None:
-        stopping.append(book.broken)
-    stopped = ""
-    if not stopping and book.n_begun() < len(clips):
-        stopped = "at the limit, which the next clip might exceed; the same command with a higher one goes on"
-    summary = book.summary(stopped)
+        task.open(stack)
+        jobs, left = task.jobs(clips), len(clips) - len(task.done)
+        work, n = lambda job: task.work(*job[:2]), task.options.concurrency
+        errors, stopping = answer_all(jobs, left, task.unit, work, task.take, n, task.has_room)
+    stopping += task.broken
+    failures = [error for error in errors if error is not None]
+    if failures:
+        summary |= dict(failed_to_be_asked_again=len(failures), last_failure=failures[-1])
+    summary["answers_per_second"] = round(errors.count(None) / (time.monotonic() - start_s), 1)
+    if not stopping and not task.all_begun:
+        more = "the same command with a higher one goes on"
+        summary["stopped"] = f"at the limit, which the next clip might exceed; {more}"
     print_summary(summary)
     if stopping:
         raise stopping[0]
@@ -506,13 +492,11 @@ def print_summary(summary):
     for name, value in summary.items():
         if value in ("", {}):
             continue
-        parts = value if isinstance(value, dict) else {}
-        if parts:
-            value = sum(parts.values())
+        parts = Counter(value if isinstance(value, dict) else ())
         if isinstance(value, list):
             value = " ".join(map(str, value))
-        print(f"{name.replace('_', ' '):<40}{value}")
-        for part, n in parts.items():
+        print(f"{name.replace('_', ' '):<40}{parts.total() or value}")
+        for part, n in parts.most_common():
             print(f"  {part:<38}{n}")
 
 

@@ -8,9 +8,8 @@ The same seed always gives the same files: keep the order in which random number
 """
 
 import json
-import os
 from collections.abc import Callable
-from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 
@@ -109,17 +108,17 @@ def write_questions(folder: str, n: int, name: str, make: Callable, subtype: str
     """
     import soundfile
 
-    os.makedirs(os.path.join(folder, "sounds"), exist_ok=True)
-    path = os.path.join(folder, f"{name}.jsonl")
+    path = Path(folder, f"{name}.jsonl")
+    Path(folder, "sounds").mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as f:
         for i in range(n):
             wave, line = make(i)
             if wave is not None:
                 audio = f"sounds/{name}_{i:04d}.wav"
-                soundfile.write(os.path.join(folder, audio), wave, RATE_HZ, subtype=subtype)
-                line = asdict(Example(id=f"{name}_{i:04d}", audio=audio, **line))
+                soundfile.write(Path(folder, audio), wave, RATE_HZ, subtype=subtype)
+                line = vars(Example(id=f"{name}_{i:04d}", audio=audio, **line))
             f.write(json.dumps(line) + "\n")
-    return path
+    return str(path)
 
 
 def draw_choices(rng: np.random.Generator, given: list[str], n: int) -> list[str]:
@@ -188,10 +187,10 @@ def write_lessons(path: str, n: int = 8000) -> str:
     import soundfile
 
     rng = np.random.default_rng(0)
-    folder, name = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
+    folder, name = Path(path).parent, Path(path).stem
     with open(path, encoding="utf-8") as f:
         clips = [json.loads(line) for line in f]
-    soundfile.write(os.path.join(folder, "sounds", "silence.wav"), np.zeros(10_000), RATE_HZ)
+    soundfile.write(Path(folder, "sounds", "silence.wav"), np.zeros(10_000), RATE_HZ)
 
     def make(i):
         clip = clips[rng.integers(len(clips))]
