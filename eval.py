@@ -662,7 +662,8 @@ def clip_mark(clip) -> list:
         return [repr(clip)[:200], zlib.crc32(content)]
     if not os.path.isfile(content):
         return [content]
-    return [content, os.path.getsize(content), os.path.getmtime(content)]
+    about = os.stat(content)
+    return [content, about.st_size, about.st_mtime]
 
 
 def ask(options: Options, settings: dict, examples: list, played: list, policy=None) -> list[Item]:
@@ -847,11 +848,11 @@ def write_captions(options: Options, examples: Examples):
             clips[data.clip_key(e)] = replace(e, choices=[], answer=None)
     asked = list(clips.values())
     items = ask(options, settings_of(options, examples), asked, asked)
-    captioner = os.path.basename(os.path.normpath(options.model))
     for item in items:
         if item.said:
             path = save_clip(item.clips[0], f"{options.out}/clips/{item.key}")
-            line = dict(id=item.example.id, audio=path, captions=item.said[0], captioner=captioner)
+            line = dict(id=item.example.id, audio=path, captions=item.said[0])
+            line["captioner"] = Path(options.model).name
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     data.write_text(f"{options.out}/captions.jsonl", "".join(lines))
     print(f"{options.out}/captions.jsonl: {len(lines)} clips, {options.samples} captions each; ", end="")
@@ -1026,7 +1027,7 @@ def score_file(path: str, options: Options) -> dict:
     settings = dict(data_fingerprint=data_mark(examples), predictions_fingerprint=hash_of(json.dumps(rows)))
     about = dict(
         settings,
-        predictions=os.path.basename(path),
+        predictions=Path(path).name,
         left_out=[source.where(i) for i in sorted(places - set(found.values()))],
         prediction_key=", ".join(key for key in PREDICTIONS if key in keys),
     )
@@ -1035,6 +1036,8 @@ def score_file(path: str, options: Options) -> dict:
         check_settings(options.out, settings)
         write_results(options, report, examples, items)
     print(report_text(report))
+    if options.out:
+        print(f"\n{options.out}: predictions.json, report.json, report.html")
     return report
 
 
@@ -1104,8 +1107,7 @@ def evaluate(options: Options):
     """--data: one run, or all controls, or captions."""
     examples = Examples(options.data, options.audio_dir)
     if not options.out:
-        names = [os.path.basename(os.path.normpath(path)) for path in (options.data, options.model)]
-        options.out = f"results/{os.path.splitext(names[0])[0]}-{names[1]}"
+        options.out = f"results/{Path(options.data).stem}-{Path(options.model).name}"
     if not options.prompt:  # the reward of Countdown reads the tags
         options.prompt = "answer" if any(e.is_countdown for e in options.first(examples)) else "direct"
     if options.controls:

@@ -47,7 +47,7 @@ class Stage:
     """A policy with LoRA at work and three questions: about one clip, about two, and about none."""
 
     def __init__(self, config, recordings, folder):
-        self.cfg = config(model=folder, prompt="relisten", max_new_tokens=90, rollout_rows=6)
+        self.cfg = config(model=folder, prompt="relisten", max_new_tokens=90)
         torch.manual_seed(0)
         self.policy = og.load_run_policy(self.cfg)
         with torch.no_grad():
@@ -243,22 +243,23 @@ TARGETS = [
 ]
 
 
-def test_a_target_is_taught_as_it_would_be_sampled(omni, monkeypatch):
-    """The same tokens, parts, refusals and audio, in a cold start and in a rollout that says the same."""
-    cfg, n = dataclasses.replace(omni.cfg, max_relistens=2), len(TARGETS)
+@pytest.mark.parametrize("rows, questions", [(128, 3), (1, 2)])
+def test_a_target_is_taught_as_it_would_be_sampled(omni, monkeypatch, rows, questions):
+    """The same tokens, parts, refusals and audio, in a cold start and in a rollout that says the same, all at
+    once or one question after the other."""
+    cfg = dataclasses.replace(omni.cfg, max_relistens=2, rollout_rows=rows)
     act(monkeypatch, lambda seed, j: omni.turn(TARGETS[j]))
     groups = og.teacher_groups(omni.policy, cfg, omni.drawn(omni.clips, target=TARGETS))
     taught = [group.completions for group in groups]
-    said = og.rollout(omni.policy, cfg, omni.prompts, omni.clips, [1, 2, 3], n, 1.0)
+    said = og.rollout(omni.policy, cfg, omni.prompts, omni.clips, [1, 2, 3], len(TARGETS), 1.0)
     assert sum(len(c.heard) for c in every(taught)) > 10
-    for a, b in zip(every(taught), every(said), strict=True):
+    for a, b in zip(every(taught[:questions]), every(said[:questions]), strict=True):
         assert (a.ids, a.sampled, a.heard) == (b.ids, b.sampled, b.heard) and len(a.logps) == len(a.ids)
         assert (a.refused, a.finished) == (b.refused, b.finished)
         for (at, audio), (place, other) in zip(a.audio, b.audio, strict=True):
             assert at == place
             torch.testing.assert_close(audio, other, atol=1e-5, rtol=0)
-    assert taught[0][3].refused == {"too many": 1} == taught[1][3].refused
-    assert taught[2][3].refused == {"outside": 3}
+    assert [of_question[3].refused for of_question in taught] == [{"too many": 1}] * 2 + [{"outside": 3}]
 
 
 # ---- what may be asked for, and what may not
@@ -484,10 +485,11 @@ def test_from_embeddings(omni, question, tag, first, last):
 def test_parts_of_several_rows_are_heard_at_once(omni):
     """One run of the tower for all that a step asks for, and to each row its own part."""
     ran, encode = [], omni.policy.encode_audio
-    counts = dict(encode_audio=lambda mels: (ran.append(len(mels)), encode(mels))[1])
+    policy = dataclasses.replace(
+        omni.policy, encode_audio=lambda mels: (ran.append(len(mels)), encode(mels))[1]
+    )
     questions, spans = (1, 0, 0, 2, 1, 0), ("0, 1", "2, 1", "1, 3", "0, 1", "2, 2.5", "bell")
     rows = [Completion(omni.ids(f"<seg>{span}</seg>"), sampled=[True] * 99) for span in spans]
-    policy = dataclasses.replace(omni.policy, **counts)
     heard = Relistening(policy, omni.prompts, omni.clips, 8)(list(questions), rows)
     assert ran == [3] and list(map(bool, heard)) == [True, False, True, False, True, False]
     for n in (0, 2, 4):
