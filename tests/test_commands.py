@@ -204,9 +204,8 @@ def test_check_of_other_files(report, here):
     sound("sounds/cat/1.wav", 5)
     (here / "sounds" / "cat" / "2.wav").write_text("text")
     for path, where in {"list.json": "entry 2", "t.csv": "4", "sounds": "cat/2.wav"}.items():
-        facts = report(path)
-        assert [*facts["problems"]] == [f"{path}:{where}"]
-        assert facts["format"] == ("own" if path == "list.json" else "labels")
+        assert [*report(path)["problems"]] == [f"{path}:{where}"]
+    assert report("t.csv")["format"] == "labels"
 
 
 TWICE = """
@@ -354,61 +353,59 @@ def test_what_no_terminal_can_show_and_a_pipe_that_closes(here):
 
 # ---- what all of them refuse
 
+RANGE = "filter rated.jsonl --out o.jsonl --pass_rate={0} | --pass_rate {0}: expected LOW..HIGH"
 RANGES = "0.9..0.1 nan..1 10..90 0.5 ..0.5 0.2.. a..b 0.1-0.9 0..1..1 -1..0.5 0..inf".split()
-NEEDS_RATE = 'q.jsonl:1: field "meta": expected a number "pass_rate'
-REFUSED = {  # arguments: what stderr holds. empty/ is empty, file a file, there.jsonl exists, q.jsonl is good
-    "": "the following arguments are required: command",
-    "chek q.jsonl": "invalid choice: 'chek'",
-    "check": "required: FILE",
-    "check none.jsonl": "error: none.jsonl: no such file; expected a file of questions (JSONL)",
-    "check blank.jsonl": "blank.jsonl: holds no question",
-    "check empty": "empty: expected a data set",
-    "check q.jsonl more.jsonl": "unrecognized arguments: more.jsonl",
-    "check q.jsonl --repot x": "unrecognized arguments: --repot",
-    "check q.jsonl --rep x": "unrecognized arguments: --rep",
-    "check q.jsonl --max_audio_s 0": "--max_audio_s 0.0: must be at least 0.025 and at most 86400",
-    "check q.jsonl --max_audio_s nan": "--max_audio_s",
-    "check q.jsonl --max_audio_s inf": "--max_audio_s",
-    "check q.jsonl --against none.jsonl": "error: none.jsonl: no such file",
-    "check q.jsonl --report empty": "error: empty: ",
-    "convert q.jsonl": "required: --out",
-    "convert none.jsonl --out o.jsonl": "error: none.jsonl: no such file",
-    "convert q.jsonl --out there.jsonl": "error: --out there.jsonl: exists; remove it or give another name",
-    "convert q.jsonl --out empty": "error: --out empty: exists",
-    "convert q.jsonl --out q.jsonl": "error: --out q.jsonl: exists",
-    "convert q.jsonl --out file/o.jsonl": "error: ",
-    "convert bad.jsonl --out o.jsonl": 'error: bad.jsonl:2: field "answer": 9 is not among',
-    "convert empty --out o.jsonl": "error: ",
-    "convert all_bad.jsonl --out o.jsonl --drop_bad": "error: all_bad.jsonl",
-    "folder q.jsonl --out o.jsonl": "error: q.jsonl: expected a folder of sounds",
-    "folder empty --out o.jsonl": "error: empty: expected a data set, or sounds (.wav, .flac",
-    "folder none --out o.jsonl": "error: none: no such",
-    "folder sounds": "required: --out",
-    "folder sounds --out there.jsonl": "--out there.jsonl: exists",
-    "folder sounds --out held.jsonl": "held_eval.jsonl: exists",
-    "folder sounds --out o.jsonl --n_choices 1": "--n_choices 1: must be at least 2",
-    "folder sounds --out o.jsonl --eval_size -7": "--eval_size",
-    "folder sounds --out o.jsonl --eval_size x": "--eval_size",
-    "folder one_label --out o.jsonl": "in folders named after what is heard",
-    "folder named --out o.jsonl": "found dog_1.wav; sort them so, or write a CSV with the columns",
-    "folder mixed --out o.jsonl": "found train/x.wav; sort them",
-    "folder broken --out o.jsonl": "2.wav: no such file",
-    "folder piped --out o.jsonl": "2.wav: is not a regular file",
-    "filter rated.jsonl": "required: --out",
-    "filter rated.jsonl --out there.jsonl": "--out there.jsonl: exists",
-    "filter rated.jsonl --out o.jsonl --drop_answerable_without_audio 7": "must be above 0 and at most 1",
-    "filter rated.jsonl --out o.jsonl --drop_answerable_without_audio 0": "must be above 0",
-    "filter rated.jsonl --out o.jsonl --drop_answerable_without_audio x": "--drop_answerable",
-    "filter rated.jsonl --out o.jsonl --where k": "11 dropped: not k",
-    "filter rated.jsonl --out o.jsonl --max -5": "--max -5",
-    "filter rated.jsonl --out o.jsonl --pass_rate 0.95..0.99": "none of 11 examples",
-    "filter rated.jsonl --out o.jsonl --where nokey=1": "not nokey=1",
-    "filter q.jsonl --out o.jsonl --pass_rate 0..1": f'{NEEDS_RATE}" from 0 to 1, found None; python eval.py',
-    "filter q.jsonl --out o.jsonl --drop_answerable_without_audio": f'{NEEDS_RATE}_silence"',
-} | {
-    f"filter rated.jsonl --out o.jsonl --pass_rate={r}": f"--pass_rate {r}: expected LOW..HIGH"
-    for r in RANGES
-}
+# arguments | what stderr holds. empty/ is empty, file a file, there.jsonl exists, q.jsonl is good
+REFUSED = """
+chek q.jsonl | invalid choice: 'chek'
+ | the following arguments are required: command
+check | required: FILE
+check none.jsonl | error: none.jsonl: no such file; expected a file of questions (JSONL)
+check blank.jsonl | blank.jsonl: holds no question
+check empty | empty: expected a data set
+check q.jsonl more.jsonl | unrecognized arguments: more.jsonl
+check q.jsonl --repot x | unrecognized arguments: --repot
+check q.jsonl --rep x | unrecognized arguments: --rep
+check q.jsonl --max_audio_s 0 | --max_audio_s 0.0: must be at least 0.025 and at most 86400
+check q.jsonl --max_audio_s nan | --max_audio_s
+check q.jsonl --max_audio_s inf | --max_audio_s
+check q.jsonl --against none.jsonl | error: none.jsonl: no such file
+check q.jsonl --report empty | error: empty: 
+convert q.jsonl | required: --out
+convert none.jsonl --out o.jsonl | error: none.jsonl: no such file
+convert q.jsonl --out there.jsonl | error: --out there.jsonl: exists; remove it or give another name
+convert q.jsonl --out empty | error: --out empty: exists
+convert q.jsonl --out q.jsonl | error: --out q.jsonl: exists
+convert q.jsonl --out file/o.jsonl | error: 
+convert bad.jsonl --out o.jsonl | error: bad.jsonl:2: field "answer": 9 is not among
+convert empty --out o.jsonl | error: 
+convert all_bad.jsonl --out o.jsonl --drop_bad | error: all_bad.jsonl
+folder q.jsonl --out o.jsonl | error: q.jsonl: expected a folder of sounds
+folder empty --out o.jsonl | error: empty: expected a data set, or sounds (.wav, .flac
+folder none --out o.jsonl | error: none: no such
+folder sounds | required: --out
+folder sounds --out there.jsonl | --out there.jsonl: exists
+folder sounds --out held.jsonl | held_eval.jsonl: exists
+folder sounds --out o.jsonl --n_choices 1 | --n_choices 1: must be at least 2
+folder sounds --out o.jsonl --eval_size -7 | --eval_size
+folder sounds --out o.jsonl --eval_size x | --eval_size
+folder one_label --out o.jsonl | in folders named after what is heard
+folder named --out o.jsonl | found dog_1.wav; sort them so, or write a CSV with the columns
+folder mixed --out o.jsonl | found train/x.wav; sort them
+folder broken --out o.jsonl | 2.wav: no such file
+folder piped --out o.jsonl | 2.wav: is not a regular file
+filter rated.jsonl | required: --out
+filter rated.jsonl --out there.jsonl | --out there.jsonl: exists
+filter rated.jsonl --out o.jsonl --drop_answerable_without_audio 7 | must be above 0 and at most 1
+filter rated.jsonl --out o.jsonl --drop_answerable_without_audio 0 | must be above 0
+filter rated.jsonl --out o.jsonl --drop_answerable_without_audio x | --drop_answerable
+filter rated.jsonl --out o.jsonl --where k | 11 dropped: not k
+filter rated.jsonl --out o.jsonl --max -5 | --max -5
+filter rated.jsonl --out o.jsonl --pass_rate 0.95..0.99 | none of 11 examples
+filter rated.jsonl --out o.jsonl --where nokey=1 | not nokey=1
+filter q.jsonl --out o.jsonl --pass_rate 0..1 | q.jsonl:1: field "meta": expected a number "pass_rate" from 0 to 1, found None; python eval.py
+filter q.jsonl --out o.jsonl --drop_answerable_without_audio | q.jsonl:1: field "meta": expected a number "pass_rate_silence"
+"""
 
 
 def rated(path, n=11):
@@ -419,8 +416,8 @@ def rated(path, n=11):
     return write_rows(path, *changes)
 
 
-@pytest.mark.parametrize("argv", REFUSED)
-def test_refused(run, here, argv):
+@pytest.mark.parametrize("argv, message", cells(REFUSED) + [RANGE.format(r).split(" | ") for r in RANGES])
+def test_refused(run, here, argv, message):
     """Exit code 2, one message, in no time; and no file that was not there."""
     files("sounds", *(f"{label}/{i}.wav" for label in ("dog", "cat") for i in range(5)))
     files("one_label", "dog/1.wav", "dog/2.wav", "audio/dog/3.wav")
@@ -431,8 +428,9 @@ def test_refused(run, here, argv):
     os.symlink("nowhere", "broken/dog/2.wav")
     os.mkfifo("piped/dog/2.wav")
     (here / "empty").mkdir()
-    for name in ("file", "there.jsonl", "held_eval.jsonl", "blank.jsonl"):
+    for name in ("file", "there.jsonl", "held_eval.jsonl"):
         (here / name).touch()
+    write(here / "blank.jsonl", "")
     write_rows(here / "q.jsonl", {}, {"question": "And?"})
     write_rows(here / "bad.jsonl", {}, {"answer": 9})
     write_rows(here / "all_bad.jsonl", {"answer": 9}, {"audio": "none.wav"})
@@ -444,7 +442,7 @@ def test_refused(run, here, argv):
         _, err = run(*argv.split(), code=2)
     finally:
         signal.alarm(0)
-    assert err.startswith("error: ") and REFUSED[argv] in err and len(err) < 4000 and all_files() == before
+    assert err.startswith("error: ") and message in err and len(err) < 4000 and all_files() == before
 
 
 @pytest.mark.parametrize("command", ["check", "convert", "folder", "filter"])
