@@ -370,15 +370,15 @@ check q.jsonl --max_audio_s 0 | --max_audio_s 0.0: must be at least 0.025 and at
 check q.jsonl --max_audio_s nan | --max_audio_s
 check q.jsonl --max_audio_s inf | --max_audio_s
 check q.jsonl --against none.jsonl | error: none.jsonl: no such file
-check q.jsonl --report empty | error: empty: 
+check q.jsonl --report empty | error: empty:
 convert q.jsonl | required: --out
 convert none.jsonl --out o.jsonl | error: none.jsonl: no such file
 convert q.jsonl --out there.jsonl | error: --out there.jsonl: exists; remove it or give another name
 convert q.jsonl --out empty | error: --out empty: exists
 convert q.jsonl --out q.jsonl | error: --out q.jsonl: exists
-convert q.jsonl --out file/o.jsonl | error: 
+convert q.jsonl --out file/o.jsonl | error:
 convert bad.jsonl --out o.jsonl | error: bad.jsonl:2: field "answer": 9 is not among
-convert empty --out o.jsonl | error: 
+convert empty --out o.jsonl | error:
 convert all_bad.jsonl --out o.jsonl --drop_bad | error: all_bad.jsonl
 folder q.jsonl --out o.jsonl | error: q.jsonl: expected a folder of sounds
 folder empty --out o.jsonl | error: empty: expected a data set, or sounds (.wav, .flac
