@@ -26,8 +26,9 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Options:
     audio_dir: str = knob("", "where relative audio paths start; none: the folder of the file")
     model: str = knob("Qwen/Qwen2.5-Omni-7B", "local directory or Hub id")
     adapter: str = knob("", "runs/NAME/adapter")
-    out: str = knob("", "folder of results; none: results/DATA-MODEL")
+    out: str = knob("", "folder of results; none: results/DATA-MODEL, with --score: no files")
     prompt: str = knob(
         "",
         f"{' | '.join(PROMPTS)}, as in training; none: direct, and answer for Countdown, whose reward reads "
@@ -75,8 +76,28 @@ class Options:
             raise UserError(
                 "--samples above 1 needs a --temperature above 0: greedy answers are all the same"
             )
-        if self.prompt == "caption" and (self.controls or self.audio != "real"):
-            raise UserError("--prompt caption hears the clips, and has no score: no --controls, no --audio")
+
+    def first(self, examples: Examples) -> list[Example]:
+        """Those that --limit leaves."""
+        return examples[: self.limit or None]
+
+
+KNOBS = {f.name for f in fields(Options)}
+UNUSED = {  # by what is done: the flags that have no part in it
+    "--compare": KNOBS - {"max_audio_s"} | {"score"},
+    "--score": KNOBS - {"data", "audio_dir", "out", "max_audio_s"},
+    "--controls": {"audio", "rotate_choices"},
+    "--prompt caption": {"audio", "rotate_choices", "controls"},
+}
+
+
+def check_flags(given: dict):
+    """Raises UserError for a flag that would be ignored in silence."""
+    modes = {f"--{name}" for name, value in given.items() if value} | {f"--prompt {given.get('prompt')}"}
+    for mode in UNUSED:
+        unused = UNUSED[mode] & given.keys()
+        if mode in modes and unused:
+            raise UserError(f"--{min(unused)}: has no part in {mode}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -90,11 +111,8 @@ def word_rule(text: str, example: Example) -> bool:
     """
     said = word_set(text)
     answer = word_set(example.choices[example.answer])
-    wrong = set()
-    for choice in map(word_set, example.choices):
-        if choice != answer:
-            wrong |= choice - answer
-    return bool(said) and answer <= said and not said & wrong
+    others = set().union(*map(word_set, example.choices)) - answer
+    return bool(said) and answer <= said and not said & others
 
 
 def word_set(text: str) -> set[str]:
@@ -124,6 +142,12 @@ class Benchmark:
     def spell(self, example: Example, index: int) -> str:
         """A choice as the rule reads it."""
         return chr(ord("A") + index) if self.letters else example.choices[index]
+
+    def accepts(self, example: Example, index: int) -> bool:
+        """Is that choice right, by the rule if there is one?"""
+        if self.rule:
+            return bool(self.rule(self.spell(example, index), example))
+        return same_choice(example.choices, index, example.answer)
 
 
 BENCHMARKS = {  # by the name of the data format; anything else is scored strictly, and only so
@@ -278,8 +302,6 @@ def flatten(rows) -> list:
 
 def rotate(example: Example, r: int) -> Example:
     """Choice number i moves to place i - r."""
-    if not r:
-        return example
     choices = example.choices[r:] + example.choices[:r]
     answer = example.answer
     if answer is not None:
@@ -290,6 +312,11 @@ def rotate(example: Example, r: int) -> Example:
 def item_key(example: Example) -> str:
     """The same for the same question, wherever its clip lies."""
     return hash_of(json.dumps((example.id, example.question, example.choices, example.answer)))
+
+
+def data_mark(examples) -> str:
+    """The same for the same file: how many questions, and the first of them. Reading all takes too long."""
+    return f"{len(examples)} {hash_of(''.join(map(item_key, examples[:20])))}"
 
 
 def item_keys(examples: list[Example]) -> list[str]:
@@ -383,29 +410,21 @@ def score_officially(items: list[Item], benchmark: Benchmark) -> dict:
             if name == "official_accuracy" and item.vote is not None:
                 text = benchmark.spell(item.example, item.vote)
             verdicts.append(benchmark.rule(text, item.example))
-        counted = [verdict for verdict in verdicts if verdict is not None]
-        scores[name] = mean(counted)
-        scores[f"{name}_left_out"] = len(verdicts) - len(counted)
+        scores[name] = mean(verdict for verdict in verdicts if verdict is not None)
+        scores[f"{name}_left_out"] = verdicts.count(None)
     return scores
 
 
 def score_baselines(examples: list[Example], benchmark: Benchmark) -> dict[str, float]:
     """Three answers that need no ears, scored by the benchmark's rule where it has one."""
-    random_choice, first_choice, longest_choice = [], [], []
+    scores = defaultdict(list)
     for example in examples:
-        indices = range(len(example.choices))
-        if benchmark.rule:
-            right = [bool(benchmark.rule(benchmark.spell(example, i), example)) for i in indices]
-        else:
-            right = [same_choice(example.choices, i, example.answer) for i in indices]
-        random_choice.append(mean(right))
-        first_choice.append(right[0])
-        longest_choice.append(right[max(indices, key=lambda i: len(example.choices[i]))])
-    return dict(
-        random=mean(random_choice),
-        first_choice=mean(first_choice),
-        longest_choice=mean(longest_choice),
-    )
+        lengths = list(map(len, example.choices))
+        right = [benchmark.accepts(example, i) for i in range(len(lengths))]
+        scores["random"].append(mean(right))
+        scores["first_choice"].append(right[0])
+        scores["longest_choice"].append(right[lengths.index(max(lengths))])
+    return {name: mean(values) for name, values in scores.items()}
 
 
 def score_samples(known: list[Item], with_choices: list[Item]) -> dict:
@@ -453,8 +472,16 @@ def percent(x: float) -> str:
     return f"{100 * x:.1f}"
 
 
+def signed(x: float) -> str:
+    return f"{100 * x:+.1f}"
+
+
 def percents(interval) -> str:
     return " - ".join(map(percent, interval))
+
+
+def score_cells(part: dict) -> list:
+    return [percent(part["accuracy"]), percents(part["interval"]), part["unresolved"]]
 
 
 def markdown_table(heads: list, rows: list) -> str:
@@ -483,11 +510,7 @@ def report_table(report: dict) -> tuple[list, list]:
     for name, groups in report["by"].items():
         if groups == report["by_task"] or name in ("difficulty", "category"):
             parts.update({f"{name}: {value}": part for value, part in groups.items()})
-    rows = []
-    for name, part in parts.items():
-        share, interval = percent(part["accuracy"]), percents(part["interval"])
-        rows.append([name, part["n"], share, interval, part["unresolved"]])
-    return heads, rows
+    return heads, [[name, part["n"], *score_cells(part)] for name, part in parts.items()]
 
 
 def report_lines(report: dict) -> list[str]:
@@ -537,9 +560,9 @@ def config_of(options: Options):
     """The settings of training that decide what a policy is shown and how it answers."""
     import omni_grpo
 
-    shared = "model adapter max_new_tokens rollout_rows max_audio_s load_in_4bit max_relistens relisten_from"
+    shared = "model adapter prompt max_new_tokens rollout_rows "
+    shared += "max_audio_s load_in_4bit max_relistens relisten_from"
     return omni_grpo.Config(
-        prompt=options.prompt or "direct",
         audio="real" if options.audio == "shuffled" else options.audio,
         **{name: getattr(options, name) for name in shared.split()},
     )
@@ -548,16 +571,19 @@ def config_of(options: Options):
 NO_SETTINGS = "data audio_dir out controls limit batch_size rollout_rows".split()  # no answer depends on them
 
 
-def settings_of(options: Options) -> dict:
-    """All that an answer depends on: results of different settings never stand in one folder."""
+def settings_of(options: Options, examples: Examples) -> dict:
+    """All that an answer depends on: results of different settings or data never stand in one folder."""
     import model
 
     cfg = config_of(options)
     settings = {name: value for name, value in vars(options).items() if name not in NO_SETTINGS}
-    settings["max_new_tokens"] = cfg.new_tokens
-    settings["max_relistens"] = cfg.relistens
-    settings["prompt_text"] = asdict(PROMPTS[options.prompt])
-    settings["model_fingerprint"] = hash_weights(model.find_model(options.model))
+    settings.update(
+        max_new_tokens=cfg.new_tokens,
+        max_relistens=cfg.relistens,
+        prompt_text=asdict(PROMPTS[options.prompt]),
+        data_fingerprint=data_mark(examples),
+        model_fingerprint=hash_weights(model.find_model(options.model)),
+    )
     if os.path.isdir(options.adapter):
         settings["adapter_fingerprint"] = hash_weights(options.adapter)
     return settings
@@ -566,12 +592,11 @@ def settings_of(options: Options) -> dict:
 def hash_weights(folder: str) -> str:
     """Of names, sizes, and 64 KiB at the start, the middle and the end of every file."""
     mark, window = hashlib.blake2b(digest_size=8), 65536
-    for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path) and name.endswith((".safetensors", ".json", ".jinja", ".txt")):
-            size = os.path.getsize(path)
-            mark.update(f"{name} {size}".encode())
-            with open(path, "rb") as f:
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja", ".txt") and path.is_file():
+            size = path.stat().st_size
+            mark.update(f"{path.name} {size}".encode())
+            with path.open("rb") as f:
                 for start in (0, size // 2, max(0, size - window)):
                     f.seek(start)
                     mark.update(f.read(window))
@@ -579,11 +604,11 @@ def hash_weights(folder: str) -> str:
 
 
 def check_settings(out: str, settings: dict, prefix: str = ""):
-    """Write the settings into a folder without answers. Raises UserError if it has some of other settings."""
+    """Write the settings into a folder without results. Raises UserError if it has some of other settings."""
     path = f"{out}/{prefix}config.json"
-    answers = f"{out}/{prefix}items.jsonl"
     os.makedirs(out, exist_ok=True)
-    if not os.path.exists(answers) or not os.path.getsize(answers):
+    results = [f"{out}/{prefix}{name}" for name in ("items.jsonl", "report.json")]
+    if not any(os.path.exists(result) and os.path.getsize(result) for result in results):
         data.write_text(path, json.dumps(settings, indent=1))
         return
     before = read_object(path)
@@ -604,47 +629,50 @@ def read_object(path: str) -> dict:
 
 
 ANSWER = dict(item="", rotation=0, error="", said=[""], heard=[[]])  # a line of items.jsonl
-RELISTENED = dict(again=[[[0.0]]], refused=[{"reason": 0}])  # where parts of the clip could be heard again
+ANSWER |= dict(again=[[[0.0]]], refused=[{"reason": 0}])  # where parts of the clip could be heard again
 
 
 def check_answer(line, where: str):
-    """Raises UserError where a line of items.jsonl has not the shape of ANSWER and RELISTENED."""
-    fits = isinstance(line, dict)
-    fits = fits and all(has_shape(line.get(key), shape) for key, shape in ANSWER.items())
-    fits = fits and all(has_shape(line.get(key, []), shape) for key, shape in RELISTENED.items())
-    if not fits:
-        raise UserError(f"{where}: is damaged: no answer of eval.py; give another folder")
+    """Raises UserError where a line of items.jsonl has not the shape of ANSWER."""
+    if isinstance(line, dict):
+        full = dict(again=[], refused=[]) | line
+        if all(has_shape(full.get(key), shape) for key, shape in ANSWER.items()):
+            return
+    raise UserError(f"{where}: is damaged: no answer of eval.py; give another folder")
 
 
 def has_shape(x, shape) -> bool:
     """Is x of the type of `shape`, and all that it holds of the type of what the shape holds, if anything?"""
     if type(x) is not type(shape):
         return False
-    if not shape or not isinstance(x, list | dict):
-        return True
     if isinstance(x, dict):
-        x, shape = x.values(), shape.values()
-    (inner,) = shape
-    return all(has_shape(entry, inner) for entry in x)
+        x, shape = list(x.values()), list(shape.values())
+    return not isinstance(x, list) or not shape or all(has_shape(entry, shape[0]) for entry in x)
+
+
+def content_of(clip):
+    """-> bytes, or a path"""
+    return clip.read() if isinstance(clip, Embedded) else clip
 
 
 def clip_mark(clip) -> list:
     """What tells a clip from another: path, size and time of a file; checksum of one inside a data set."""
-    content = clip.read() if isinstance(clip, Embedded) else clip
+    content = content_of(clip)
     if isinstance(content, bytes):
         return [repr(clip)[:200], zlib.crc32(content)]
     if not os.path.isfile(content):
         return [content]
-    return [content, os.path.getsize(content), os.path.getmtime(content)]
+    about = os.stat(content)
+    return [content, about.st_size, about.st_mtime]
 
 
-def ask(options: Options, examples: list, played: list, out: str, policy=None) -> list[Item]:
+def ask(options: Options, settings: dict, examples: list, played: list, policy=None) -> list[Item]:
     """Ask about every item that has no answer in the folder yet; answers are appended to items.jsonl.
 
     played: the same examples with the clips that are played, which --audio shuffled changes.
-    Raises UserError if the folder holds answers of other settings or on other clips.
+    Raises UserError if the folder holds answers of other settings or on other clips, or if nothing is heard.
     """
-    check_settings(out, settings_of(options))
+    check_settings(options.out, settings)
     items = {}
     for key, example, source in zip(item_keys(examples), examples, played):
         n = len(example.choices) if options.rotate_choices else 1
@@ -657,13 +685,16 @@ def ask(options: Options, examples: list, played: list, out: str, policy=None) -
             return
         if line["heard"] != item.marks:
             name = f"{item.example.id:.60} was asked on another clip than {item.marks!s:.300}"
-            raise UserError(f"--out {out}: {name}; give another --out")
+            raise UserError(f"--out {options.out}: {name}; give another --out")
         item.lines[line["rotation"]] = line
 
-    with data.Ledger(f"{out}/items.jsonl", "item", enter) as ledger:
+    with data.Ledger(f"{options.out}/items.jsonl", "item", enter) as ledger:
         todo = [item for item in items.values() if item.missing]
         if todo:
             ask_missing(options, todo, ledger, policy)
+    with_clips = [item for item in items.values() if item.clips]
+    if with_clips and not any(item.said for item in with_clips):
+        raise UserError(f"no clip could be heard, of {len(with_clips)} items: {with_clips[0].error}")
     return list(items.values())
 
 
@@ -682,8 +713,7 @@ def ask_missing(options: Options, items: list[Item], ledger, policy=None):
     stream, scores = iter(bar), []
     while batch := list(islice(stream, options.batch_size)):
         for item, rotation, answer in ask_batch(options, cfg, policy, batch):
-            line = dict(item=item.key, heard=item.marks, rotation=rotation)
-            line.update(answer)
+            line = dict(item=item.key, heard=item.marks, rotation=rotation, **answer)
             ledger.append(line)
             item.lines[rotation] = line
         scores += [item.score for item, _ in batch if item.example.has_answer]
@@ -699,7 +729,7 @@ def ask_batch(options: Options, cfg, policy, batch: list):
     import model
     import omni_grpo
 
-    heard, asked, prompts, prompt_clips, seeds = [], [], [], [], []
+    heard, asked, questions = [], [], []
     for item, clips in batch:
         if isinstance(clips, DataError):
             for rotation in item.missing:
@@ -709,16 +739,12 @@ def ask_batch(options: Options, cfg, policy, batch: list):
     embedded = model.embed_clips(policy, [clips for _, clips in heard])
     for (item, clips), audio in zip(heard, embedded):
         for rotation in item.missing:
-            shown = rotate(item.played, rotation)
-            prompts.append(model.encode_prompt(policy, shown, audio, cfg.prompt))
-            prompt_clips.append(clips)
-            seeds.append(data.seed_of(options.seed, item.key, rotation))
+            prompt = model.encode_prompt(policy, rotate(item.played, rotation), audio, cfg.prompt)
+            questions.append((prompt, clips, data.seed_of(options.seed, item.key, rotation)))
             asked.append((item, rotation))
-    if not prompts:
+    if not asked:
         return
-    groups = omni_grpo.rollout(
-        policy, cfg, prompts, prompt_clips, seeds, options.samples, options.temperature
-    )
+    groups = omni_grpo.rollout(policy, cfg, *map(list, zip(*questions)), options.samples, options.temperature)
     for (item, rotation), group in zip(asked, groups):
         answer = dict(said=[model.completion_text(policy, c) for c in group], error="")
         if cfg.relistens:
@@ -746,44 +772,45 @@ def shuffle_clips(examples: list[Example], seed: int) -> list[Example]:
 # A run, and what it writes
 
 
-def run(options: Options, examples: Examples, out: str, policy=None) -> tuple[dict, list[Item]]:
-    """Answer, score, write everything into `out`.       -> (report, items)"""
-    from tools import pages
-
-    asked = examples[: options.limit or None]
-    if not options.prompt:  # the reward of Countdown reads the tags
-        prompt = "answer" if any(e.is_countdown for e in asked) else "direct"
-        options = replace(options, prompt=prompt)
-    played = asked
+def run(options: Options, examples: Examples, policy=None) -> tuple[dict, list[Item]]:
+    """Answer, score, write everything.       -> (report, items)"""
+    played = asked = options.first(examples)
     if options.audio == "shuffled":  # over the whole file, whatever the --limit
         played = shuffle_clips(examples[:], options.seed)[: len(asked)]
-    items = ask(options, asked, played, out, policy)
-    about = settings_of(options)
+    about = settings_of(options, examples)
+    items = ask(options, about, asked, played, policy)
     del about["prompt_text"]
     about["items_hash"] = hash_of("".join(sorted(item.key for item in items)))
     report = make_report(items, examples, about)
-    write_json(f"{out}/predictions.json", own_layout(examples, items))
-    write_json(f"{out}/report.json", report)
-    pages.write_report(out, report, items, options.max_audio_s)
-    write_rates(out, {options.audio: items})
+    write_results(options, report, examples, dict(enumerate(items)))
+    write_rates(options.out, {options.audio: items})
     return report, items
 
 
+def write_results(options: Options, report: dict, examples: Examples, items: dict[int, Item]):
+    """items: by the number of the example"""
+    from tools import pages
+
+    write_json(f"{options.out}/predictions.json", own_layout(examples, items))
+    write_json(f"{options.out}/report.json", report)
+    pages.write_report(options.out, report, list(items.values()), options.max_audio_s)
+
+
 def write_json(path: str, content):
-    data.write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str))
+    def plain(value):
+        return None if isinstance(value, Embedded) else str(value)
+
+    data.write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=plain))
 
 
-def own_layout(examples: Examples, items: list[Item]) -> list[dict]:
+def own_layout(examples: Examples, items: dict[int, Item]) -> list[dict]:
     """The benchmark's own rows, with the keys under which its scripts and their predecessors look."""
     rows = []
-    for i, item in enumerate(items):
+    for i, item in items.items():
         row = dict(examples.rows_of(i)[0])
-        for key, value in row.items():
-            if isinstance(value, Embedded):
-                row[key] = None
-        text, letter, choices = item.answer, item.answer, row.get("choices")
+        text = letter = item.answer
         if item.vote is not None:
-            letter = chr(ord("A") + item.vote)
+            letter, choices = chr(ord("A") + item.vote), row.get("choices")
             if isinstance(choices, list) and len(choices) == len(item.example.choices):
                 text = choices[item.vote]  # with its "(A) ", where the file has it
         row.update(dict.fromkeys(("model_output", "model_prediction", "answer_prediction"), text))
@@ -816,16 +843,16 @@ def write_rates(out: str, conditions: dict[str, list[Item]]):
 def write_captions(options: Options, examples: Examples):
     """Descriptions of every clip, several with --samples, as `python -m tools.generate` reads them."""
     clips, lines = {}, []
-    for e in examples[: options.limit or None]:
+    for e in options.first(examples):
         if e.clips:
             clips[data.clip_key(e)] = replace(e, choices=[], answer=None)
     asked = list(clips.values())
-    items = ask(options, asked, asked, options.out)
-    captioner = os.path.basename(os.path.normpath(options.model))
+    items = ask(options, settings_of(options, examples), asked, asked)
     for item in items:
         if item.said:
             path = save_clip(item.clips[0], f"{options.out}/clips/{item.key}")
-            line = dict(id=item.example.id, audio=path, captions=item.said[0], captioner=captioner)
+            line = dict(id=item.example.id, audio=path, captions=item.said[0])
+            line["captioner"] = Path(options.model).name
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     data.write_text(f"{options.out}/captions.jsonl", "".join(lines))
     print(f"{options.out}/captions.jsonl: {len(lines)} clips, {options.samples} captions each; ", end="")
@@ -834,11 +861,10 @@ def write_captions(options: Options, examples: Examples):
 
 def save_clip(clip, path: str) -> str:
     """-> where it is: a clip from inside a data set is written to `path`"""
-    if isinstance(clip, Embedded):
-        clip = clip.read()
-    if isinstance(clip, bytes):
-        clip = data.write_clip(path, clip)
-    return os.path.abspath(clip)
+    content = content_of(clip)
+    if isinstance(content, bytes):
+        content = data.write_clip(path, content)
+    return os.path.abspath(content)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -858,27 +884,24 @@ def run_controls(options: Options, examples: Examples):
     """The standard set, one table: how much of the score is hearing?"""
     import omni_grpo
 
-    if not any(e.has_answer for e in examples[: options.limit or None]):
+    if not any(e.has_answer for e in options.first(examples)):
         raise UserError(f"--data {options.data}: no answers in this file, and controls compare scores")
-    options = replace(options, audio="real", rotate_choices=False)
+    check_settings(options.out, settings_of(options, examples))
     cfg = config_of(options)
     policy = omni_grpo.load_run_policy(cfg, train=False)
-    reports, items = {}, {}
+    reports, items, rows = {}, {}, []
     for name, change in CONTROLS.items():
-        if name != "once" or cfg.relistens:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            changed = replace(options, **change)
-            reports[name], items[name] = run(changed, examples, f"{options.out}/{name}", policy)
-    rows = []
-    for name, report in reports.items():
-        pair = compare_items(items["real"], items[name])
-        difference, p = f"{100 * pair['difference']:+.1f}", f"{pair['p']:.2g}"
-        if name == "real":
-            difference, p = "", ""
-        if name == "rotated":  # an item can be half right: no coin to toss
-            p = ""
-        share, interval = percent(report["accuracy"]), percents(report["interval"])
-        rows.append([name, share, interval, report["unresolved"], difference, p])
+        if name == "once" and not cfg.relistens:
+            continue
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        changed = replace(options, out=f"{options.out}/{name}", **change)
+        reports[name], items[name] = run(changed, examples, policy)
+        pair, difference, p = compare_items(items["real"], items[name]), "", ""
+        if name != "real":
+            difference = signed(pair["difference"])
+        if name not in ("real", "rotated"):  # an item can be half right: no coin to toss
+            p = f"{pair['p']:.2g}"
+        rows.append([name, *score_cells(reports[name]), difference, p])
     heads = ["condition", "accuracy %", "95 % interval", "unresolved", "against real", "p"]
     print(f"{report_text(reports['real'])}\n\n{markdown_table(heads, rows)}\n")
     consistency = percent(reports["rotated"].get("consistency", 0))
@@ -891,14 +914,15 @@ def run_controls(options: Options, examples: Examples):
 def compare_items(base: list[Item], new: list[Item]) -> dict:
     """Item by item.       -> accuracies, difference with its interval, p, items that flipped"""
     before, after = [item.score for item in base], [item.score for item in new]
+    differences = [b - a for a, b in zip(before, after)]
     lost = [item.key for item, a, b in zip(new, before, after) if a >= 0.5 > b]
     won = [item.key for item, a, b in zip(new, before, after) if b >= 0.5 > a]
     return dict(
         n=len(new),
         base=mean(before),
         new=mean(after),
-        difference=mean(after) - mean(before),
-        interval=bootstrap([b - a for a, b in zip(before, after)]),
+        difference=mean(differences),
+        interval=bootstrap(differences),
         p=mcnemar(len(lost), len(won)),
         lost=lost,
         won=won,
@@ -911,7 +935,7 @@ def load_results(folder: str) -> tuple[dict, dict[str, Item]]:
     needed = (
         "file format version items n skipped note errors error_items missing items_hash accuracy by by_task"
     )
-    lacks = [name for name in needed.split() if name not in report]
+    lacks = sorted(set(needed.split()) - report.keys())
     if lacks:
         raise UserError(f"{folder}: no finished and scored results of eval.py there (no {', '.join(lacks)})")
     examples = list(Examples(f"{folder}/examples.jsonl"))
@@ -947,9 +971,8 @@ def compare(base: str, new: str, max_audio_s: float):
     pairs = {name: compare_items([before[item.key] for item in part], part) for name, part in parts.items()}
     rows = []
     for name, pair in pairs.items():
-        low, high = (f"{100 * x:+.1f}" for x in pair["interval"])
-        row = [name, pair["n"], percent(pair["base"]), percent(pair["new"])]
-        row += [f"{100 * pair['difference']:+.1f}", f"{low} to {high}"]
+        row = [name, pair["n"], percent(pair["base"]), percent(pair["new"]), signed(pair["difference"])]
+        row.append(" to ".join(map(signed, pair["interval"])))
         rows.append(row + [len(pair["won"]), len(pair["lost"]), f"{pair['p']:.2g}"])
     heads = ["", "n", "base %", "new %", "difference", "95 % interval", "won", "lost", "p"]
     print(f"{base} -> {new}, {len(after)} items\n\n{markdown_table(heads, rows)}")
@@ -958,8 +981,9 @@ def compare(base: str, new: str, max_audio_s: float):
     flips = {}
     for name in ("won", "lost"):
         flips.update(dict.fromkeys(pairs["all"][name], name))
-        for item in [after[key] for key in pairs["all"][name][:5]]:
-            print(f"  {name}: {item.example.id}: {item.example.question:.80} -> {item.answer:.40}")
+        for key in pairs["all"][name][:5]:
+            example = after[key].example
+            print(f"  {name}: {example.id}: {example.question:.80} -> {after[key].answer:.40}")
     write_json(f"{new}/compare.json", dict(pairs["all"], before=base, after=new))
     pages.write_report(new, report, parts["all"], max_audio_s, flips)
     print(f"{new}/compare.json; {new}/report.html now shows the flipped ones")
@@ -975,7 +999,7 @@ ASKED = (  # the columns of all formats that hold the question or its choices
 ).split()
 
 
-def score_file(path: str, data_path: str = "") -> dict:
+def score_file(path: str, options: Options) -> dict:
     """Score anybody's predictions: rows of the benchmark, or what tells the items of --data apart.
 
     Raises DataError if no row has a prediction, or if a row asks something else than the item that it names.
@@ -984,31 +1008,36 @@ def score_file(path: str, data_path: str = "") -> dict:
     rows = [source[i] for i in range(len(source))]
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list or lines of JSON objects, one a prediction")
-    examples = Examples(data_path or path)
+    examples = Examples(options.data or path, options.audio_dir)
     asked = unique_examples(examples)
     keys = [prediction_key(row) for row in rows]
     if not any(keys):
         raise DataError(f"{path}: no row has a prediction; looked for {', '.join(PREDICTIONS)}")
-    if data_path:
+    if options.data:
         places = set(range(len(rows)))
         found = join(rows, asked)
         check_joined(source, rows, examples, found)
     else:
         places = {numbers[0] for numbers in examples.items}
         found = {j: examples.items[j][0] for j in asked}
-    items = []
-    for j, key in zip(asked, item_keys(list(asked.values()))):
-        items.append(Item(asked[j], key))
-        column = keys[found[j]] if j in found else ""
-        if column:
-            items[-1].lines[0] = dict(said=[str(rows[found[j]][column])], error="")
+    items = {j: Item(example, item_key(example), example.clips) for j, example in asked.items()}
+    for j, i in found.items():
+        if keys[i]:
+            items[j].lines[0] = dict(said=[str(rows[i][keys[i]])], error="")
+    settings = dict(data_fingerprint=data_mark(examples), predictions_fingerprint=hash_of(json.dumps(rows)))
     about = dict(
-        predictions=os.path.basename(path),
+        settings,
+        predictions=Path(path).name,
         left_out=[source.where(i) for i in sorted(places - set(found.values()))],
         prediction_key=", ".join(key for key in PREDICTIONS if key in keys),
     )
-    report = make_report(items, examples, about)
+    report = make_report(list(items.values()), examples, about)
+    if options.out:
+        check_settings(options.out, settings)
+        write_results(options, report, examples, items)
     print(report_text(report))
+    if options.out:
+        print(f"\n{options.out}: predictions.json, report.json, report.html")
     return report
 
 
@@ -1051,9 +1080,9 @@ def join(rows: list[dict], asked: dict[int, Example]) -> dict[int, int]:
     owners = Counter(flatten(map(set, sought.values())))
     found = {}
     for j, names in sought.items():
-        usable = [row_of[name] for name in names if name in row_of and owners[name] == 1]
-        if usable:
-            found[j] = usable[0]
+        for name in names:
+            if name in row_of and owners[name] == 1:
+                found.setdefault(j, row_of[name])
     return found
 
 
@@ -1078,14 +1107,15 @@ def evaluate(options: Options):
     """--data: one run, or all controls, or captions."""
     examples = Examples(options.data, options.audio_dir)
     if not options.out:
-        names = [os.path.basename(os.path.normpath(path)) for path in (options.data, options.model)]
-        options.out = f"results/{os.path.splitext(names[0])[0]}-{names[1]}"
+        options.out = f"results/{Path(options.data).stem}-{Path(options.model).name}"
+    if not options.prompt:  # the reward of Countdown reads the tags
+        options.prompt = "answer" if any(e.is_countdown for e in options.first(examples)) else "direct"
     if options.controls:
         run_controls(options, examples)
     elif options.prompt == "caption":
         write_captions(options, examples)
     else:
-        report, _ = run(options, examples, options.out)
+        report, _ = run(options, examples)
         print(report_text(report))
         print(f"\n{options.out}: predictions.json, report.json, report.html, examples.jsonl")
 
@@ -1099,12 +1129,13 @@ def main(argv=None) -> int:
 
     def command():
         given = vars(parser.parse_args(argv))
+        check_flags(given)
         folders, predictions = given.pop("compare", None), given.pop("score", None)
         options = Options(**given)
         if folders:
             compare(*folders, options.max_audio_s)
         elif predictions:
-            score_file(predictions, options.data)
+            score_file(predictions, options)
         elif options.data:
             evaluate(options)
         else:

@@ -37,8 +37,8 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("sampler ignores the temperature", "logits.float() / (temperature or 1.0)", "logits.float()", MATH),
     (
         "sampler is off by one",
-        "right=True)\n    return ids[:, 0]",
-        "right=False)\n    return ids[:, 0]",
+        "cdf[:, -1:], right=True)",
+        "cdf[:, -1:], right=False)",
         MATH,
     ),
     # ---- scoring
