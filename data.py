@@ -13,6 +13,11 @@ format, add one entry: the columns that give it away, and which of them holds wh
 audio and needs no torch.
 """
 
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit(f"error: Python {sys.version.split()[0]} is too old; 3.11 or later is needed")
+
 import argparse
 import ast
 import collections
@@ -32,7 +37,6 @@ import shlex
 import shutil
 import signal
 import string
-import sys
 import tempfile
 import time
 import unicodedata

@@ -1004,21 +1004,18 @@ def score_file(path: str, options: Options) -> dict:
 
     Raises DataError if no row has a prediction, or if a row asks something else than the item that it names.
     """
-    source = data.TextRows(path)
-    rows = [source[i] for i in range(len(source))]
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: expected a list or lines of JSON objects, one a prediction")
+    rows, places = read_predictions(path)
     examples = Examples(options.data or path, options.audio_dir)
     asked = unique_examples(examples)
     keys = [prediction_key(row) for row in rows]
     if not any(keys):
         raise DataError(f"{path}: no row has a prediction; looked for {', '.join(PREDICTIONS)}")
     if options.data:
-        places = set(range(len(rows)))
+        numbers = set(range(len(rows)))
         found = join(rows, asked)
-        check_joined(source, rows, examples, found)
+        check_joined(places, rows, examples, found)
     else:
-        places = {numbers[0] for numbers in examples.items}
+        numbers = {first for first, *_ in examples.items}
         found = {j: examples.items[j][0] for j in asked}
     items = {j: Item(example, item_key(example), example.clips) for j, example in asked.items()}
     for j, i in found.items():
@@ -1028,7 +1025,7 @@ def score_file(path: str, options: Options) -> dict:
     about = dict(
         settings,
         predictions=Path(path).name,
-        left_out=[source.where(i) for i in sorted(places - set(found.values()))],
+        left_out=[places[i] for i in sorted(numbers - set(found.values()))],
         prediction_key=", ".join(key for key in PREDICTIONS if key in keys),
     )
     report = make_report(list(items.values()), examples, about)
@@ -1039,6 +1036,25 @@ def score_file(path: str, options: Options) -> dict:
     if options.out:
         print(f"\n{options.out}: predictions.json, report.json, report.html")
     return report
+
+
+def read_predictions(path: str) -> tuple[list[dict], list[str]]:
+    """-> rows, and where in the file each stands: lines or a list of objects, lmms-eval's samples (the
+    benchmark's row is their `doc`), or one object of ids and predictions."""
+    source = data.TextRows(path)
+    rows, places = [source[i] for i in range(len(source))], list(map(source.where, range(len(source))))
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: expected a list or lines of JSON objects, one a prediction")
+    if len(rows) == 1 and not prediction_key(rows[0]) and {*map(type, rows[0].values())} == {str}:
+        rows = [dict(id=name, prediction=said) for name, said in rows[0].items()]
+        return rows, places * len(rows)
+    for i, row in enumerate(rows):
+        said = row.get("filtered_resps") or row.get("resps")
+        while isinstance(said, list) and said:
+            said = said[0]
+        if isinstance(row.get("doc"), dict) and isinstance(said, str):
+            rows[i] = row["doc"] | dict(prediction=said)
+    return rows, places
 
 
 def prediction_key(row: dict) -> str:
@@ -1086,17 +1102,17 @@ def join(rows: list[dict], asked: dict[int, Example]) -> dict[int, int]:
     return found
 
 
-def check_joined(source, rows: list[dict], examples: Examples, found: dict[int, int]):
+def check_joined(places: list[str], rows: list[dict], examples: Examples, found: dict[int, int]):
     """Raises DataError if nothing was found, or if a row asks something else than its item."""
     remedy = f"of {examples.path}; give the file that was asked"
     if not found:
-        raise DataError(f"{source.where(0)}: no row has an id, a clip or a question {remedy}")
+        raise DataError(f"{places[0]}: no row has an id, a clip or a question {remedy}")
     for j, i in sorted(found.items(), key=lambda pair: pair[1]):
         own = examples.rows_of(j)[0]
         for column in ASKED:
             here, there = rows[i].get(column), own.get(column)
             if here and there and data.normal_words(str(here)) != data.normal_words(str(there)):
-                raise DataError(f"{source.where(i)}: its question or choices are not those {remedy}")
+                raise DataError(f"{places[i]}: its question or choices are not those {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1449,3 +1449,27 @@ def test_the_page_of_rollouts(clips, capsys):
         assert pages.main([str(clips)]) == 2 and "rollouts.jsonl:1: not a line" in capsys.readouterr().err
     for flags, message in (("missing.jsonl", "no such file"), (". --max_audio_s 0", "--max_audio_s")):
         assert pages.main(flags.split()) == 2 and message in capsys.readouterr().err
+
+
+def test_predictions_as_others_write_them(tmp_path, capsys):
+    """lmms-eval's samples, and one object of ids and texts, score as a list of rows does."""
+    rows = [
+        dict(id=f"q{i}", audio_id="a.wav", question=f"Which {i}?", choices=["dog", "cat"]) for i in range(4)
+    ]
+    gold = tmp_path / "mmau.json"
+    gold.write_text(json.dumps([row | dict(answer="cat") for row in rows]))
+    said = ["cat", "dog", "The answer is B.", "cat"]
+    plain = [row | dict(model_output=text) for row, text in zip(rows, said)]
+    samples = [
+        dict(doc_id=i, doc=row | dict(answer="cat"), filtered_resps=[text], resps=[[text]])
+        for i, (row, text) in enumerate(zip(rows, said))
+    ]
+    contents = {
+        "plain.json": json.dumps(plain),
+        "samples.jsonl": "".join(json.dumps(row) + "\n" for row in samples),
+        "object.json": json.dumps({row["id"]: text for row, text in zip(rows, said)}, indent=1),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+        report = ev.score_file(str(tmp_path / name), ev.Options(data=str(gold)))
+        assert report["accuracy"] == 0.75 and not report["left_out"], name

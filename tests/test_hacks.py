@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import eval as eval_
 import model
 import omni_grpo as og
 import reward
+from runs import ROOT
 from test_families import family_folder  # noqa: F401 - a fixture
 from texts import README
 
@@ -117,3 +121,47 @@ def test_benchmark(hack, tiny, tmp_path, capsys):
         report = json.load(f)
     assert "l0" in shown and "l1" in shown
     assert any("rule" in key or "official" in key for key in report), list(report)
+
+
+def paste(folder, name, block):
+    """Put a block where the README says: above the line that starts the script, or at the end."""
+    path = os.path.join(folder, name)
+    with open(path, encoding="utf-8") as f:
+        above, start, below = f.read().partition('if __name__ == "__main__":')
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(f"{above}\n{BLOCKS[block]}\n\n{start}{below}")
+
+
+def test_pasted_into_the_scripts(tiny, tmp_path):
+    """A reader's copy of the project, run as scripts: every block has its effect."""
+    names = [name for name in os.listdir(ROOT) if name.endswith(".py")]
+    for name in names:
+        shutil.copy(os.path.join(ROOT, name), tmp_path)
+    shutil.copytree(os.path.join(ROOT, "tools"), tmp_path / "tools")
+    places = dict(
+        reward="reward.py", prompt="data.py", format="data.py", loss="omni_grpo.py", benchmark="eval.py"
+    )
+    for block, name in places.items():
+        paste(tmp_path, name, block)
+    clip = data.Examples(tiny.questions)[0].audio
+    rows = [
+        dict(sound=clip, ask="Which?", options="beep|hum", right=str(i % 2), level=f"l{i}") for i in range(2)
+    ]
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(words):
+        done = subprocess.run([sys.executable, *words.split()], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    knobs = f"--model {tiny.base} --data quiz.jsonl --steps 1 --prompts_per_step 2 --num_generations 8 --eval_size 0"
+    knobs += (
+        " --lora_rank 4 --beta 0 --temperature 5 --reduce token --prompt polite --reward accuracy=1,brief=1"
+    )
+    run(f"omni_grpo.py {knobs} --out runs/hacked")
+    log = [json.loads(line) for line in open(tmp_path / "runs" / "hacked" / "log.jsonl")]
+    assert 0 < log[1]["reward/brief"] <= 1 and log[1]["optim/grad_norm"] > 0
+    assert log[1]["policy/loss"] == 0  # the pasted one, whose ratio is 1; ours is not 0 where lengths differ
+    assert log[1]["len/mean"] < 16.1
+    out = run(f"eval.py --data quiz.jsonl --model {tiny.base} --out results/quiz --prompt polite")
+    assert "l0" in out and "l1" in out
