@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ from torch import Tensor
 import data
 from data import PROMPTS, SEGMENT, Example, UserError
 
+OLDEST = dict(torch="2.11", transformers="5.0", peft="0.17")
 LORA_ALPHA_PER_RANK = 2  # LoRA's updates are scaled by alpha / rank, the same for every rank
 MIN_RELISTEN_S, MAX_RELISTEN_S = 0.2, 10.0  # of a shorter or a longer part nothing is heard again
 RELISTEN_TOKENS = 512  # what may be heard again in one completion, at 25 tokens a second
@@ -221,6 +223,14 @@ def find_model(name: str) -> str:
         ) from None
 
 
+def check_libraries() -> None:
+    """Raises UserError for a library that is older than any that this code was written for."""
+    for name, oldest in OLDEST.items():
+        found = importlib.metadata.version(name)
+        if list(map(int, re.findall(r"\d+", found)[:2])) < list(map(int, oldest.split("."))):
+            raise UserError(f"{name} {found} is too old, {oldest} is needed: pip install -r requirements.txt")
+
+
 def quiet_libraries() -> None:
     """The terminal belongs to the run: no notes about deprecations, optional kernels and shards."""
     import transformers
@@ -235,6 +245,7 @@ def quiet_libraries() -> None:
 def blame(what: str):
     """Around calls of libraries that read the user's files: what they raise becomes a UserError of one
     line."""
+    import jinja2
     import safetensors
 
     known = OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, AttributeError
@@ -242,7 +253,7 @@ def blame(what: str):
         yield
     except torch.OutOfMemoryError:
         raise
-    except (*known, safetensors.SafetensorError, pickle.UnpicklingError) as e:
+    except (*known, safetensors.SafetensorError, pickle.UnpicklingError, jinja2.TemplateError) as e:
         raise UserError(f"{what}: {' '.join(str(e).split())[:300] or type(e).__name__}") from None
 
 
@@ -270,6 +281,7 @@ def load_policy(
     """
     import transformers
 
+    check_libraries()
     quiet_libraries()
     folder, cuda = find_model(model), torch.cuda.is_available()
     if load_in_4bit and not cuda:
@@ -441,6 +453,12 @@ def add_text_side(policy: Policy, family: Family, folder: str, where: str) -> No
                 f"{where}: its tokenizer does not hold the audio placeholder, id {policy.audio_id}; "
                 "are its files there?"
             )
+    clips = ["clip"] if family.audio_id else []
+    with blame(f"{where}: its chat template"):
+        messages = data.chat_messages(Example(audio=clips, question="?"), PROMPTS["direct"])
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    if tokenizer(text, add_special_tokens=False)["input_ids"].count(policy.audio_id) != len(clips):
+        raise UserError(f"{where}: its chat template writes no placeholder for a clip")
     stops = getattr(model.generation_config, "eos_token_id", None) or []
     stops = stops if isinstance(stops, list) else [stops]
     policy.stop_ids = sorted({tokenizer.eos_token_id, *stops})

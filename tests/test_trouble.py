@@ -385,3 +385,49 @@ def test_a_list_of_names_does_not_reach_the_tower(config, adapter):
     assert theirs.keys() == ours.keys() and not any("audio_tower" in name for name in theirs)
     assert all(torch.equal(theirs[name], x) for name, x in ours.items())
     assert isinstance(policy, model.Policy)
+
+
+@pytest.mark.parametrize(
+    "template, what",
+    [
+        ("{{ raise_exception('only text') }}", "its chat template: only text"),
+        ("{% for m in messages %}", "its chat template: "),
+        (
+            "{% for m in messages %}{{ m.role }}{% endfor %}",
+            "its chat template writes no placeholder for a clip",
+        ),
+        ("{{ messages[0].content.nothing.at_all }}", "its chat template: "),
+    ],
+)
+def test_chat_templates_that_do_not_work(config, tiny, tmp_path, template, what):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny.base, folder)
+    for name in os.listdir(folder):
+        if name.endswith(".jinja"):
+            (folder / name).write_text(template)
+    with pytest.raises(data.UserError, match="^--model ") as e:
+        og.load_run_policy(config(model=str(folder)))
+    assert what in str(e.value) and "\n" not in str(e.value)
+
+
+def test_libraries_that_are_too_old(config, monkeypatch):
+    monkeypatch.setitem(model.OLDEST, "torch", "9.9")
+    with pytest.raises(data.UserError, match=r"^torch 2\S+ is too old, 9.9 is needed: pip install -r"):
+        og.load_run_policy(config())
+
+
+def test_a_call_from_a_notebook_or_a_thread_leaves_things_as_they_were(config, tmp_path):
+    """The plot backend and the signals belong to the caller."""
+    import threading
+
+    import matplotlib
+
+    matplotlib.use("svg")
+    handler, done = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(
+        target=lambda: done.append(og.train(config(steps=1, out=str(tmp_path / "run"))))
+    )
+    thread.start()
+    thread.join()
+    assert done[0][1] and matplotlib.get_backend().lower() == "svg"
+    assert signal.getsignal(signal.SIGTERM) is handler
