@@ -1320,13 +1320,19 @@ def find_sounds(folder: str):
     return sorted(names), splits, left_out
 
 
+def ffmpeg_line(source, target=""):
+    """To paste: the sound of a video, or of a file that libsndfile does not read, as a wav beside it."""
+    target = target or os.path.splitext(source)[0] + ".wav"
+    if target == source:
+        target = os.path.splitext(source)[0] + "_mended.wav"
+    return f"ffmpeg -i {shlex.quote(source)} {shlex.quote(target)}"
+
+
 def no_sound(path):
     ending = os.path.splitext(path)[1].lower()
     if ending not in VIDEO_FILES:
         return f"not a sound ({ending or 'no ending'})"
-    return (
-        f"{ending} cannot be read; ffmpeg -i {shlex.quote(path)} {shlex.quote(path[: -len(ending)] + '.wav')}"
-    )
+    return f"{ending} cannot be read; {ffmpeg_line(path)}"
 
 
 class FolderRows(Rows):
@@ -1743,6 +1749,8 @@ def read_audio(source: str | bytes | Embedded, max_s: float, whole: bool = False
         kind = kind_of_file(source) if isinstance(source, str) else ""
         if kind not in ("", "a sound"):
             reason = f"it is {kind}"
+        if kind in ("AAC", "AAC or a video", "a video", "AMR", "WMA"):
+            hint = hint or f"; {ffmpeg_line(source)}"
         raise AudioError(f"{name}: not a readable sound file ({reason}){hint}") from None
     seconds = n / rate_hz
     if seconds > max_s:
@@ -1791,8 +1799,8 @@ def video_hint(path):
     for video_ending in (ending, *VIDEO_FILES):
         video = stem + video_ending
         if video_ending.lower() in VIDEO_FILES and os.path.isfile(video):
-            sound = path if ending.lower() in SOUND_FILES else f"{stem}.wav"
-            return f"; extract the sound: ffmpeg -i {video} {sound}"
+            sound = path if ending.lower() in SOUND_FILES else ""
+            return f"; extract the sound: {ffmpeg_line(video, sound)}"
     return ""
 
 

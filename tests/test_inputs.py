@@ -355,7 +355,7 @@ def test_a_file_of_questions_that_is_none(put, content, what):
 @pytest.mark.parametrize(
     "content, what",
     [
-        (b"\0\0\0\x20ftypM4A ", r"it is AAC or a video\)"),
+        (b"\0\0\0\x20ftypM4A ", r"it is AAC or a video\); ffmpeg -i \S+/a.wav \S+/a_mended.wav"),
         (b"<html>404</html>", r"it is an HTML page: the download went wrong\)"),
         (b"version https://git-lfs.github.com/spec/v1\n", r"it is a Git LFS pointer .* git lfs pull\)"),
         (b"no sound at all", r"not a readable sound file \("),
