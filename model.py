@@ -453,9 +453,10 @@ def add_text_side(policy: Policy, family: Family, folder: str, where: str) -> No
                 f"{where}: its tokenizer does not hold the audio placeholder, id {policy.audio_id}; "
                 "are its files there?"
             )
-    clips = ["clip"] if family.audio_id else []
+    clips = [{"type": "audio", "audio": "clip"}] if family.audio_id else []
     with blame(f"{where}: its chat template"):
-        messages = data.chat_messages(Example(audio=clips, question="?"), PROMPTS["direct"])
+        content = [*clips, {"type": "text", "text": "?"}] if clips else "?"
+        messages = [{"role": "user", "content": content}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     if tokenizer(text, add_special_tokens=False)["input_ids"].count(policy.audio_id) != len(clips):
         raise UserError(f"{where}: its chat template writes no placeholder for a clip")

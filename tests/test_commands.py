@@ -23,6 +23,7 @@ import data
 from data import Examples
 from test_data import cells
 from test_formats import CASES
+from tools import check
 
 PROGRAM = os.path.abspath(data.__file__)
 SINE = np.sin(np.arange(1600) / 5) / 2
@@ -175,7 +176,7 @@ def test_check_finds_every_planted_defect(here):
 def test_check_hears_two_clips_at_a_time(run, here, monkeypatch):
     """Whether by threads or by processes: a clip is heard when another is."""
     barrier, read_audio = multiprocessing.get_context("fork").Barrier(2), data.read_audio
-    monkeypatch.setattr(data, "read_audio", lambda *a, **k: (barrier.wait(20), read_audio(*a, **k))[1])
+    monkeypatch.setattr(check, "read_audio", lambda *a, **k: (barrier.wait(20), read_audio(*a, **k))[1])
     for i in range(64):
         sound(f"{here}/{i}.wav", i)
     run("check", write(here / "q.jsonl", *[ROW | dict(audio=f"{i}.wav") for i in range(64)]))
@@ -303,7 +304,7 @@ def test_against_knows_embedded_clips_by_their_inner_name(report, here):
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_heard(run, here, monkeypatch):
-    monkeypatch.setattr(data, "read_audio", lambda *_, **__: pytest.fail("it was heard"))
+    monkeypatch.setattr(check, "read_audio", lambda *_, **__: pytest.fail("it was heard"))
     _, err = run("check", write(here / "q.jsonl", ROW), "--report", "none/r.json", code=2)
     assert err == "error: none/r.json: No such file or directory\n"
 

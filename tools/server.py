@@ -174,7 +174,9 @@ class Chat:
                 reply = self.client.chat.completions.create(model=self.model, messages=messages, **options)
                 break
             except (openai.BadRequestError, openai.NotFoundError, openai.UnprocessableEntityError) as e:
-                words = re.findall(r"\w+", str(e)) + ["response_format"] * (not self.answered)
+                learned = self.options.keys() ^ options.keys()  # by another thread, since this one asked
+                guess = ["response_format"] if learned or not self.answered else []
+                words = [*learned, *re.findall(r"\w+", str(e)), *guess]
                 refused = next((word for word in words if word in options), None)
                 if refused is None:
                     raise
