@@ -12,8 +12,8 @@ import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("omni_grpo.py", "model.py", "data.py")
-MATH, MODEL, PLAIN, RUN, RANKS, FAMILIES, AGAIN = (
-    f"tests/test_{x}.py" for x in ("math", "model", "plain", "run", "ranks", "families", "relisten")
+MATH, MODEL, PLAIN, RUN, RANKS, FAMILIES, AGAIN, INPUTS, TROUBLE, DATA = (
+    f"tests/test_{x}.py" for x in "math model plain run ranks families relisten inputs trouble data".split()
 )
 
 MUTANTS = [  # what, old, new, the tests that must die
@@ -149,6 +149,25 @@ MUTANTS = [  # what, old, new, the tests that must die
         "        write(path)\n        write(part)\n",
         RUN,
     ),
+    ("a stopped evaluation counts", '    if right.pop("stopped"):\n', "    if False:\n", TROUBLE),
+    ("evaluated before it is saved", '"record": record, phase', '"record": None, phase', TROUBLE),
+    ("other data on --resume", "files.get(flag) != before", "files.get(flag) is None", TROUBLE),
+    ("a directory for two", "if not data.lock(folder):", "if False:", TROUBLE),
+    ("a bad clip counts every time", "bad[str(example.clips)] = heard", "bad[drawn] = heard", TROUBLE),
+    ("NaN in the log", "return None if isinstance(x, float)", "return x if isinstance(x, float)", TROUBLE),
+    ("any adapter fits", "    if there != wanted:\n", "    if False:\n", TROUBLE),
+    ("LoRA on the tower", "if not isinstance(config.target_modules, str):", "if False:", TROUBLE),
+    # ---- data
+    ("labels stay", "return labels, texts\n    return [], choices", "return [], choices", INPUTS),
+    ("choices of any kind", 'return [f"{topic} {kind}" for topic in topics] + [kind]', 'return [""]', INPUTS),
+    (
+        "splits are merged",
+        "        if len(splits) > 1:\n            raise",
+        "        if False:\n            raise",
+        INPUTS,
+    ),
+    ("a tag without a clip", "and tags != len(clips)", "and False", "tests/test_formats.py"),
+    ("held out by absolute path", "key = os.path.relpath(key, folder)", "pass", DATA),
     # ---- families, re-listening
     ("frames past a clip's end dropped", "frames_after=2", "frames_after=0", FAMILIES),
     (
