@@ -333,7 +333,8 @@ def read_json(row, key, kind):
             value = parse_json(value.encode("utf-8", "replace"), f'field "{key}"')
         except DataError:
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-                value = ast.literal_eval(value.strip())
+                commas = re.sub(r"""(?<=['"])\s+(?=['"])""", ", ", value.strip())  # numpy writes none
+                value = ast.literal_eval(commas)
             if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
                 raise
     if not isinstance(value, kind):
@@ -352,8 +353,12 @@ SEQUENCES = [  # how people label choices
 ]
 # "(a) dog", "[A] dog", "A、dog", "1. dog", "Option A: dog", "A.dog"; but "A.D." and "1.5 s" have no label
 LABEL = re.compile(
-    r"""\s* (?:(?i:option|choice)\s+)? [(\[（【]? ([A-Za-z]|\d\d?|[IVX]+|[ivx]+)
-    (?: [)\]）】、．：]\s* | [.:](?=\s|$)\s* | \s+[-–]\s+ | (?<=[A-Za-z])[.:](?=[^\W\d_]{2}|[^\x00-\x7f]) )
+    r"""\s* (?:(?i:option|choice|answer)\s+)? [*]{0,2} [(\[（【]? ([A-Za-z]|\d\d?|[IVX]+|[ivx]+)
+    (?: [.]?[)\]）】、．：][.:]?[*]{0,2}\s*
+      | [.](?=[\s*]|$)[*]{0,2}\s*
+      | (?<=[A-Za-z]):(?=\s|$)\s* | (?<=\d):\s+(?!\d)  # "1: 2" is a score
+      | (?<=[A-Za-z])\s+[-–—]\s+(?!\S$|\S\s-)  # and "A - B" are two places
+      | (?<=[A-Za-z])[.:](?=[^\W\d_]{2}|[^\x00-\x7f]) )
     """,
     re.VERBOSE,
 )
@@ -374,6 +379,8 @@ def tidy_choices(choices, answer):
     if not all(is_padding(text) or isinstance(text, str) for text in texts):
         raise DataError(f'field "choices": expected a list of texts, found {choices!r:.80}')
     gold = answer
+    if type(answer) is int and str(answer) in labels and labels.index(str(answer)) != answer:
+        raise DataError(f'field "answer": {answer} may be a label or an index; write the choice itself')
     if isinstance(answer, str):
         gold = find_answer(answer, [*choices], labels, texts)
     kept = [i for i, text in enumerate(texts) if not is_padding(text) or i == gold and text == answer]
@@ -385,7 +392,9 @@ def tidy_choices(choices, answer):
 
 
 def is_padding(choice) -> bool:
-    return choice is None or choice != choice or str(choice).strip().lower() in ("", "nan")
+    if isinstance(choice, str):
+        return len(choice) < 9 and choice.strip().lower() in ("", "nan")
+    return choice is None or choice != choice
 
 
 def split_labels(choices: list) -> tuple[list[str], list]:
@@ -399,7 +408,10 @@ def split_labels(choices: list) -> tuple[list[str], list]:
         labels[i], texts[i] = mark[1], choices[i][mark.end() :]
     found = sorted(labels[i] for i in marks)
     for sequence in SEQUENCES:
-        fits = found in (sorted(sequence[: len(marks)]), [sequence[i] for i in marks if i < len(sequence)])
+        n = len(marks)
+        in_place = [sequence[i] for i in marks if i < len(sequence)]
+        few_lost = n > 2 and found[:2] == sequence[:2] and {*found} < {*sequence[: n + 2]}
+        fits = found in (sorted(sequence[:n]), in_place) or few_lost
         # of "1. Satz" and "2. Satz" the number is what they say
         says_more = len({*texts}) == len(texts) or sequence[0].upper() == "A"
         if fits and says_more and any(map(str.strip, (texts[i] for i in marks))):
@@ -573,10 +585,19 @@ def arc(rows):
     return dict(question=question, choices=texts, answer=labels.index(answer) if answer else None)
 
 
-ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant")
+ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", model="assistant")
 TAG = r"(?:Audio \d+: *)?(?:<audio>(?:[^<\n]+</audio>)?|<sound>)"
+CHAT_CLIP_KEYS = f"audios|audio_paths|sounds|sound|audio_url|audio_filepath|speech|{CLIP_KEYS}"
 TURNS = "query|messages|conversations|prompt|problem"
 NEEDS_EYES = re.compile("<(image|img|video)>")
+
+
+def is_conversation(row):
+    """A prompt beside a question of its own, or beside a label, is something else."""
+    if "messages" in row or "conversations" in row:
+        return True
+    known = "response completion solution ground_truth answer".split()
+    return not row.keys().isdisjoint(known) and row.keys().isdisjoint(["question", *LABEL_KEYS.split("|")])
 
 
 def conversation(rows):
@@ -596,18 +617,19 @@ def conversation(rows):
     if not isinstance(asked, str) or not isinstance(reply, str) and solution is None:
         expected = "expected a text of the user, and a reply or a solution"
         raise DataError(f'field "{key}": {expected}, found {said!r:.200}')
-    clips = (
-        take(row, "audios|audio|sound|audio_path") or inside or re.findall("<audio>([^<\n]+)</audio>", asked)
-    )
-    clips = clips if isinstance(clips, list) else [clips]
+    key = first_key(row, CHAT_CLIP_KEYS)
+    if key and isinstance(row[key], str) and row[key].startswith("["):
+        row[key] = read_json(row, key, list)
+    clips = take(row, CHAT_CLIP_KEYS) or inside or re.findall("<audio>([^<\n]+)</audio>", asked)
+    clips = [clip_in(clip) for clip in (clips if isinstance(clips, list) else [clips])]
     if (tags := len(re.findall(TAG, asked))) and tags != len(clips):
         raise DataError(f'field "audios": {len(clips)} clips, and the question has {tags} places for them')
     fields = dict(
         audio=clips if clips[1:] else next(iter(clips), None), question=name_clips(asked), target=reply
     )
     if solution is not None:
-        answer = re.search("<answer>(.*?)</answer>", str(solution), re.DOTALL)
-        fields["answer"] = answer[1].strip() if answer else solution
+        answer = re.search(r"<answer>(.*?)</answer>|\\boxed\{(.*?)\}", str(solution), re.DOTALL)
+        fields["answer"] = (answer[1] or answer[2] or "").strip() if answer else solution
         fields["choices"] = take(row, "choices|options")
         if fields["choices"] is None:
             fields["question"], fields["choices"] = split_options(fields["question"])
@@ -649,17 +671,26 @@ def join_parts(content, clips):
         if kind == "text":
             texts.append(str(part.get("text")))
         elif "audio" in kind:
-            clip = part.get(kind, part.get("audio", part.get("path")))
-            clips += [clip.get("url") if isinstance(clip, dict) else clip] if clip is not None else []
+            names = [kind, "audio", "audio_url", "url", "path"]
+            clips.append(next((part[name] for name in names if part.get(name) is not None), None))
             texts.append("<audio>")
         else:
             texts.append("<image>")
     return "".join(texts)
 
 
+def clip_in(value):
+    """A path, bytes or Embedded, also where it lies in an object. Raises DataError."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key)), None)
+    if not value or isinstance(value, str) and value.startswith("data:"):
+        raise DataError(f'field "audios": expected the path of a clip, found {value!r:.60}')
+    return value
+
+
 def conversation_skip(rows):
     (row,) = rows
-    if any(row.get(key) for key in ("images", "videos", "image", "video")):
+    if any(row.get(key) for key in ("images", "videos", "image", "video")) or row.get("data_type") == "video":
         return "needs a picture or a video"
     try:
         turns, _ = read_turns(row, first_key(row, TURNS))
@@ -685,14 +716,28 @@ def name_clips(text: str) -> str:
     return re.sub(TAG, name, inner).strip()
 
 
+# what stands behind the last option: another paragraph, or how to answer
+END_OF_OPTIONS = (
+    r"(?s)\n.*|(?i:[.\s]+(please|output|answer|respond|think|choose|select|give|put)\b"
+    r".*(answer|letter|option|<).*)"
+)
+
+
 def split_options(text: str):
     """ "Which? Choose from: ['dog', 'cat'].", "Which? A. dog B. cat" -> "Which?", its choices or None"""
-    found = re.search(r"(\[(?:'|\").*?(?:'|\")\])", text, re.DOTALL)
-    parts = re.split(r"(?:^|\s)[(\[]?([A-J])[.):\]]\s+", text)
+    found = re.search(r"""\[(?:'|").*?(?:'|"),.*?(?:'|")\]""", text, re.DOTALL)
+    parts = re.split(r"(?:^|\s)[(\[]?([A-Ja-j]|\d)[.):\]]\s+", text)
+    labels = parts[1::2]
+    starts = [
+        k for k in range(len(labels) - 1) if labels[k:] in [seq[: len(labels) - k] for seq in SEQUENCES]
+    ]
     if found:
-        question, choices = text[: found.start()], read_json(dict(options=found[1]), "options", list)
-    elif parts[3:] and parts[1::2] == SEQUENCES[0][: len(parts) // 2]:
-        question, choices = parts[0], [part.split("\n")[0].strip() for part in parts[2::2]]
+        question, choices = text[: found.start()], read_json(dict(options=found[0]), "options", list)
+    elif starts:
+        question = text[: text.rindex(parts[2 * starts[-1] + 2])]
+        question = re.sub(r"\s*[(\[]?\w[.):\]]\s*$", "", question)
+        choices = [" ".join(part.split()).rstrip(",;") for part in parts[2 * starts[-1] + 2 :: 2]]
+        choices[-1] = re.sub(END_OF_OPTIONS, "", parts[-1]).strip().rstrip(",;")
     else:
         return text, None
     asks = r"\s*(?:(?:please )?(?:choose|select|pick)[^.?!\n]*|(?:choices|options)):?\s*$"
@@ -817,7 +862,7 @@ def labels_of(rows):
             if re.match("/[mgt]/", str(value)):
                 remedy = "write its display_name of class_labels_indices.csv instead"
                 raise DataError(f'field "{key}": {value} is an id of AudioSet and no name; {remedy}')
-            names.append(" ".join(str(value).replace("_", " ").split()))
+            names.append("" if is_padding(value) else " ".join(str(value).replace("_", " ").split()))
         if not any(names):
             raise DataError(f'field "{key}": is blank; name what is heard, or drop the line')
         labels += filter(None, names)
@@ -878,11 +923,7 @@ FORMATS = {
         TURNS,
         dict(id="id"),
         conversation,
-        is_it=lambda row: (
-            not row.keys().isdisjoint(
-                "messages conversations response completion solution ground_truth answer".split()
-            )
-        ),
+        is_it=is_conversation,
         skip=conversation_skip,
         text_only=True,
     ),
@@ -1016,13 +1057,23 @@ def spell(name: str, but: str = "") -> str:
     return name
 
 
+@functools.cache
+def names_in(folder: str) -> dict[str, list[str]]:
+    """How a name is spelt when nothing but its letters counts -> the names in the folder"""
+    found = collections.defaultdict(list)
+    with contextlib.suppress(OSError, ValueError):
+        for name in os.listdir(folder):
+            found[spell(name)].append(name)
+    return found
+
+
 def spelling_hint(path: str) -> str:
     """Which file may be meant, and in what its name differs; "" if there is none."""
     found = os.sep
     for part in urllib.parse.unquote(path.replace("\\", "/")).split("/"):
-        names = [part] if os.path.exists(os.path.join(found, part)) else []
-        with contextlib.suppress(OSError, ValueError):
-            names = names or [name for name in os.listdir(found) if spell(name) == spell(part)]
+        names = [part]
+        if not os.path.exists(os.path.join(found, part)):
+            names = names_in(found).get(spell(part), [])
         if len(names) != 1:
             return ""
         found = os.path.join(found, names[0])
@@ -1083,7 +1134,8 @@ class Rows:
         row = self.read_row(i)
         if self.columns and isinstance(row, dict):
             for theirs, ours in self.columns.items():
-                row[ours] = row.pop(theirs, None)
+                if theirs in row:
+                    row[ours] = row.pop(theirs)
         return row
 
     def where(self, i: int) -> str:
@@ -1145,7 +1197,7 @@ class TextRows(Rows):
             if not isinstance(whole, dict):
                 return
             lists = [value for value in whole.values() if value and is_list_of(dict, value)]
-            is_row = len(lists) != 1 or name_of_format(whole) != ""
+            is_row = len(lists) != 1 or name_of_format(whole) or not name_of_format(lists[0][0])
             if len(self.places) > 1 or not is_row:
                 self.starts = array("q")
                 self.read_list([whole] if is_row else lists[0])
@@ -1268,8 +1320,9 @@ class TableRows(Rows):
         return {name: self.cell(i, name, row.column(name)[0]) for name in row.column_names}
 
     def cell(self, i, name, value):
-        if name in self.names and name not in self.lists and value.is_valid:
-            return self.names[name][value.as_py()]
+        if name in self.names and value.is_valid:
+            classes, names = value.as_py(), self.names[name]
+            return [names[i] for i in classes] if isinstance(classes, list) else names[classes]
         if name not in self.clips or name in self.lists and not value.is_valid:
             return value.as_py()
         if name not in self.lists:
@@ -1287,6 +1340,8 @@ def load_table(source, datasets):
     saved = any(os.path.exists(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))
     found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     if not isinstance(found, dict):
+        if split:
+            raise DataError(f"one set without splits, so there is no {split}; give {name}")
         return found
     split = split or (min(found) if len(found) == 1 else "train")
     if split not in found:
@@ -1299,16 +1354,18 @@ SPLITS = "train training validation valid val dev eval evaluation test testing".
 
 
 def find_sounds(folder: str):
-    """-> (names of the sounds below a folder, {split: its folder}, Counter of what is left out, and why)
+    """-> (names of the sounds below a folder, {split: its folders}, Counter of what is left out, and why)
 
-    train/ and test/ are splits where they stand above folders of classes, and the sound of a train beside
-    dog/ and cat/.
+    train/ and test/ are splits where both stand above other folders; else train/ may be a train's sound.
     """
-    names, splits, left_out, first = [], {}, collections.Counter(), {}
+    names, splits, left_out, first = [], collections.defaultdict(list), collections.Counter(), {}
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
-        if folders and {name.lower() for name in folders} <= NOT_A_LABEL | {*SPLITS}:
-            splits |= {name.lower(): os.path.join(place, name) for name in folders if name.lower() in SPLITS}
+        here = {name: split_of(name) for name in folders if split_of(name)}
+        here = {name: split for name, split in here.items() if holds_folders(os.path.join(place, name))}
+        if len(here) > 1:
+            for name, split in here.items():
+                splits[split].append(os.path.join(place, name))
         for name in sorted(files):
             path, ending = os.path.join(place, name), os.path.splitext(name)[1].lower()
             if name[0] == ".":
@@ -1328,6 +1385,17 @@ def ffmpeg_line(source, target=""):
     return f"ffmpeg -i {shlex.quote(source)} {shlex.quote(target)}"
 
 
+def split_of(name: str) -> str:
+    """ "Train" and "training_set" -> "train", "training"; "" for what is no split"""
+    words = re.findall("[a-z]+", name.lower())
+    is_split = words and words[0] in SPLITS and {*words[1:]} <= NOT_A_LABEL | {"set", "split"}
+    return words[0] if is_split else ""
+
+
+def holds_folders(folder: str) -> bool:
+    return any(entry.is_dir() for entry in os.scandir(folder))
+
+
 def no_sound(path):
     ending = os.path.splitext(path)[1].lower()
     if ending not in VIDEO_FILES:
@@ -1341,9 +1409,9 @@ class FolderRows(Rows):
     def __init__(self, path: str):
         super().__init__(path)
         self.places, splits, self.left_out = find_sounds(path)
-        if len(splits) > 1:
-            raise DataError(f"{path}: holds the splits {', '.join(splits)}; give one, {min(splits.values())}")
-        self.splits = splits
+        if splits:
+            one = min(sum(splits.values(), []))
+            raise DataError(f"{path}: holds the splits {', '.join(splits)}; give one, {one}")
         labels = {row["label"]: row["audio"] for row in self}
         if len(labels) < 2 or "" in labels:
             found = labels.get("") or (self.places or [*self.left_out, "no sound"])[0]
@@ -1353,18 +1421,20 @@ class FolderRows(Rows):
             )
 
     def read_row(self, i):
-        return folder_row(self.places[i], NOT_A_LABEL | self.splits.keys())
+        return folder_row(self.places[i])
 
 
-def folder_row(name, not_labels):
+def folder_row(name):
     """ "train/animals/Cow_Moo/1.wav" -> label "cow moo", family "animals"; "101 - Dog" is "dog"."""
     labels = ["", ""]
     for folder in os.path.dirname(name).split(os.sep):
         words = re.sub(r"^\d+ - ", "", unicodedata.normalize("NFC", folder).lower())
         label = " ".join(re.findall(r"[^\s_-]+", words))
-        if label and label not in not_labels:
+        if label and label not in NOT_A_LABEL:
             labels.append(label)
-    return dict(audio=name, label=labels[-1], family=labels[-2])
+    classes = ["", ""] + [label for label in labels if label and not split_of(label)]
+    label = classes[-1] or labels[-1]  # the sound of a train
+    return dict(audio=name, label=label, family=classes[-2])
 
 
 def stem_of(name: str) -> str:
@@ -1604,12 +1674,20 @@ class Examples(collections.abc.Sequence):
         return choices
 
 
+def names_files(path: str) -> bool:
+    """Is it the metadata of one of the Hub's audio folders?"""
+    if os.path.basename(path) not in ("metadata.jsonl", "metadata.csv"):
+        return False
+    with open(path, "rb") as f:
+        return b"file_name" in f.readline()
+
+
 def open_rows(source: str):
     """A file, a folder or a Hub id -> its rows, by len(rows), rows[i] and rows.where(i). Raises DataError."""
     kind, name, split = TextRows, *source.partition(":")[::2]  # TextRows also says what is wrong
     if os.path.isdir(source) or split and os.path.isdir(name) and not os.path.exists(source):
         files = [os.path.join(place, file) for place, _, files in os.walk(name) for file in files]
-        metadata = [file for file in files if re.fullmatch(r"metadata\.(jsonl|csv)", os.path.basename(file))]
+        metadata = [file for file in files if names_files(file)]
         if split or any(file.endswith((".parquet", f"{os.sep}state.json")) for file in files):
             kind = TableRows
         elif len(metadata) > 1:
@@ -1669,7 +1747,11 @@ def scan(examples: Examples, purpose="train", folder="", most=10) -> array:
 def oddities(example: Example) -> list[str]:
     """What is no fault, and should be known: it is counted at the start of a run, and listed by `check`."""
     found = []
-    if len({*map(normal_text, example.choices)}) < len(example.choices):
+    choices = example.choices
+    plain = len({*choices}) == len(choices) and all(map(str.isalpha, map(str.lower, choices)))
+    if not (plain and len({*map(str.casefold, choices)}) == len(choices)) and (
+        len({*map(normal_text, choices)}) < len(choices)
+    ):
         found.append("two of the choices are the same")
     if example.meta.get("question_relation") == "View":
         found.append("only the eye can answer; leave out by `data.py filter --where question_relation!=View`")
@@ -2279,14 +2361,17 @@ def questions_from_folder(path, out, eval_size, n_choices):
     out_eval = f"{stem}_eval{ending}"
     new_file(out, out_eval)
     _, splits, _ = find_sounds(path)
-    if len(splits) > 1:
+    if splits:
+        if len(splits) == 1 or any(len(folders) > 1 for folders in splits.values()):
+            found = ", ".join(sum(splits.values(), []))
+            raise DataError(f"{path}: holds several folders of one split, {found}; give one set at a time")
         first, second, *others = sorted(splits, key=SPLITS.index)
         for name, split in ((out, first), (out_eval, second)):
-            examples = read_folder(splits[split], n_choices)
+            examples = read_folder(splits[split][0], n_choices)
             n = write_examples(name, examples, len(examples))
             print(f"{examples}\n{name}: {n} questions, the split {split}")
         for split in others:
-            print(f"not used: the split {split} in {splits[split]}")
+            print(f"not used: the split {split} in {splits[split][0]}")
         return
     examples, keys = read_folder(path, n_choices), array("L")
     for example in progress(examples, len(examples), "clips"):

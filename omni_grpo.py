@@ -730,56 +730,39 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
     evaluation evaluates again on --resume.
     """
     weights, last, first = parse_rewards(cfg.reward), cfg.cold_start_steps + cfg.steps, state["step"]
-    phase, stream, bad, flat_steps, lost_steps, saved = None, None, {}, 0, 0, first
-    rank, n_ranks = ranks()
-    held_out = last_accuracy(out) if rank == 0 else None
+    phase, stream, bad, saved, flat_steps, lost_steps = None, None, {}, first, 0, 0
+    rank = ranks()[0]
     last_logged = gather(read_log(out)[-1]["step"] if rank == 0 and state["record"] else 0)[0]
     logged = True
     if state["record"] and last_logged < first:
-        if not evaluate_and_log(policy, cfg, questions, out, state, stopping):
-            return False
+        logged = evaluate_and_log(policy, cfg, questions, out, state, stopping)
+    held_out = last_accuracy(out) if rank == 0 else None
     bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0)
     # ranks may get a signal in different steps
-    while state["step"] < last and not any(gather(bool(stopping))):
-        start, step = time.monotonic(), state["step"] + 1
+    while logged and state["step"] < last and not any(gather(bool(stopping))):
+        step = state["step"] + 1
         cold = step <= cfg.cold_start_steps
         if phase != ("cold" if cold else "rl"):
             phase = "cold" if cold else "rl"
-            step_cfg = dataclasses.replace(cfg, beta=0.0, temperature=1.0) if cold else cfg
             stream = draw(cfg, *getattr(questions, phase), state[phase][rank], phase, bad)
             stream = load_ahead(policy, cfg, stream, bad)
             if not cold:
                 keep_reference(policy, cfg, out)
         lr = set_learning_rate(optimizer, cfg, step)
         try:
-            groups, drawn, every_group = draw_groups(policy, cfg, stream, weights, cold)
-            rolled = time.monotonic()
-            record = {"step": step, **update(policy, optimizer, step_cfg, groups), "optim/lr": lr}
-            state |= {"step": step, "record": record, phase: gather(drawn[-1].cursor + n_ranks)}
-
-            record |= describe(every_group, cfg)
-            record |= total({"audio/cut": sum(d.was_cut for d in drawn), "audio/bad": len(bad)})
-            record |= {"mem/peak_gib": peak_memory_gib(), "time/rollout_s": rolled - start}
-            record["time/update_s"] = time.monotonic() - rolled
-            flat_steps = flat_steps + 1 if record["group/frac_zero_std"] == 1 and not cold else 0
-            if flat_steps == 10 and rank == 0:
-                tqdm.write(NO_SPREAD)
+            record, groups = take_step(policy, optimizer, cfg, stream, weights, state, phase)
+            record |= {"optim/lr": lr} | total({"audio/bad": len(bad)})
             if step % LOG_ROLLOUTS == 0 and not cold:
                 append_lines(out, "rollouts.jsonl", sum(gather(rollout_lines(policy, cfg, step, groups)), []))
                 if rank == 0:
                     tqdm.write(show_group(policy, groups[0], step))
-
             if step == last or step % cfg.save_every == 0:
                 save_checkpoint(policy, optimizer, out, state)
                 saved = step
             logged = evaluate_and_log(policy, cfg, questions, out, state, stopping)
-            if not logged:
-                break
             lost_steps = lost_steps + 1 if record["optim/skipped"] == cfg.updates_per_rollout else 0
             if lost_steps == min(10, last - first):
-                raise UserError(
-                    f"all updates of {lost_steps} steps were skipped: their gradient is not finite"
-                )
+                raise UserError(f"all updates of {lost_steps} steps were skipped: gradients are not finite")
         except (UserError, RunStopped) as e:
             if isinstance(e, AudioError):  # the last step is whole
                 save_checkpoint(policy, optimizer, out, state)
@@ -787,6 +770,9 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
             bar.close()
             where = f"step {step}, lr {lr:g}; the last whole checkpoint is of step {saved}"
             raise type(e)(f"{e} ({where})") from None
+        flat_steps = flat_steps + 1 if record["group/frac_zero_std"] == 1 and not cold else 0
+        if flat_steps == 10 and rank == 0:
+            tqdm.write(NO_SPREAD)
         bar.update()
         shown = {"logp": record["policy/logp"]} if cold else {"reward": record["reward/mean"]}
         held_out = record.get("eval/accuracy", held_out)
@@ -797,6 +783,20 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
     if saved != state["step"]:  # stopped by a signal
         save_checkpoint(policy, optimizer, out, state)
     return state["step"] >= last and logged
+
+
+def take_step(policy: Policy, optimizer, cfg: Config, stream, weights: dict, state: dict, phase: str):
+    """Rollout, reward, update; `state` goes on by one step.       -> its record for the log, groups"""
+    start, cold = time.monotonic(), phase == "cold"
+    groups, drawn, every_group = draw_groups(policy, cfg, stream, weights, cold)
+    rolled = time.monotonic()
+    step_cfg = dataclasses.replace(cfg, beta=0.0, temperature=1.0) if cold else cfg
+    record = {"step": state["step"] + 1, **update(policy, optimizer, step_cfg, groups)}
+    record |= describe(every_group, cfg) | total({"audio/cut": sum(d.was_cut for d in drawn)})
+    record |= {"mem/peak_gib": peak_memory_gib(), "time/rollout_s": rolled - start}
+    record["time/update_s"] = time.monotonic() - rolled
+    state |= {"step": record["step"], "record": record, phase: gather(drawn[-1].cursor + ranks()[1])}
+    return record, groups
 
 
 def evaluate_and_log(policy: Policy, cfg: Config, questions, out: str, state: dict, stopping: list) -> bool:

@@ -142,7 +142,7 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("order forgets the seed", "random.Random(seed_of(cfg.seed, phase, epoch))", "random.Random()", RUN),
     ("log not cut on resume", '["step"] <= step)', '["step"] <= 10**9)', RUN),
     ("optimizer not restored", 'optimizer.load_state_dict(content["optimizer"])', "pass", RUN),
-    ("cursor not restored", "phase: gather(drawn[-1].cursor + n_ranks)}", "}", RUN),
+    ("cursor not restored", "phase: gather(drawn[-1].cursor + ranks()[1])}", "}", RUN),
     (
         "checkpoint written in place",
         "        write(part)\n",

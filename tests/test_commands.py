@@ -596,7 +596,7 @@ Größe/1.wav, été/1.wav | größe, été
 dog/1.wav, cat/1.wav, cat/._1.wav, dog/.hidden.wav, .trash/cow/1.wav, __MACOSX/pig/1.wav | cat, dog
 C_major/1.wav, D-major/1.wav, A minor/1.wav | a minor, c major, d major
 24 bus/1.wav, 7 bus/1.wav, 0/1.wav | 0, 24 bus, 7 bus
-train/dog bark/1.wav, test/Dog_Bark/1.wav, cat/1.wav | cat, dog bark
+train/dog bark/1.wav, train/Dog_Bark/2.wav, cat/1.wav | cat, dog bark
 dog/1.wav, cat/1.wav, README.md, cow/notes.txt, dog/1.json, labels.csv | cat, dog
 """
 

@@ -158,7 +158,7 @@ LETTERED = r"""
 ["a) dog", "b) cat"] | "A" | ["dog", "cat"] | 0
 ["1. dog", "2. cat"] | "2" | ["dog", "cat"] | 1
 ["0. dog", "1. cat"] | "1" | ["dog", "cat"] | 1
-["1. dog", "2. cat"] | 1 | ["dog", "cat"] | 1
+["1. dog", "2. cat"] | 1 | = | refused
 ["A、dog", "B、cat"] | "B" | ["dog", "cat"] | 1
 ["A.狗", "B.猫"] | "B" | ["狗", "猫"] | 1
 ["[A] dog", "[B] cat"] | "B" | ["dog", "cat"] | 1

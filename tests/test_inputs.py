@@ -160,6 +160,17 @@ def test_splits_are_never_merged(put, tmp_path, said):
     assert counts == [8, 2] and len(Examples(str(tmp_path / "set" / "data" / "Test"))) == 4
 
 
+def test_splits_beside_other_folders_or_below_classes(put, tmp_path, said):
+    for name in ("training_set/dog", "training_set/cat", "test_set/dog", "test_set/cat"):
+        put(f"a/{name}/1.wav", NOISE)
+    put("a/docs/readme.txt")
+    with pytest.raises(DataError, match="holds the splits test, training"):
+        Examples(str(tmp_path / "a"))
+    for name in ("dog/train", "dog/test", "cat/train", "cat/test"):
+        put(f"b/{name}/x/1.wav", NOISE)
+    assert "several folders of one split" in said("folder", tmp_path / "b", "--out", tmp_path / "o.jsonl")[1]
+
+
 def test_the_sound_of_a_train_is_a_class(put, tmp_path):
     for label in ("dog", "train"):
         put(f"{label}/1.wav", NOISE)
@@ -193,6 +204,98 @@ def test_rows_that_would_be_read_by_half_are_skipped_and_counted(put, row, reaso
     assert len(examples) == 1 and str(examples).split("; 2 skipped: ")[1].startswith(reason)
 
 
+@pytest.mark.parametrize(
+    "row, clips",
+    [
+        (dict(audios=[{"path": "a.wav"}]), ["a.wav"]),
+        (dict(audios='["a.wav"]'), ["a.wav"]),
+        (dict(audio_filepath="a.wav"), ["a.wav"]),
+        (dict(file_name="a.wav"), ["a.wav"]),
+        (dict(audios=[None]), "expected the path of a clip, found None"),
+        (dict(audios=["data:audio/wav;base64,UklGRg=="]), "expected the path of a clip, found 'data:"),
+    ],
+)
+def test_where_the_clip_of_a_conversation_stands(put, row, clips):
+    """Never a question without its sound."""
+    turns = [dict(role="user", content="What?"), dict(role="assistant", content="dog")]
+    if isinstance(clips, str):
+        with pytest.raises(DataError, match=clips):
+            list(Examples(put("chat.jsonl", [row | dict(messages=turns)])))
+        return
+    for content in ("What?", "<audio>What?"):
+        turns = [dict(role="user", content=content), dict(role="assistant", content="dog")]
+        (example,) = Examples(put("chat.jsonl", [row | dict(messages=turns)]))
+        assert [os.path.basename(clip) for clip in example.clips] == clips
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        dict(audio=dict(path="a.wav")),
+        dict(audio_url=dict(url="a.wav")),
+        dict(url="a.wav"),
+        dict(audio="a.wav"),
+    ],
+)
+def test_clips_among_the_parts_of_a_content(put, part):
+    turns = [dict(role="user", content=[dict(part, type="audio"), dict(type="text", text="What?")])]
+    turns.append(dict(role="model", content="dog"))
+    (example,) = Examples(put("chat.jsonl", [dict(messages=turns)]))
+    assert os.path.basename(example.audio) == "a.wav" and example.question == "What?"
+    turns[0]["content"][0] = dict(type="input_audio", input_audio=dict(data="UklGRg==", format="wav"))
+    with pytest.raises(DataError, match="expected the path of a clip"):
+        list(Examples(put("chat.jsonl", [dict(messages=turns)])))
+
+
+def test_a_prompt_beside_a_question_is_no_conversation(put):
+    row = ROW | dict(prompt="You are a helpful assistant.", query="x", problem="y")
+    (example,) = Examples(put("q.jsonl", [row]))
+    assert example.question == "Which?" and example.meta["prompt"] == row["prompt"]
+
+
+@pytest.mark.parametrize(
+    "asked, question, choices",
+    [
+        ("What? A. x B. y C. z Output the final answer in <answer> </answer>.", "What?", ["x", "y", "z"]),
+        ("What?\nA. a dog\nB. a cat. Please answer with the letter only.", "What?", ["a dog", "a cat"]),
+        ("What?\n(a) dog\n(b) cat\n\nThink first.", "What?", ["dog", "cat"]),
+        ("What? 1. dog, 2. cat, 3. rain", "What?", ["dog", "cat", "rain"]),
+        ("J. S. Bach or A. Vivaldi? A. Bach B. Vivaldi", "J. S. Bach or A. Vivaldi?", ["Bach", "Vivaldi"]),
+        ("Is ['quoted'] heard? A. yes B. no", "Is ['quoted'] heard?", ["yes", "no"]),
+        ("Choose from the options: ['x', 'y']", "", ["x", "y"]),
+        ("What is it?", "What is it?", None),
+    ],
+)
+def test_options_in_the_question(asked, question, choices):
+    assert data.split_options(asked) == (question, choices)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["1 - 2 s", "2 - 3 s", "3 - 4 s"],
+        ["A - B", "B - C", "C - D"],
+        ["0 - 1", "1 - 0"],
+        ["1: 2", "2: 1"],
+        ["I. Newton", "C. Darwin"],
+        ["A. Vivaldi", "C. Debussy"],
+        ["A minor", "B minor"],
+        ["1.5 s", "2.5 s"],
+        ["A.D.", "B.C."],
+    ],
+)
+def test_what_looks_like_a_label_and_is_none(put, choices):
+    (example,) = Examples(put("q.jsonl", [ROW | dict(choices=choices)]))
+    assert example.choices == choices
+
+
+@pytest.mark.parametrize("label", ["({}). ", "[{}]: ", "**{}.** ", "{} — ", "{}.) ", "Answer {}: "])
+def test_other_labels(put, label):
+    choices = [label.format(letter) + text for letter, text in zip("ABD", ("dog", "cat", "rain"))]
+    (example,) = Examples(put("q.jsonl", [ROW | dict(choices=choices, answer="D")]))
+    assert example.choices == ["dog", "cat", "rain"] and example.answer == 2
+
+
 @pytest.mark.parametrize("history", ["x", [5], [[5]], {"a": 1}])
 def test_a_history_that_is_none(put, history):
     rows = [dict(query="?", response="!"), dict(query="?", response="!", history=history)]
@@ -224,8 +327,8 @@ def test_the_same_rows_in_other_containers(put, tmp_path):
     assert len(Examples(sources[4])) == 2
     (one,) = Examples(put("one.json", json.dumps(ROW, indent=1)))
     assert one.choices == ["dog", "cat"]
-    put("two/train/metadata.csv", cells)
-    put("two/test/metadata.csv", cells)
+    put("two/train/metadata.csv", cells.replace("audio,", "file_name,"))
+    put("two/test/metadata.csv", cells.replace("audio,", "file_name,"))
     with pytest.raises(DataError, match="holds several sets; give one, as .*test/metadata.csv"):
         Examples(str(tmp_path / "two"))
 
@@ -241,6 +344,23 @@ def test_columns(put, said):
         with pytest.raises(UserError, match="--columns .*expected THEIRS=OURS"):
             Examples(path, columns=wrong)
     assert said("convert", path, "--columns", columns, "--out", path + ".out")[0] == 0
+
+
+def test_a_column_that_a_line_lacks_is_not_made_null(put):
+    path = put(
+        "q.jsonl", [dict(ROW, sound="a.wav"), dict(ROW, audio="b.wav"), dict(question="?", sound2="c.wav")]
+    )
+    examples = Examples(path, columns="sound=audio")
+    assert os.path.basename(examples[1].audio) == "b.wav"
+    with pytest.raises(DataError, match=':3: field "audio": missing'):
+        examples[2]
+
+
+def test_metadata_of_something_else_is_no_set(put, tmp_path):
+    for label in ("dog", "cat"):
+        put(f"{label}/1.wav", NOISE)
+    put("metadata.csv", "id,license\n1,x\n")
+    assert len(Examples(str(tmp_path))) == 2
 
 
 def test_kinds_of_parquet(tmp_path):

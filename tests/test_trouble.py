@@ -296,7 +296,7 @@ def test_updates_that_are_all_skipped(run, monkeypatch, tmp_path):
     code, text = run()
     assert (
         code == 2
-        and "all updates of 4 steps were skipped: their gradient is not finite (step 4, lr 0.0004;" in text
+        and "all updates of 4 steps were skipped: gradients are not finite (step 4, lr 0.0004;" in text
     )
     text = (tmp_path / "run" / "log.jsonl").read_text()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
