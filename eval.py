@@ -315,7 +315,10 @@ def item_key(example: Example) -> str:
 
 
 def data_mark(examples) -> str:
-    """The same for the same file: how many questions, and the first of them. Reading all takes too long."""
+    """The same for the same file; of other sources, how many questions there are and the first of them."""
+    if os.path.isfile(examples.path):
+        with open(examples.path, "rb") as f:
+            return hashlib.file_digest(f, "blake2b").hexdigest()[:16]
     return f"{len(examples)} {hash_of(''.join(map(item_key, examples[:20])))}"
 
 
@@ -1030,8 +1033,10 @@ def score_file(path: str, options: Options) -> dict:
     )
     report = make_report(list(items.values()), examples, about)
     if options.out:
-        check_settings(options.out, settings)
-        write_results(options, report, examples, items)
+        os.makedirs(options.out, exist_ok=True)
+        with data.claimed(options.out):
+            check_settings(options.out, settings)
+            write_results(options, report, examples, items)
     print(report_text(report))
     if options.out:
         print(f"\n{options.out}: predictions.json, report.json, report.html")
@@ -1126,14 +1131,16 @@ def evaluate(options: Options):
         options.out = f"results/{Path(options.data).stem}-{Path(options.model).name}"
     if not options.prompt:  # the reward of Countdown reads the tags
         options.prompt = "answer" if any(e.is_countdown for e in options.first(examples)) else "direct"
-    if options.controls:
-        run_controls(options, examples)
-    elif options.prompt == "caption":
-        write_captions(options, examples)
-    else:
-        report, _ = run(options, examples)
-        print(report_text(report))
-        print(f"\n{options.out}: predictions.json, report.json, report.html, examples.jsonl")
+    os.makedirs(options.out, exist_ok=True)
+    with data.claimed(options.out):
+        if options.controls:
+            run_controls(options, examples)
+        elif options.prompt == "caption":
+            write_captions(options, examples)
+        else:
+            report, _ = run(options, examples)
+            print(report_text(report))
+            print(f"\n{options.out}: predictions.json, report.json, report.html, examples.jsonl")
 
 
 def main(argv=None) -> int:
@@ -1146,6 +1153,10 @@ def main(argv=None) -> int:
     def command():
         given = vars(parser.parse_args(argv))
         check_flags(given)
+        for name in ("data", "score", "compare"):
+            value = given.get(name, "not given")
+            if not all(value if isinstance(value, list) else [value]):
+                raise UserError(f"--{name}: is empty")
         folders, predictions = given.pop("compare", None), given.pop("score", None)
         options = Options(**given)
         if folders:

@@ -393,8 +393,18 @@ def load_adapter(model, lm_path: str, adapter: str, train: bool):
     import peft
 
     where = f"--adapter {adapter}"
+    if not os.path.exists(os.path.join(adapter, "adapter_config.json")):
+        found = [name for name in ("adapter", "checkpoint") if os.path.isdir(os.path.join(adapter, name))]
+        hint = f"; did you mean {adapter.rstrip('/')}/adapter?" if "adapter" in found else ""
+        raise UserError(f"{where}: no adapter_config.json there{hint}")
+    if not os.path.exists(os.path.join(adapter, "adapter_model.safetensors")):
+        raise UserError(f"{where}: no adapter_model.safetensors there, and only safetensors are loaded")
     with blame(where):
         config = peft.PeftConfig.from_pretrained(adapter)
+        if not isinstance(config, peft.LoraConfig) or not config.target_modules:
+            raise UserError(
+                f"{where}: is {config.peft_type}, and LoRA with target_modules is what can be loaded"
+            )
         if not isinstance(config.target_modules, str):  # a list of names, which the audio tower has, too
             names = "|".join(map(re.escape, sorted(config.target_modules)))
             config.target_modules = rf"{re.escape(lm_path)}\.(.*\.)?({names})"

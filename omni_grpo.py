@@ -346,9 +346,9 @@ def sample_groups(policy: Policy, cfg: Config, drawn: list[Drawn], weights: dict
     for group in groups:
         for completion in group.completions:
             reward, parts = score(what_was_said(policy, cfg, completion, weights), group.example, weights)
-            if not math.isfinite(reward):
-                name = max(parts, key=lambda name: not math.isfinite(parts[name]))
-                raise UserError(f"--reward: {name} gives {parts[name]} for question {group.example.id}")
+            for name, part in parts.items():
+                if not math.isfinite(part):
+                    raise UserError(f"--reward: {name} gives {part} for question {group.example.id}")
             group.rewards.append(reward)
             group.parts.append(parts)
         group.advantages = group_advantages(torch.tensor([group.rewards]), cfg.scale)[0].tolist()
@@ -458,7 +458,9 @@ def decode(
         ids, logps = sample_tokens(logits, u[:, step], temperature)
         sampled = list(zip(batch, ids.tolist(), logps.tolist()))  # the step's one wait for the device
         if not all(math.isfinite(logp) for _, _, logp in sampled):
-            raise UserError("the policy's log-probabilities are not finite; a lower --lr may keep them so")
+            raise UserError(
+                "the policy's log-probabilities are not finite; in training, a lower --lr may keep them so"
+            )
         for r, token, logp in sampled:
             if not rows[r].finished:
                 rows[r].append(token, logp)
@@ -675,10 +677,13 @@ def train(cfg: Config) -> tuple[str, bool]:
             f"--prompts_per_step {cfg.prompts_per_step}: cannot be shared evenly among {n_ranks} ranks"
         )
     out = gather("" if rank else open_run(cfg))[0]
-    with contextlib.nullcontext() if rank else claimed(out):
+    with contextlib.nullcontext() if rank else data.claimed(out):
         if rank == 0 and not cfg.resume and holds_a_run(out):
-            found = f"--out {out}: already holds something"
-            raise UserError(f"{found}; go on with it by --resume {out}, or give another name")
+            can_go_on = os.path.exists(os.path.join(out, "checkpoint", "state.pt"))
+            remedy = (
+                f"go on with it by --resume {out}, or give another name" if can_go_on else "give another name"
+            )
+            raise UserError(f"--out {out}: already holds something; {remedy}")
         return out, train_in(cfg, questions, out)
 
 
@@ -710,6 +715,8 @@ def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
         if not cfg.resume:
             save_checkpoint(policy, optimizer, out, state)
         if not gather(os.path.exists(os.path.join(out, "log.jsonl")))[0]:
+            if state["step"]:
+                raise UserError(f"--resume {out}: its log.jsonl is gone; put it back, or start another run")
             measured = measure(policy, cfg, questions.held, control=True, stopping=stopping)
             if measured is None:
                 return False
@@ -718,7 +725,8 @@ def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
     if rank == 0:
         from tools.plots import draw_curves
 
-        draw_curves(out)
+        with writing(out):
+            draw_curves(out)
     return finished
 
 
@@ -737,7 +745,8 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
     if state["record"] and last_logged < first:
         logged = evaluate_and_log(policy, cfg, questions, out, state, stopping)
     held_out = last_accuracy(out) if rank == 0 else None
-    bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0)
+    terminal = data.Lasting(sys.stderr)
+    bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0, file=terminal)
     # ranks may get a signal in different steps
     while logged and state["step"] < last and not any(gather(bool(stopping))):
         step = state["step"] + 1
@@ -747,7 +756,7 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
             stream = draw(cfg, *getattr(questions, phase), state[phase][rank], phase, bad)
             stream = load_ahead(policy, cfg, stream, bad)
             if not cold:
-                keep_reference(policy, cfg, out)
+                keep_reference(policy, cfg, out, step)
         lr = set_learning_rate(optimizer, cfg, step)
         try:
             record, groups = take_step(policy, optimizer, cfg, stream, weights, state, phase)
@@ -755,7 +764,7 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
             if step % LOG_ROLLOUTS == 0 and not cold:
                 append_lines(out, "rollouts.jsonl", sum(gather(rollout_lines(policy, cfg, step, groups)), []))
                 if rank == 0:
-                    tqdm.write(show_group(policy, groups[0], step))
+                    tqdm.write(show_group(policy, groups[0], step), file=data.Lasting(sys.stdout))
             if step == last or step % cfg.save_every == 0:
                 save_checkpoint(policy, optimizer, out, state)
                 saved = step
@@ -772,7 +781,7 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
             raise type(e)(f"{e} ({where})") from None
         flat_steps = flat_steps + 1 if record["group/frac_zero_std"] == 1 and not cold else 0
         if flat_steps == 10 and rank == 0:
-            tqdm.write(NO_SPREAD)
+            tqdm.write(NO_SPREAD, file=data.Lasting(sys.stdout))
         bar.update()
         shown = {"logp": record["policy/logp"]} if cold else {"reward": record["reward/mean"]}
         held_out = record.get("eval/accuracy", held_out)
@@ -861,16 +870,20 @@ def load_run_policy(cfg: Config, train: bool = True) -> Policy:
     )
 
 
-def keep_reference(policy: Policy, cfg: Config, out: str) -> None:
+def keep_reference(policy: Policy, cfg: Config, out: str, step: int) -> None:
     """At the first step of RL: what the KL is measured to. A fresh adapter needs no copy: switched off it is
     the base."""
     fresh = cfg.lora_rank and not cfg.adapter and not cfg.cold_start_steps
     if fresh or policy.reference or not cfg.beta:
         return
-    if ranks()[0] == 0:
-        data.write_atomically(
-            os.path.join(out, "reference.pt"), lambda part: torch.save(policy.trainable(), part)
+    path = os.path.join(out, "reference.pt")
+    if step > cfg.cold_start_steps + 1:
+        raise UserError(
+            f"--beta {cfg.beta}: the reference at the start of RL was not kept, {path} is not there"
         )
+    if ranks()[0] == 0:
+        with writing(out):
+            data.write_atomically(path, lambda part: torch.save(policy.trainable(), part))
     freeze_reference(policy)
 
 
@@ -1020,7 +1033,8 @@ def open_data(cfg: Config) -> Questions:
         if path:
             files[flag] = Examples(path, cfg.audio_dir)
             to_split = flag == "eval_data" or not cfg.eval_data
-            keys[flag] = data.scan(files[flag], purpose, files[flag].folder if to_split else "")
+            folder = files[flag].folder if to_split else ""
+            keys[flag] = data.scan(files[flag], purpose, folder, deaf=cfg.audio == "none")
             if cfg.audio != "none":
                 refuse_bad_audio(files[flag], cfg.max_audio_s)
             if ranks()[0] == 0:
@@ -1143,27 +1157,14 @@ def open_run(cfg: Config) -> str:
             return out
 
 
-@contextlib.contextmanager
-def claimed(out: str):
-    """Lock the run directory, and refuse to write over another run. A kill takes the lock away, too."""
-    try:
-        folder = os.open(out, os.O_RDONLY)
-    except PermissionError:  # Windows opens no directories
-        yield
-        return
-    try:
-        if not data.lock(folder):
-            raise UserError(f"{out}: another process is writing it; wait for its end, or give another --out")
-        yield
-    finally:
-        os.close(folder)
-
-
 def holds_a_run(out: str) -> bool:
     """Is there more than what a run leaves that is killed before its first checkpoint?"""
     names = set(os.listdir(out))
-    started = {"config.json", "adapter", "adapter.part", "model", "model.part", "checkpoint"}
-    killed_early = "config.json" in names and names <= started
+    started = {"adapter", "adapter.part", "model", "model.part", "checkpoint"}
+    killed_early = names & {"config.json", "config.json.part"} and names <= started | {
+        "config.json",
+        "config.json.part",
+    }
     return bool(names) and (not killed_early or os.path.exists(os.path.join(out, "checkpoint", "state.pt")))
 
 
@@ -1172,7 +1173,7 @@ def write_config(cfg: Config, out: str, about: dict, step: int) -> None:
     path, saved, history = os.path.join(out, "config.json"), asdict(cfg) | {"out": out, "resume": ""}, []
     if cfg.resume:
         before = read_config(out)
-        history = before.get("history", [])
+        history = before["history"]
         changed = {
             k: [old, saved[k]] for k, old in before["config"].items() if old != saved[k] and k != "out"
         }
@@ -1191,14 +1192,23 @@ def read_config(out: str) -> dict:
     saved = content.get("config") if isinstance(content, dict) else None
     if not isinstance(saved, dict) or set(saved) != {f.name for f in dataclasses.fields(Config)}:
         raise UserError(f"--resume {out}: config.json is not of this version; start the run again")
-    return content
+    with blame(f"--resume {out}: config.json"):
+        Config(**saved)
+    return {"data": {}, "history": []} | {key: value for key, value in content.items() if value}
 
 
 def refuse_other_data(cfg: Config, files: dict) -> None:
     """A place in the order of other questions means nothing. A data set may be moved."""
-    for flag, before in read_config(cfg.resume).get("data", {}).items():
-        if flag != "eval_data" and files.get(flag) != before:
-            now = files.get(flag, {"questions": 0, "hash": "none"})
+    then = read_config(cfg.resume)
+    if cfg.eval_size != then["config"]["eval_size"] and not cfg.eval_data:
+        raise UserError(
+            f"--eval_size {cfg.eval_size}: other questions would be held out than in the run so far"
+        )
+    nothing = {"questions": 0, "hash": "none"}
+    for flag in ("data", "eval_data", "cold_start_data"):
+        before = then["data"].get(flag, nothing)
+        if files.get(flag, nothing) != before:
+            now = files.get(flag, nothing)
             found = f"{now['questions']} questions (hash {now['hash']})"
             raise UserError(
                 f"--{flag} {getattr(cfg, flag)}: {found}, and the run had {before['questions']} "
@@ -1277,6 +1287,8 @@ def load_checkpoint(policy: Policy, optimizer, out: str, n_ranks: int) -> dict:
     if not isinstance(content, dict) or not content.keys() >= {"state", "weights", "optimizer"}:
         raise UserError(f"--resume {out}: checkpoint/state.pt is not a checkpoint of this trainer")
     state = content["state"]
+    if not isinstance(state, dict) or not isinstance(content["weights"], dict) or "rl" not in state:
+        raise UserError(f"--resume {out}: checkpoint/state.pt is damaged")
     if len(state["rl"]) != n_ranks:
         n = len(state["rl"])
         raise UserError(
@@ -1284,7 +1296,8 @@ def load_checkpoint(policy: Policy, optimizer, out: str, n_ranks: int) -> dict:
             f"go on with torchrun --nproc_per_node {n}"
         )
     fill(content["weights"])
-    optimizer.load_state_dict(content["optimizer"])
+    with blame(f"--resume {out}: checkpoint/state.pt, its optimizer"):
+        optimizer.load_state_dict(content["optimizer"])
     if ranks()[0] == 0:
         for name in ("log.jsonl", "rollouts.jsonl"):
             forget_later_lines(os.path.join(out, name), state["step"])
@@ -1295,9 +1308,11 @@ def forget_later_lines(path: str, step: int) -> None:
     """What a killed run wrote after its last checkpoint is written again."""
     if not os.path.exists(path):
         return
-    with open(path, encoding="utf-8") as f:
+    with blame(f"--resume: {path}"), open(path, encoding="utf-8") as f:
         whole = [line for line in f if line.endswith("\n")]
-    data.write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+    with writing(os.path.dirname(path)):
+        data.write_text(path, "".join(kept))
 
 
 def append_lines(out: str, name: str, records: list[dict]) -> None:
@@ -1450,7 +1465,7 @@ def parse_config(argv=None) -> tuple[Config, str]:
     )
     given = vars(parser.parse_args(argv))
     demo = given.pop("demo", "")
-    if given.get("resume"):
+    if "resume" in given:
         return resume_config(given), ""
     own = given.get("data") or given.get("cold_start_data")
     if own and demo:
@@ -1472,7 +1487,7 @@ def resume_config(given: dict) -> Config:
     run = given.get("out", "") if given["resume"] == "--out" else given["resume"]
     if not run:
         raise UserError("--resume: name the run, --resume runs/NAME")
-    if given.get("out", run) != run:
+    if os.path.normpath(given.get("out", run)) != os.path.normpath(run):
         raise UserError(
             f"--out {given['out']}: a run goes on where it is; leave it out beside --resume {run}"
         )
@@ -1506,9 +1521,9 @@ def run(argv=None) -> int:
     out, finished = train(cfg) if finished else ("", False)
     if not finished:
         if ranks()[0] == 0:
-            print(
-                f"stopped; go on with: python omni_grpo.py --resume {out}" if out else "stopped", flush=True
-            )
+            n = ranks()[1]
+            command = f"torchrun --nproc_per_node {n} omni_grpo.py" if n > 1 else "python omni_grpo.py"
+            print(f"stopped; go on with: {command} --resume {out}" if out else "stopped", flush=True)
         return 130
     if ranks()[0]:
         return 0

@@ -310,7 +310,7 @@ def nearest(name: str, known) -> str:
 
 def score(said: Said, example, weights: dict[str, float]) -> tuple[float, dict[str, float]]:
     """-> (the weighted sum of the rewards, each reward before its weight)"""
-    parts = {name: REWARDS[name](said, example) for name in weights}
+    parts = {name: float(REWARDS[name](said, example)) for name in weights}
     return sum(weights[name] * part for name, part in parts.items()), parts
 
 

@@ -186,7 +186,7 @@ BAD_FLAGS = {  # arguments: the message
     "--steps 1.5": "argument --steps: invalid int value: '1.5'",
     "--lr fast": "argument --lr: invalid float value: 'fast'",
     "--out TMP/file/x": "--out TMP/file/x: Not a directory",
-    "--out TMP/run": "--out TMP/run: already holds something ... --resume TMP/run",
+    "--out TMP/run": "--out TMP/run: already holds something; give another name",
     "--out TMP/file": "--out TMP/file: is a file",
     "--resume TMP/run": "--resume TMP/run: no checkpoint there",
     "--resume TMP/none": "--resume TMP/none: no checkpoint there",

@@ -568,7 +568,7 @@ def test_clips_inside_a_parquet_file(lab, clips, main):
         datasets.Dataset.from_dict(rows).to_parquet(f"{names[0]}.parquet")
     assert lab(None, hears, name="dog.parquet").raw == NAMES[:2]
     assert not lab(None, hears, name="dog.parquet").shown
-    assert "was asked on another clip" in lab(None, hears, name="bell.parquet", code=2).error
+    assert "holds results of another data_fingerprint" in lab(None, hears, name="bell.parquet", code=2).error
     main("--compare out out")
     lab(None, hears, "--prompt caption", name="dog.parquet", out="captions")
     written = Examples("captions/captions.jsonl")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -227,7 +228,7 @@ def test_two_runs_never_share_a_directory(config, tmp_path, monkeypatch):
     """--out or --resume twice: the second is refused. Names of the trainer's own: the second takes the next."""
     out = str(tmp_path / "run")
     runs.train(config(), out)
-    with og.claimed(out):
+    with data.claimed(out):
         for cfg in (config(out=out), config(out=out, resume=out, steps=3)):
             with pytest.raises(data.UserError, match="another process is writing it"):
                 og.train(cfg)
@@ -313,7 +314,7 @@ def test_a_policy_that_is_not_finite(run, monkeypatch):
 
     monkeypatch.setattr(og, "update", too_far)
     code, text = run()
-    assert code == 2 and "the policy's log-probabilities are not finite; a lower --lr" in text
+    assert code == 2 and "the policy's log-probabilities are not finite; in training, a lower --lr" in text
     assert "(step 2, lr 0.0002; the last whole checkpoint is of step 0)" in text
 
 
@@ -431,3 +432,99 @@ def test_a_call_from_a_notebook_or_a_thread_leaves_things_as_they_were(config, t
     thread.join()
     assert done[0][1] and matplotlib.get_backend().lower() == "svg"
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+# ---- what a run needs and no longer has
+
+
+def test_the_reference_is_never_replaced_in_silence(run, said, adapter, tmp_path):
+    """Of a run that started from an adapter, the KL is measured to that adapter, or the run does not go on."""
+    assert run(adapter=adapter, lr=0.01)[0] == 0
+    os.remove(tmp_path / "run" / "reference.pt")
+    code, text = said("--resume", tmp_path / "run", "--steps", 5)
+    assert code == 2 and "the reference at the start of RL was not kept" in text
+
+
+@pytest.mark.parametrize("flags", [["--eval_size", "4"], ["--eval_data", "OTHER"]])
+def test_no_trained_question_is_held_out_later(run, said, tiny, tmp_path, flags):
+    assert run(eval_size=2)[0] == 0
+    flags = [tiny.questions if flag == "OTHER" else flag for flag in flags]
+    code, text = said("--resume", tmp_path / "run", *flags, "--steps", 5)
+    assert code == 2 and flags[0] in text
+
+
+@pytest.mark.parametrize(
+    "damage, what",
+    [
+        (lambda path: path.unlink(), "its log.jsonl is gone"),
+        (lambda path: path.write_text("{broken}\n"), "log.jsonl: "),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0" * 9 + b"\n"), "log.jsonl: "),
+    ],
+)
+def test_a_damaged_log(run, said, tmp_path, damage, what):
+    assert run()[0] == 0
+    damage(tmp_path / "run" / "log.jsonl")
+    code, text = said("--resume", tmp_path / "run", "--steps", 5)
+    assert code == 2 and what in text
+
+
+def test_an_empty_resume_starts_no_new_run(said, tiny):
+    code, text = said("--resume", "", "--data", tiny.questions)
+    assert code == 2 and "--resume: name the run" in text
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), "1"])
+def test_rewards_become_numbers(run, monkeypatch, value):
+    monkeypatch.setitem(reward.REWARDS, "odd", lambda said, example: value)
+    assert run(reward="accuracy=1,odd=1", steps=1)[0] == 0
+
+
+CLOSED = """
+import os
+update, calls = og.update, []
+def closing(*args):
+    calls.append(args)
+    if len(calls) == 2:
+        for number in (1, 2):
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, number)
+    return update(*args)
+og.update, og.LOG_ROLLOUTS = closing, 1
+"""
+
+
+def test_a_terminal_that_closes_does_not_end_the_run(config, tmp_path):
+    out = str(tmp_path / "run")
+    process = runs.start(runs.flags(config(steps=4, save_every=2, out=out)), CLOSED, tmp_path)
+    process.communicate(timeout=240)
+    assert runs.saved_state(out)["step"] == 4 and runs.read(out)[-1]["step"] == 4
+
+
+def test_nohup(config, tmp_path):
+    """A run that was started under nohup goes on when its terminal hangs up."""
+    out = str(tmp_path / "run")
+    ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    process = runs.start(runs.flags(config(steps=6, out=out)), ignore, tmp_path)
+    while len(runs.whole_lines(out)) <= 2 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    runs.finish(process)
+    assert runs.saved_state(out)["step"] == 6
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        ({}, "no adapter_config.json there"),
+        ({"adapter/adapter_config.json": "{}"}, "did you mean "),
+        ({"adapter_config.json": "{}", "adapter_model.bin": "x"}, "only safetensors are loaded"),
+    ],
+)
+def test_folders_that_are_no_adapter(config, tmp_path, content, what):
+    for name, text in content.items():
+        path = tmp_path / "x" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    with pytest.raises(data.UserError, match=what):
+        og.load_run_policy(config(adapter=str(tmp_path / "x")))
