@@ -780,3 +780,17 @@ def test_a_ledger_leaves_other_files_alone(tmp_path, content):
 def test_seeds_are_the_same_everywhere():
     assert data.seed_of(1, "a") == data.seed_of(1, "a") == 7669364106777831
     assert len({data.seed_of(i, "a") for i in range(1000)}) == 1000 and data.seed_of("x") < 2**56
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """A run that was started under nohup outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with data.interruptible("SIGHUP", "SIGTERM") as stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopping
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopping
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

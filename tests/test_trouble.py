@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -43,15 +42,39 @@ def run(config, said, tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def finished_once(config, tmp_path_factory):
+    return runs.train(config(steps=4, save_every=2), tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path):
+    """The directory of a run of four steps, tmp_path/run, for this test alone."""
+    return shutil.copytree(finished_once, tmp_path / "run")
+
+
 # ---- signals
 
 
-@pytest.mark.parametrize("when", ["training", "evaluation", "first evaluation", "last control"])
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
-def test_a_signal_loses_nothing(config, tiny, said, tmp_path, monkeypatch, when, sign):
-    """Exit code 130, soon; --resume then leaves what the unbroken run leaves, evaluations included."""
+@pytest.fixture(scope="module")
+def evaluated(config, tiny, tmp_path_factory):
+    """A run with evaluations -> (its Config, its directory)"""
     cfg = config(steps=3, save_every=2, eval_every=2, eval_data=tiny.questions, eval_size=4, rollout_rows=8)
-    whole = runs.train(cfg, tmp_path / "whole")
+    return cfg, runs.train(cfg, tmp_path_factory.mktemp("evaluated") / "run")
+
+
+@pytest.mark.parametrize(
+    "when, sign",
+    [
+        ("training", signal.SIGTERM),
+        ("evaluation", signal.SIGHUP),
+        ("first evaluation", signal.SIGTERM),
+        ("last control", signal.SIGTERM),
+    ],
+)
+def test_a_signal_loses_nothing(evaluated, said, tmp_path, monkeypatch, when, sign):
+    """Exit code 130, soon; --resume then leaves what the unbroken run leaves, evaluations included."""
+    cfg, whole = evaluated
     calls, evaluate, update = {"evaluate": 0, "update": 0}, og.evaluate, og.update
     place = dict(training=("update", 2), evaluation=("evaluate", 3))
     place |= {"first evaluation": ("evaluate", 1), "last control": ("evaluate", 5)}
@@ -76,14 +99,13 @@ def test_a_signal_loses_nothing(config, tiny, said, tmp_path, monkeypatch, when,
     assert code == 0 and runs.left_by(tmp_path / "run") == runs.left_by(whole)
 
 
-def test_a_step_is_saved_before_it_is_evaluated(config, tiny, tmp_path, monkeypatch):
+def test_a_step_is_saved_before_it_is_evaluated(evaluated, tmp_path, monkeypatch):
     """Killed during the evaluation, the step need not be done again, and its line of the log is not lost."""
-    cfg = config(steps=2, save_every=1, eval_every=2, eval_data=tiny.questions, eval_size=4)
-    whole, out = runs.train(cfg, tmp_path / "whole"), str(tmp_path / "run")
+    (cfg, whole), out = evaluated, str(tmp_path / "run")
     measure = og.measure
 
     def dies(*args, **kwargs):
-        if kwargs["control"] and os.path.exists(os.path.join(out, "log.jsonl")):
+        if os.path.exists(os.path.join(out, "log.jsonl")):
             raise RuntimeError("the lights went out")
         return measure(*args, **kwargs)
 
@@ -124,33 +146,34 @@ def full(policy, optimizer, out, state):
     save(policy, optimizer, out, state)
 og.save_checkpoint = full
 """
-GONE = """
-import shutil
-update = og.update
-def gone(*args):
-    shutil.rmtree({out!r}, ignore_errors=True)
-    return update(*args)
-og.update = gone
-"""
 
 
-@pytest.mark.parametrize("change", [QUOTA, GONE], ids=["full", "gone"])
-def test_a_disk_that_takes_no_more(config, tmp_path, change):
+def test_a_disk_that_takes_no_more(config, tmp_path):
     """Exit code 1, one line with the last whole checkpoint, and --resume goes on from it."""
     out = str(tmp_path / "run")
-    words = runs.flags(config(steps=4, save_every=1, out=out))
-    process = runs.start(words, change.format(out=out) if change is GONE else change, tmp_path)
+    process = runs.start(runs.flags(config(steps=4, save_every=1, out=out)), QUOTA, tmp_path)
     _, stderr = runs.finish(process, code=1)
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in stderr
-    if change is GONE:
-        assert line.startswith(f"error: {out}: is gone (step 1, ")
-        return
     assert f"error: {out}: could not be written, " in line and "MiB are free" in line
     assert "(step 2, lr 0.0002; the last whole checkpoint is of step 1)" in line
     assert runs.saved_state(out)["step"] == 1
     og.train(og.resume_config(dict(resume=out)))
     assert runs.saved_state(out)["step"] == 4
+
+
+def test_a_directory_that_vanishes(run, tmp_path, monkeypatch):
+    update = og.update
+
+    def gone(*args):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return update(*args)
+
+    monkeypatch.setattr(og, "update", gone)
+    code, text = run(save_every=1)
+    assert (
+        code == 1 and f"error: {tmp_path}/run: is gone (step 1, " in text and not (tmp_path / "run").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,8 +186,7 @@ def test_a_disk_that_takes_no_more(config, tmp_path, change):
         (lambda path: change_shape(path), "its checkpoint is of another model or another --lora_rank"),
     ],
 )
-def test_a_damaged_checkpoint(run, said, tmp_path, damage, what):
-    assert run()[0] == 0
+def test_a_damaged_checkpoint(finished, said, tmp_path, damage, what):
     damage(tmp_path / "run" / "checkpoint" / "state.pt")
     code, text = said("--resume", tmp_path / "run", "--steps", 5)
     assert code == 2 and f"error: --resume {tmp_path}/run: {what}" in text
@@ -194,22 +216,20 @@ def change_shape(path):
         (["--out", "x"], "--out x: a run goes on where it is"),
     ],
 )
-def test_what_would_make_another_run_of_it_is_refused(run, said, tiny, tmp_path, flags, what):
+def test_what_would_make_another_run_of_it_is_refused(finished, said, tiny, tmp_path, flags, what):
     other = tmp_path / "other.jsonl"
     with open(tiny.questions) as f, open(other, "w") as out:
         for line in f:
             row = json.loads(line)
             row["audio"] = os.path.join(tiny.folder, row["audio"])
             out.write(json.dumps(row | dict(question="What else?")) + "\n")
-    assert run()[0] == 0
     flags = [str(other) if flag == "OTHER" else flag for flag in flags]
     code, text = said("--resume", tmp_path / "run", *flags, "--steps", 5)
     assert code == 2 and what in text
 
 
-def test_a_run_goes_on_with_moved_data_and_keeps_its_history(run, said, tiny, tmp_path):
+def test_a_run_goes_on_with_moved_data_and_keeps_its_history(finished, said, tiny, tmp_path):
     """What may change is said, and written into config.json."""
-    assert run()[0] == 0
     shutil.copytree(tiny.folder, tmp_path / "moved")
     moved = str(tmp_path / "moved" / os.path.basename(tiny.questions))
     code, text = said("--resume", tmp_path / "run", "--data", moved, "--steps", 5, "--lr", 0.01)
@@ -252,7 +272,7 @@ def test_a_bad_clip_counts_once(config, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "probe_audio", lambda *args: (0, []))
     with open(examples[3].audio, "w") as f:
         f.write("no sound")
-    out = runs.train(config(data=questions, steps=40), tmp_path / "run")
+    out = runs.train(config(data=questions, steps=20), tmp_path / "run")
     assert runs.read(out)[-1]["audio/bad"] == 1
     monkeypatch.setattr(og, "MAX_BAD_AUDIO", 1000)
     for example in examples:
@@ -344,9 +364,8 @@ def test_code_of_a_checkpoint_is_not_run(config, tiny, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def adapter(config, tmp_path):
-    out = runs.train(config(steps=1), tmp_path / "trained")
-    return os.path.join(out, "adapter")
+def adapter(finished_once, tmp_path):
+    return shutil.copytree(os.path.join(finished_once, "adapter"), tmp_path / "trained")
 
 
 def rewrite(adapter, change):
@@ -446,8 +465,7 @@ def test_the_reference_is_never_replaced_in_silence(run, said, adapter, tmp_path
 
 
 @pytest.mark.parametrize("flags", [["--eval_size", "4"], ["--eval_data", "OTHER"]])
-def test_no_trained_question_is_held_out_later(run, said, tiny, tmp_path, flags):
-    assert run(eval_size=2)[0] == 0
+def test_no_trained_question_is_held_out_later(finished, said, tiny, tmp_path, flags):
     flags = [tiny.questions if flag == "OTHER" else flag for flag in flags]
     code, text = said("--resume", tmp_path / "run", *flags, "--steps", 5)
     assert code == 2 and flags[0] in text
@@ -461,8 +479,7 @@ def test_no_trained_question_is_held_out_later(run, said, tiny, tmp_path, flags)
         (lambda path: path.write_bytes(path.read_bytes() + b"\0" * 9 + b"\n"), "log.jsonl: "),
     ],
 )
-def test_a_damaged_log(run, said, tmp_path, damage, what):
-    assert run()[0] == 0
+def test_a_damaged_log(finished, said, tmp_path, damage, what):
     damage(tmp_path / "run" / "log.jsonl")
     code, text = said("--resume", tmp_path / "run", "--steps", 5)
     assert code == 2 and what in text
@@ -499,18 +516,6 @@ def test_a_terminal_that_closes_does_not_end_the_run(config, tmp_path):
     process = runs.start(runs.flags(config(steps=4, save_every=2, out=out)), CLOSED, tmp_path)
     process.communicate(timeout=240)
     assert runs.saved_state(out)["step"] == 4 and runs.read(out)[-1]["step"] == 4
-
-
-def test_nohup(config, tmp_path):
-    """A run that was started under nohup goes on when its terminal hangs up."""
-    out = str(tmp_path / "run")
-    ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
-    process = runs.start(runs.flags(config(steps=6, out=out)), ignore, tmp_path)
-    while len(runs.whole_lines(out)) <= 2 and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGHUP)
-    runs.finish(process)
-    assert runs.saved_state(out)["step"] == 6
 
 
 @pytest.mark.parametrize(
