@@ -399,22 +399,23 @@ def is_padding(choice) -> bool:
 
 def split_labels(choices: list) -> tuple[list[str], list]:
     """-> (labels, texts); no labels if not every choice has its own"""
-    marks = {i: LABEL.match(choice) for i, choice in enumerate(choices) if isinstance(choice, str)}
-    marks = {i: mark for i, mark in marks.items() if mark or not is_padding(choices[i])}
-    if len(marks) < 2 or None in marks.values():
-        return [], choices
-    labels, texts = [""] * len(choices), list(choices)
-    for i, mark in marks.items():
-        labels[i], texts[i] = mark[1], choices[i][mark.end() :]
-    found = sorted(labels[i] for i in marks)
+    labels, texts, marks = [""] * len(choices), list(choices), []
+    for i, choice in enumerate(choices):
+        mark = LABEL.match(choice) if isinstance(choice, str) else None
+        if mark:
+            labels[i], texts[i] = mark[1], choice[mark.end() :]
+            marks.append(i)
+        elif not is_padding(choice):
+            return [], choices
+    found, said = sorted(labels[i] for i in marks), [texts[i] for i in marks]
     for sequence in SEQUENCES:
         n = len(marks)
         in_place = [sequence[i] for i in marks if i < len(sequence)]
         few_lost = n > 2 and found[:2] == sequence[:2] and {*found} < {*sequence[: n + 2]}
         fits = found in (sorted(sequence[:n]), in_place) or few_lost
         # of "1. Satz" and "2. Satz" the number is what they say
-        says_more = len({*texts}) == len(texts) or sequence[0].upper() == "A"
-        if fits and says_more and any(map(str.strip, (texts[i] for i in marks))):
+        says_more = len({*said}) == n or sequence[0].upper() == "A"
+        if n > 1 and fits and says_more and any(map(str.strip, said)):
             return labels, texts
     return [], choices
 
@@ -1745,15 +1746,15 @@ def scan(examples: Examples, purpose="train", folder="", most=10, deaf=False) ->
     return keys
 
 
+PLAIN = re.compile(r"[A-Za-z0-9]+( [A-Za-z0-9]+)*").fullmatch  # what normal_text only puts into lower case
+
+
 def oddities(example: Example) -> list[str]:
     """What is no fault, and should be known: it is counted at the start of a run, and listed by `check`."""
-    found = []
-    choices = example.choices
-    plain = len({*choices}) == len(choices) and all(map(str.isalpha, map(str.lower, choices)))
-    if not (plain and len({*map(str.casefold, choices)}) == len(choices)) and (
-        len({*map(normal_text, choices)}) < len(choices)
-    ):
-        found.append("two of the choices are the same")
+    found, choices = [], example.choices
+    if len({*map(str.lower, choices)}) < len(choices) or not all(map(PLAIN, choices)):
+        if len({*map(normal_text, choices)}) < len(choices):
+            found.append("two of the choices are the same")
     if example.meta.get("question_relation") == "View":
         found.append("only the eye can answer; leave out by `data.py filter --where question_relation!=View`")
     return found

@@ -14,7 +14,9 @@ import data  # noqa: E402
 import omni_grpo as og  # noqa: E402
 from tools import demo, sounds  # noqa: E402
 
-SLOW = ["test_run", "test_ranks", "test_recipes", "test_reward", "test_eval", "test_generate", "test_formats"]
+SLOW = (
+    "test_run test_trouble test_ranks test_recipes test_eval test_relisten test_reward test_generate test_formats"
+).split()
 
 
 def pytest_collection_modifyitems(items):
