@@ -376,7 +376,7 @@ def tidy_choices(choices, answer):
         labels, texts = [*choices], [*choices.values()]
     else:
         labels, texts = split_labels(choices)
-    if not all(is_padding(text) or isinstance(text, str) for text in texts):
+    if not all(isinstance(text, str) or is_padding(text) for text in texts):
         raise DataError(f'field "choices": expected a list of texts, found {choices!r:.80}')
     gold = answer
     if type(answer) is int and str(answer) in labels and labels.index(str(answer)) != answer:
@@ -1499,10 +1499,10 @@ def find_video(stem: str, folder: str) -> list[str]:
 
 
 def below(name, folder):
-    if name.startswith("file://"):
+    if "://" in name:
+        if not name.startswith("file://"):
+            return name
         name = urllib.parse.unquote(name.removeprefix("file://"))
-    if re.match(r"\w+://", name):
-        return name
     return os.path.join(folder, os.path.expanduser(name) if name.startswith("~/") else name)
 
 
