@@ -394,17 +394,15 @@ def load_adapter(model, lm_path: str, adapter: str, train: bool):
 
     where = f"--adapter {adapter}"
     if not os.path.exists(os.path.join(adapter, "adapter_config.json")):
-        found = [name for name in ("adapter", "checkpoint") if os.path.isdir(os.path.join(adapter, name))]
-        hint = f"; did you mean {adapter.rstrip('/')}/adapter?" if "adapter" in found else ""
+        inner = os.path.join(adapter, "adapter")
+        hint = f"; did you mean {inner}?" if os.path.isdir(inner) else ""
         raise UserError(f"{where}: no adapter_config.json there{hint}")
     if not os.path.exists(os.path.join(adapter, "adapter_model.safetensors")):
         raise UserError(f"{where}: no adapter_model.safetensors there, and only safetensors are loaded")
     with blame(where):
         config = peft.PeftConfig.from_pretrained(adapter)
         if not isinstance(config, peft.LoraConfig) or not config.target_modules:
-            raise UserError(
-                f"{where}: is {config.peft_type}, and LoRA with target_modules is what can be loaded"
-            )
+            raise UserError(f"{where}: is {config.peft_type}; only LoRA with target_modules can be loaded")
         if not isinstance(config.target_modules, str):  # a list of names, which the audio tower has, too
             names = "|".join(map(re.escape, sorted(config.target_modules)))
             config.target_modules = rf"{re.escape(lm_path)}\.(.*\.)?({names})"
@@ -463,12 +461,12 @@ def add_text_side(policy: Policy, family: Family, folder: str, where: str) -> No
                 f"{where}: its tokenizer does not hold the audio placeholder, id {policy.audio_id}; "
                 "are its files there?"
             )
-    clips = [{"type": "audio", "audio": "clip"}] if family.audio_id else []
+    content = [{"type": "audio", "audio": "clip"}, {"type": "text", "text": "?"}] if family.audio_id else "?"
     with blame(f"{where}: its chat template"):
-        content = [*clips, {"type": "text", "text": "?"}] if clips else "?"
         messages = [{"role": "user", "content": content}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    if tokenizer(text, add_special_tokens=False)["input_ids"].count(policy.audio_id) != len(clips):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if family.audio_id and ids.count(policy.audio_id) != 1:
         raise UserError(f"{where}: its chat template writes no placeholder for a clip")
     stops = getattr(model.generation_config, "eos_token_id", None) or []
     stops = stops if isinstance(stops, list) else [stops]

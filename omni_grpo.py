@@ -678,12 +678,8 @@ def train(cfg: Config) -> tuple[str, bool]:
         )
     out = gather("" if rank else open_run(cfg))[0]
     with contextlib.nullcontext() if rank else data.claimed(out):
-        if rank == 0 and not cfg.resume and holds_a_run(out):
-            can_go_on = os.path.exists(os.path.join(out, "checkpoint", "state.pt"))
-            remedy = (
-                f"go on with it by --resume {out}, or give another name" if can_go_on else "give another name"
-            )
-            raise UserError(f"--out {out}: already holds something; {remedy}")
+        if rank == 0 and not cfg.resume:
+            refuse_to_overwrite(out)
         return out, train_in(cfg, questions, out)
 
 
@@ -1157,15 +1153,20 @@ def open_run(cfg: Config) -> str:
             return out
 
 
-def holds_a_run(out: str) -> bool:
-    """Is there more than what a run leaves that is killed before its first checkpoint?"""
+# what a run leaves that is killed before its first checkpoint
+STARTED = {"config.json", "config.json.part", "adapter", "adapter.part", "model", "model.part", "checkpoint"}
+
+
+def refuse_to_overwrite(out: str) -> None:
+    """A new run needs an empty directory, or that of a run which was killed before its first checkpoint."""
     names = set(os.listdir(out))
-    started = {"adapter", "adapter.part", "model", "model.part", "checkpoint"}
-    killed_early = names & {"config.json", "config.json.part"} and names <= started | {
-        "config.json",
-        "config.json.part",
-    }
-    return bool(names) and (not killed_early or os.path.exists(os.path.join(out, "checkpoint", "state.pt")))
+    can_go_on = os.path.exists(os.path.join(out, "checkpoint", "state.pt"))
+    killed_early = any(name.startswith("config.json") for name in names) and names <= STARTED
+    if names and (can_go_on or not killed_early):
+        remedy = (
+            f"go on with it by --resume {out}, or give another name" if can_go_on else "give another name"
+        )
+        raise UserError(f"--out {out}: already holds something; {remedy}")
 
 
 def write_config(cfg: Config, out: str, about: dict, step: int) -> None:
@@ -1174,9 +1175,8 @@ def write_config(cfg: Config, out: str, about: dict, step: int) -> None:
     if cfg.resume:
         before = read_config(out)
         history = before["history"]
-        changed = {
-            k: [old, saved[k]] for k, old in before["config"].items() if old != saved[k] and k != "out"
-        }
+        then = before["config"]
+        changed = {k: [then[k], saved[k]] for k in then if then[k] != saved[k] and k != "out"}
         if changed:
             history.append(dict(step=step, changed=changed))
             print("changed: " + ", ".join(f"--{k} {old} -> {new}" for k, (old, new) in changed.items()))
@@ -1206,9 +1206,8 @@ def refuse_other_data(cfg: Config, files: dict) -> None:
         )
     nothing = {"questions": 0, "hash": "none"}
     for flag in ("data", "eval_data", "cold_start_data"):
-        before = then["data"].get(flag, nothing)
-        if files.get(flag, nothing) != before:
-            now = files.get(flag, nothing)
+        before, now = then["data"].get(flag, nothing), files.get(flag, nothing)
+        if now != before:
             found = f"{now['questions']} questions (hash {now['hash']})"
             raise UserError(
                 f"--{flag} {getattr(cfg, flag)}: {found}, and the run had {before['questions']} "

@@ -23,6 +23,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
 
 
+@pytest.fixture
+def command(capsys):
+    """command(main, *words) -> (its exit code, all that it said on both streams)"""
+
+    def command(main, *words):
+        code = main(list(map(str, words)))
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out + captured.err
+
+    return command
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with `base`, `demo.jsonl` and `sounds/`: the demo's, smaller, the base taught just enough to name sounds at

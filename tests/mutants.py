@@ -151,7 +151,7 @@ MUTANTS = [  # what, old, new, the tests that must die
     ),
     ("a stopped evaluation counts", '    if right.pop("stopped"):\n', "    if False:\n", TROUBLE),
     ("evaluated before it is saved", '"record": record, phase', '"record": None, phase', TROUBLE),
-    ("other data on --resume", "if files.get(flag, nothing) != before:", "if False:", TROUBLE),
+    ("other data on --resume", "        if now != before:\n", "        if False:\n", TROUBLE),
     ("a directory for two", "if not lock(opened):", "if False:", TROUBLE),
     ("a bad clip counts every time", "bad[str(example.clips)] = heard", "bad[drawn] = heard", TROUBLE),
     ("NaN in the log", "return None if isinstance(x, float)", "return x if isinstance(x, float)", TROUBLE),

@@ -1,6 +1,7 @@
 """What people bring: files as others write them are read right, or refused with what they are and one remedy."""
 
 import collections
+import functools
 import gzip
 import json
 import os
@@ -38,16 +39,9 @@ def put(tmp_path):
 
 
 @pytest.fixture
-def said(capsys):
+def said(command):
     """A command of data.py -> its exit code and everything it said."""
-
-    def said(*words):
-        code = data.main(list(map(str, words)))
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return code, captured.out + captured.err
-
-    return said
+    return functools.partial(command, data.main)
 
 
 # ---- what is paid for

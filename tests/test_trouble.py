@@ -2,6 +2,7 @@
 are not finite. Nothing is silent, nothing is lost, and no traceback is shown."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -19,16 +20,9 @@ import runs
 
 
 @pytest.fixture
-def said(capsys):
+def said(command):
     """The trainer's command line -> (exit code, all that it said)."""
-
-    def said(*words):
-        code = og.main(list(map(str, words)))
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return code, captured.out + captured.err
-
-    return said
+    return functools.partial(command, og.main)
 
 
 @pytest.fixture

@@ -85,21 +85,20 @@ def make_demo(name: str, train: Callable) -> bool:
     train(**knobs) -> (run directory, finished): the trainer, which teaches the base.
     """
     folder = os.path.dirname(DEMOS[name]["data"])
-    if os.path.exists(os.path.join(folder, "base", "config.json")):
+    base = os.path.join(folder, "base", "config.json")
+    if os.path.exists(base):
         return True
     if os.path.exists(folder):
         raise UserError(f"{folder}: is in the way of the demo, and holds no base model; remove it")
     print(f"making sounds, questions and a tiny base model in {folder} (once)", flush=True)
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    with data.claimed(os.path.dirname(folder)):
+        return os.path.exists(base) or fill_demo(name, folder, train)  # another process may have made it now
+
+
+def fill_demo(name: str, folder: str, train: Callable) -> bool:
     making = folder + ".making"
-    os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)
-    with open(making + ".lock", "w") as file:
-        if not data.lock(file):
-            raise UserError(f"{folder}: another process is making it; wait for its end")
-        shutil.rmtree(making, ignore_errors=True)
-        return fill_demo(name, folder, making, train)
-
-
-def fill_demo(name: str, folder: str, making: str, train: Callable) -> bool:
+    shutil.rmtree(making, ignore_errors=True)
     texts = []  # beside the lessons, what the tokenizer should know the words of
     if name == "sounds":
         sounds.write_sounds(making, 960, 4, seed=1, name="demo", silent=0.15)
@@ -119,7 +118,6 @@ def fill_demo(name: str, folder: str, making: str, train: Callable) -> bool:
     if finished:
         os.rename(os.path.join(taught, "model"), os.path.join(making, "base"))
         os.rename(making, folder)
-        os.remove(making + ".lock")
     return finished
 
 
