@@ -58,8 +58,8 @@ from tools.demo import CHAT_TEMPLATE
 PROGRAMS = "apt-get install espeak-ng flite sonic-pi-samples tuxpaint-stamps-default"
 LESSONS = 1800
 HELD_OUT = 24  # lessons of each kind, for the report
-BATCH = 12
-LR = 2e-3
+BATCH = 8
+LR = 1e-3
 SAVE_EVERY = 50  # steps
 ANSWER_TOKENS = 20  # so much of the language model's own answers is learned
 
@@ -67,7 +67,7 @@ ANSWER_TOKENS = 20  # so much of the language model's own answers is learned
 @dataclass
 class Options:
     out: str = knob("runs/small_omni", "folder to write; what is there already is not made again")
-    steps: int = knob(260, f"training steps, {BATCH} lessons each", low=1)
+    steps: int = knob(300, f"training steps, {BATCH} lessons each", low=1)
     seed: int = knob(0, "of the lessons, their order and the first weights")
 
 
@@ -554,6 +554,9 @@ def train(policy: Policy, lessons: list[Heard], steps: int, seed: int, path: str
     """Train the projection. A checkpoint is kept at `path`, and gone on from if it is there."""
     torch.manual_seed(seed)
     proj, first = nn.Linear(512, policy.embed_tokens.weight.shape[1]), 0
+    with torch.no_grad():  # what it gives is about as large as the embeddings of text
+        proj.weight /= 7
+        proj.bias.zero_()
     optimizer = torch.optim.AdamW(proj.parameters(), lr=LR, weight_decay=0.0)
     if os.path.exists(path):
         first, weights, moments = torch.load(path)
