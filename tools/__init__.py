@@ -6,6 +6,7 @@ behaviours   what completions do: verification, backtracking, ..., counted by wo
 server       the client of an OpenAI-compatible server, and the resumable run that generate and events share
 sounds       the demo's sounds: synthesised, written as wav files, with questions about them
 demo         the demo's tiny base models and its knobs
+small_omni   a real audio language model of 160 million parameters, made from packages on a CPU (a command)
 pages        report.html and rollouts.html: look through failures by ear
 plots        curves.png
 fits         will a step fit into the memory of the card?
