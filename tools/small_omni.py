@@ -61,14 +61,14 @@ HELD_OUT = 24  # lessons of each kind, for the report
 BATCH = 8
 LR = 2e-3
 SCALE = 12.0  # of the first guess, which is an average and therefore small
-SAVE_EVERY = 30  # steps
+SAVE_EVERY = 50  # steps
 ANSWER_TOKENS = 20  # so much of the language model's own answers is learned
 
 
 @dataclass
 class Options:
     out: str = knob("runs/small_omni", "folder to write; what is there already is not made again")
-    steps: int = knob(180, f"training steps, {BATCH} lessons each", low=1)
+    steps: int = knob(600, f"training steps, {BATCH} lessons each", low=1)
     seed: int = knob(0, "of the lessons, their order and the first weights")
 
 
