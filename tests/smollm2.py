@@ -10,11 +10,11 @@ Needs no network.
 
 import json
 import os
-import random
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data  # noqa: E402
+from tools import spoken  # noqa: E402
 from tools.small_omni import load_smollm2  # noqa: E402
 
 
@@ -24,24 +24,16 @@ def write_model(folder: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_sums(folder: str, n_held_out: int = 200) -> None:
-    """All a + b with 1 <= a, b <= 40; a held-out pair is in no order among those to train on. Three wrong
-    choices are near the right one, so that guessing by size does not help."""
-    rng = random.Random(0)
-    pairs = [(a, b) for a in range(1, 41) for b in range(a, 41)]
-    rng.shuffle(pairs)
-    for name, part in (("sums_held_out", pairs[:n_held_out]), ("sums", pairs[n_held_out:])):
+def write_sums(folder: str) -> None:
+    """Sums of two numbers up to 40; the pairs that are held out are in no order among those to train on. Any of
+    the four options, near each other, is as likely to be right."""
+    for name, split, n in (("sums", "train", 600), ("sums_held_out", "held_out", 200)):
         with open(os.path.join(folder, name + ".jsonl"), "w", encoding="utf-8") as f:
-            for pair in part:
-                f.write(json.dumps(question(rng, pair)) + "\n")
-
-
-def question(rng: random.Random, pair: tuple[int, int]) -> dict:
-    a, b = rng.sample(pair, 2)
-    near = [x for x in range(a + b - 10, a + b + 11) if x > 0 and x != a + b]
-    choices = [str(x) for x in [a + b, *rng.sample(near, 3)]]
-    rng.shuffle(choices)
-    return dict(audio=None, question=f"What is {a} + {b}?", choices=choices, answer=str(a + b))
+            for i in range(n):
+                asked, _ = spoken.ask("sums", split, i)
+                question = f"What is {asked.said[0][0].replace('plus', '+')}?"
+                row = dict(audio=None, question=question, choices=asked.choices, answer=asked.answer)
+                f.write(json.dumps(row) + "\n")
 
 
 def write(folder: str) -> None:

