@@ -1,6 +1,7 @@
 """Speed and memory, measured. No weights are needed: random ones, at 7B size on a CUDA card, small on a CPU.
 
     python tests/bench.py --step       a whole training step: seconds by part, its floor, its peak of memory
+    python tests/bench.py --step --full  the same at 7B size on a CPU with 24 GiB and no card
     python tests/bench.py --scoring    scoring with a shared prompt against scoring full rows
     python tests/bench.py --rollout    sampling against the library's generate, without and with re-listening
     python tests/bench.py --trl        a whole training step against TRL's GRPOTrainer
@@ -13,6 +14,7 @@ table into docs/benchmarks.md. --trl needs TRL, for this comparison only: pip in
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -179,19 +181,37 @@ def make_config(args, **more) -> og.Config:
     return og.Config(prompts_per_step=args.prompts, num_generations=args.generations, **more)
 
 
-def random_policy(cfg: og.Config) -> model.Policy:
-    config = thinker_config(big=CUDA)
+def random_policy(cfg: og.Config, big: bool, dtype: torch.dtype) -> model.Policy:
+    """Random weights: the library's, which take minutes at 7B size on a CPU, so there our own."""
+    config = thinker_config(big)
+    quick = big and not CUDA
     torch.manual_seed(0)
-    torch.set_default_dtype(DTYPE)
-    with torch.device(DEVICE):
+    torch.set_default_dtype(dtype)
+    no_weights = transformers.initialization.no_init_weights() if quick else contextlib.nullcontext()
+    with no_weights, torch.device(DEVICE):
         thinker = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
+    if quick:
+        thinker.visual = None
+        fill(thinker)
     policy = take_apart(cfg, thinker, model.OMNI)
     policy.audio_id = config.audio_token_id
     if cfg.load_in_4bit:
         for layer in lora_layers(policy):
             layer.base_layer = quantize(layer.base_layer)
     return policy
+
+
+@torch.no_grad()
+def fill(thinker) -> None:
+    """A million random numbers again and again in the matrices; norms are 1, biases 0."""
+    block = torch.randn(2**20) * 0.02
+    for name, weight in thinker.named_parameters():
+        if weight.ndim == 1:
+            weight.fill_(float(name.endswith("weight")))
+            continue
+        for part in weight.view(-1).split(len(block)):
+            part.copy_(block[: len(part)])
 
 
 def take_apart(cfg: og.Config, whole, family: model.Family) -> model.Policy:
@@ -256,33 +276,57 @@ def our_step(policy, optimizer, cfg: og.Config, prompts: list[Prompt]) -> None:
 # --step
 
 CARD_GIB = 48
+LIBRARIES_GIB = (
+    3  # what a process holds beside its tensors: torch, kernels' buffers, pieces that are free again
+)
 
 
 def step(args) -> Table:
-    """On a card at 7B size, in CARD_GIB of its memory. The forecast's peak stands beside the measured one."""
+    """On a card at 7B size, in CARD_GIB of its memory. The forecast's peak stands beside the measured one: on
+    a card what torch holds, on a CPU the sizes of the live tensors, and beside it all that the process holds.
+    """
+    dtype = torch.bfloat16 if args.full else DTYPE
+    cfg = make_config(args, max_new_tokens=args.new_tokens, load_in_4bit=args.nf4)
     if CUDA:
         room = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, CARD_GIB / room))
-    cfg = make_config(args, max_new_tokens=args.new_tokens, load_in_4bit=args.nf4)
-    policy = random_policy(cfg)
+    elif args.full:
+        need_room(cfg, args)
+    policy = random_policy(cfg, CUDA or args.full, dtype)
     optimizer = og.make_optimizer(policy, cfg)
     prompt_tokens = len(audio_prompts(policy, random_mels(args))[0].ids)
     floor = floor_s(policy, cfg, prompt_tokens)
     seconds = watch_parts(policy, optimizer)
-    weights = sum(x.nbytes for x in [*policy.model.parameters(), *policy.model.buffers()])
-    peak, turns = weights / 2**30 - held_gib(), []
+    weights = [*policy.model.parameters(), *policy.model.buffers()]
+    peak, turns = sum(x.nbytes for x in weights) / 2**30 - held_gib(), []
     for _ in range(args.repeats + 1):
         seconds.clear()
         total = seconds_of(lambda: our_step(policy, optimizer, cfg, audio_prompts(policy, random_mels(args))))
         turns.append([*seconds.values(), total])
     peak += peak_gib()
+    heads, resident = "step s | floor s | peak GiB | forecast GiB", []
+    if not CUDA:
+        with fits.LiveBytes(weights) as live:
+            our_step(policy, optimizer, cfg, audio_prompts(policy, random_mels(args)))
+        peak = (fits.weight_bytes(policy, cfg, dtype) + live.peak) / 2**30
+        heads, resident = f"{heads} | resident GiB", [linux_gib("VmHWM")]
     config = policy.model.get_base_model().config
-    forecast = fits.forecast(cfg, config, model.OMNI, prompt_tokens, DTYPE)
+    forecast = fits.forecast(cfg, config, model.OMNI, prompt_tokens, dtype)
     title = f"A step of {args.prompts} prompts of {prompt_tokens} tokens ({args.audio_s:g} s clips), "
-    title += f"G = {args.generations}, T = {args.new_tokens}, {'nf4' if args.nf4 else DTYPE}"
-    table = Table(title, " s | ".join(seconds) + " s | step s | floor s | peak GiB | forecast GiB")
-    table.add(*map(list, zip(*turns[1:])), floor, peak, max(forecast.values()))
+    title += f"G = {args.generations}, T = {args.new_tokens}, {'nf4' if args.nf4 else dtype}"
+    table = Table(title, " s | ".join(seconds) + f" s | {heads}")
+    table.add(*map(list, zip(*turns[1:])), floor, peak, max(forecast.values()), *resident)
     return table
+
+
+def need_room(cfg: og.Config, args) -> None:
+    """Leave with one line before the machine begins to swap."""
+    forecast = fits.forecast(cfg, thinker_config(big=True), model.OMNI, 80 + int(25 * args.audio_s))
+    with open("/proc/meminfo") as f:
+        kib = dict(line.split(":") for line in f)["MemAvailable"].split()[0]
+    need, there = max(forecast.values()) + LIBRARIES_GIB, int(kib) / 2**20
+    if need > there:
+        sys.exit(f"error: a step at 7B size needs {need:.1f} GiB of memory, and {there:.1f} are free")
 
 
 def watch_parts(policy, optimizer) -> Counter:
@@ -312,7 +356,7 @@ def floor_s(policy, cfg: og.Config, prompt_tokens: int) -> float:
     """Seconds that no step can be shorter than: the products of the base's weights at the rate of a large
     product, and no step of decoding faster than the weights are read. All else is left out."""
     n, size = (8192, 2**30) if CUDA else (2048, 2**28)
-    a = torch.randn(n, n, device=DEVICE).to(DTYPE)
+    a = torch.randn(n, n, device=DEVICE).to(policy.dtype)
     x = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
     y = x.clone()
     product_s, copy_s = map(statistics.median, by_turns(7, lambda: a @ a, lambda: y.copy_(x)))
@@ -335,7 +379,7 @@ def floor_s(policy, cfg: og.Config, prompt_tokens: int) -> float:
 
 def scoring(args) -> Table:
     """Forward and backward over one group: G full rows as one batch, against the pack."""
-    policy = random_policy(og.Config())
+    policy = random_policy(og.Config(), CUDA, DTYPE)
     policy.lm.train()
     table = Table("Scoring, forward and backward", "S | T | G | repeated s | shared s | faster, x | bound, x")
 
@@ -365,7 +409,7 @@ def scoring(args) -> Table:
 
 def rollout(args) -> Table:
     """The library's generate, our rollout, and ours when one row in four hears 3 s of its clip again."""
-    policy, t, mels = random_policy(make_config(args)), args.new_tokens, random_mels(args)
+    policy, t, mels = random_policy(make_config(args), CUDA, DTYPE), args.new_tokens, random_mels(args)
     thinker = policy.model.get_base_model()
     ids = torch.tensor([prompt.ids for prompt in audio_prompts(policy, mels)], device=DEVICE)
     features = torch.stack(mels).to(DEVICE, DTYPE)
@@ -650,9 +694,12 @@ def main() -> None:
     add("--generations", type=int, default=8)
     add("--new_tokens", type=int, default=16)
     add("--audio_s", type=float, default=10.0)
+    add("--full", action="store_true", help="--step at 7B size on a CPU: 2 prompts, T = 8, one turn")
     add("--nf4", action="store_true", help="--step with 4-bit base weights")
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch on a CPU")
     add("--write", nargs="?", const="", metavar="NAME", help="write the table as NAME (none: the mode's)")
+    if "--full" in sys.argv:
+        parser.set_defaults(prompts=2, new_tokens=8, repeats=1)
     args = parser.parse_args()
     mark = f"<!-- bench {args.write or args.mode} -->"
     if args.write is not None and mark not in read_page():
