@@ -2,45 +2,64 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
 import omni_grpo as og
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TORCHRUN = """-m torch.distributed.run --nproc_per_node 2
-    --master_port 0 --rdzv_backend c10d --rdzv_endpoint localhost:0""".split()
-# the trainer as a script, with a change: a constant that is no flag, or a fault
-CHANGED = """
-import sys
-sys.path.insert(0, {root!r})
-import omni_grpo as og
-{change}
-sys.exit(og.main())
-"""
+FORKS = multiprocessing.get_context("fork")
 
 
-def start(words, change="", folder=None, ranks=1):
-    """The trainer in a process of its own; with a change, which takes a folder for its script.    -> Popen"""
-    script = os.path.join(ROOT, "omni_grpo.py")
-    if change:
-        script = os.path.join(folder, "changed.py")
-        with open(script, "w", encoding="utf-8") as f:
-            f.write(CHANGED.format(root=ROOT, change=change))
-    command = [sys.executable, *(TORCHRUN if ranks == 2 else []), script, *map(str, words)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=ROOT, **pipes)
+def start(words):
+    """The trainer as a user starts it: a script, in a process of its own.    -> Popen"""
+    command = [sys.executable, os.path.join(ROOT, "omni_grpo.py"), *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def fork(words, change=None, **environment):
+    """The trainer in a fork of this process, where the libraries are loaded: a start costs no seconds. change()
+    is called there first: a constant that is no flag, or a fault.    -> Process"""
+    said = tempfile.TemporaryFile("w+", encoding="utf-8")
+
+    def child():
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
+        sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", encoding="utf-8")
+        os.environ.update(environment)
+        if change:
+            change()
+        sys.exit(og.main([*map(str, words)]))
+
+    process = FORKS.Process(target=child, daemon=True)
+    process.said = said
+    process.start()
+    return process
+
+
+def fork_ranks(words, change=None):
+    """Two ranks, with what torchrun tells each.    -> [Process]"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    told = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    return [fork(words, change, RANK=rank, LOCAL_RANK=rank, **told) for rank in "01"]
 
 
 def finish(process, code=0):
-    """Wait for its end with this exit code; None: with any but 0.       -> (stdout, stderr)"""
-    stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == code if code is not None else process.returncode, stderr
-    assert "Traceback" not in stderr or code not in (0, 2)
-    return stdout, stderr
+    """Wait for the end of a fork with this exit code.    -> all that it said"""
+    process.join(240)
+    process.said.seek(0)
+    said = process.said.read()
+    assert process.exitcode == code, said
+    assert "Traceback" not in said
+    return said
 
 
 def train(cfg, out):

@@ -191,23 +191,28 @@ def test_what_cannot_go_on_is_refused(base_run, tmp_path, capsys, flags, fault, 
     assert runs.left_by(run) == before
 
 
-DIES = """
-import os, signal, torch
-og.LOG_ROLLOUTS = 3
-replace, save, seen = os.replace, torch.save, []
-def dying_replace(a, b):
-    seen.append(b)
-    if len(seen) >= {n_replace}:  # saves are counted too, so the exact number may fall on one
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(a, b)
-def dying_save(content, path):
-    seen.append(path)
-    save(content, path)
-    if len(seen) >= {n_save}:
-        os.truncate(path, os.path.getsize(path) // 2)  # as much as had reached the disk
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace, torch.save = dying_replace, dying_save
-"""
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_writing(n_replace=None, n_save=None):
+    """Of kill -9, before the n-th file is put into place, or when half of the n-th save has reached the disk."""
+    replace, save, seen = os.replace, torch.save, []
+
+    def dying_replace(a, b):
+        seen.append(b)
+        if n_replace and len(seen) >= n_replace:  # saves are counted too, so the exact number may fall on one
+            kill()
+        replace(a, b)
+
+    def dying_save(content, path):
+        seen.append(path)
+        save(content, path)
+        if n_save and len(seen) >= n_save:
+            os.truncate(path, os.path.getsize(path) // 2)
+            kill()
+
+    os.replace, torch.save = dying_replace, dying_save
 
 
 def test_kill_at_any_moment(config, tmp_path, monkeypatch):
@@ -216,33 +221,31 @@ def test_kill_at_any_moment(config, tmp_path, monkeypatch):
     cfg, out = config(steps=10, save_every=2, prompts_per_step=4), str(tmp_path / "killed")
     monkeypatch.setattr(og, "LOG_ROLLOUTS", 3)
     whole = runs.train(cfg, tmp_path / "whole")
-
-    def start(words, n_replace=10**9, n_save=10**9):
-        return runs.start(words, DIES.format(n_replace=n_replace, n_save=n_save), tmp_path)
-
-    words = runs.flags(dataclasses.replace(cfg, out=out))
-    runs.finish(start(words, n_replace=random.randint(8, 14)), -signal.SIGKILL)
-    runs.finish(start(["--resume", out], n_save=2), -signal.SIGKILL)
-    third, before = start(["--resume", out]), len(runs.whole_lines(out))
-    while len(runs.whole_lines(out)) <= before and third.poll() is None:
+    words, again = runs.flags(dataclasses.replace(cfg, out=out)), ["--resume", out]
+    n = random.randint(8, 14)
+    runs.finish(runs.fork(words, lambda: die_writing(n_replace=n)), -signal.SIGKILL)
+    runs.finish(runs.fork(again, lambda: die_writing(n_save=2)), -signal.SIGKILL)
+    third, before = runs.fork(again), len(runs.whole_lines(out))
+    while len(runs.whole_lines(out)) <= before and third.is_alive():
         time.sleep(0.02)
     time.sleep(random.random() * 0.3)
     third.kill()
-    third.wait()
-    runs.finish(start(["--resume", out]))
+    third.join()
+    runs.finish(runs.fork(again))
     assert any(r.get("optim/grad_norm", 0) > 1e-3 for r in runs.read(whole))
     assert runs.left_by(out) == runs.left_by(whole)
     assert not [name for _, _, names in os.walk(out) for name in names if name.endswith(".part")]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(config, tmp_path):
+    """Of the script, as a shell sends it."""
     out = str(tmp_path / "run")
     process = runs.start(runs.flags(config(steps=5000, save_every=1000, out=out)))
     while len(runs.whole_lines(out)) <= 2 and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    stdout, _ = runs.finish(process, code=130)
-    assert f"--resume {out}" in stdout
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 130 and f"--resume {out}" in stdout and "Traceback" not in stderr
     assert runs.saved_state(out)["step"] == runs.read(out)[-1]["step"] > 0
 
 

@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 
@@ -131,24 +133,23 @@ def test_killed_before_the_first_checkpoint(run, tmp_path, monkeypatch, said):
 
 # ---- disks and files
 
-QUOTA = """
-import resource
-save = og.save_checkpoint
-def full(policy, optimizer, out, state):
-    if state["step"] == 2:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-    save(policy, optimizer, out, state)
-og.save_checkpoint = full
-"""
+
+def fill_the_disk_in_step_2():
+    save = og.save_checkpoint
+
+    def full(policy, optimizer, out, state):
+        if state["step"] == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        save(policy, optimizer, out, state)
+
+    og.save_checkpoint = full
 
 
 def test_a_disk_that_takes_no_more(config, tmp_path):
     """Exit code 1, one line with the last whole checkpoint, and --resume goes on from it."""
     out = str(tmp_path / "run")
-    process = runs.start(runs.flags(config(steps=4, save_every=1, out=out)), QUOTA, tmp_path)
-    _, stderr = runs.finish(process, code=1)
-    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in stderr
+    process = runs.fork(runs.flags(config(steps=4, save_every=1, out=out)), fill_the_disk_in_step_2)
+    (line,) = re.findall("^error: .*", runs.finish(process, code=1), re.MULTILINE)
     assert f"error: {out}: could not be written, " in line and "MiB are free" in line
     assert "(step 2, lr 0.0002; the last whole checkpoint is of step 1)" in line
     assert runs.saved_state(out)["step"] == 1
@@ -250,8 +251,10 @@ def test_two_runs_never_share_a_directory(config, tmp_path, monkeypatch):
     first, _ = og.train(config(steps=0))
     second, _ = og.train(config(steps=0))
     assert (first, second) == ("runs/demo", "runs/demo-2")
-    processes = [runs.start(runs.flags(config(out=str(tmp_path / "both")))) for _ in range(2)]
-    assert sorted(process.wait(240) for process in processes) == [0, 2]
+    processes = [runs.fork(runs.flags(config(out=str(tmp_path / "both")))) for _ in range(2)]
+    for process in processes:
+        process.join(240)
+    assert sorted(process.exitcode for process in processes) == [0, 2]
 
 
 # ---- clips and numbers
@@ -490,25 +493,24 @@ def test_rewards_become_numbers(run, monkeypatch, value):
     assert run(reward="accuracy=1,odd=1", steps=1)[0] == 0
 
 
-CLOSED = """
-import os
-update, calls = og.update, []
-def closing(*args):
-    calls.append(args)
-    if len(calls) == 2:
-        for number in (1, 2):
-            reader, writer = os.pipe()
-            os.close(reader)
-            os.dup2(writer, number)
-    return update(*args)
-og.update, og.LOG_ROLLOUTS = closing, 1
-"""
+def close_the_terminal_in_step_2():
+    update, calls = og.update, []
+
+    def closing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            for stream in (1, 2):
+                reader, writer = os.pipe()
+                os.close(reader)
+                os.dup2(writer, stream)
+        return update(*args)
+
+    og.update, og.LOG_ROLLOUTS = closing, 1
 
 
 def test_a_terminal_that_closes_does_not_end_the_run(config, tmp_path):
     out = str(tmp_path / "run")
-    process = runs.start(runs.flags(config(steps=4, save_every=2, out=out)), CLOSED, tmp_path)
-    process.communicate(timeout=240)
+    runs.fork(runs.flags(config(steps=4, save_every=2, out=out)), close_the_terminal_in_step_2).join(240)
     assert runs.saved_state(out)["step"] == 4 and runs.read(out)[-1]["step"] == 4
 
 
