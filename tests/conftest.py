@@ -12,7 +12,7 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import omni_grpo as og  # noqa: E402
-from tools import demo, sounds  # noqa: E402
+from tools import demo, plots, sounds  # noqa: E402
 
 SLOW = (
     "test_run test_trouble test_ranks test_recipes test_eval test_relisten test_reward test_generate test_formats"
@@ -21,6 +21,22 @@ SLOW = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
+draw_curves = plots.draw_curves
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """Runs draw their curves, which takes a third of a second, where a test asks for `drawn`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw_curves", lambda out: None)
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    monkeypatch.setattr(plots, "draw_curves", draw_curves)
 
 
 @pytest.fixture

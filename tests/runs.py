@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,9 +24,9 @@ def start(words):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def fork(words, change=None, **environment):
-    """The trainer in a fork of this process, where the libraries are loaded: a start costs no seconds. change()
-    is called there first: a constant that is no flag, or a fault.    -> Process"""
+def fork(act, **environment):
+    """act() -> its exit code, in a fork of this process, where the libraries are loaded: a start costs no
+    seconds.    -> Process"""
     said = tempfile.TemporaryFile("w+", encoding="utf-8")
 
     def child():
@@ -33,14 +34,23 @@ def fork(words, change=None, **environment):
             os.dup2(said.fileno(), stream)
         sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", encoding="utf-8")
         os.environ.update(environment)
-        if change:
-            change()
-        sys.exit(og.main([*map(str, words)]))
+        sys.exit(act())
 
     process = FORKS.Process(target=child, daemon=True)
     process.said = said
     process.start()
     return process
+
+
+def fork_trainer(words, change=None, **environment):
+    """change() comes first: a constant that is no flag, or a fault."""
+
+    def act():
+        if change:
+            change()
+        return og.main([*map(str, words)])
+
+    return fork(act, **environment)
 
 
 def fork_ranks(words, change=None):
@@ -49,7 +59,11 @@ def fork_ranks(words, change=None):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     told = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
-    return [fork(words, change, RANK=rank, LOCAL_RANK=rank, **told) for rank in "01"]
+    return [fork_trainer(words, change, RANK=rank, LOCAL_RANK=rank, **told) for rank in "01"]
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def finish(process, code=0):

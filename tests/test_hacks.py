@@ -3,8 +3,8 @@
 import json
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -15,8 +15,10 @@ import eval as eval_
 import model
 import omni_grpo as og
 import reward
+import runs
 from runs import ROOT
 from test_families import family_folder  # noqa: F401 - a fixture
+from test_house import ORDER
 from texts import README
 
 BLOCKS = dict(
@@ -132,6 +134,16 @@ def paste(folder, name, block):
         f.write(f"{above}\n{BLOCKS[block]}\n\n{start}{below}")
 
 
+def run_script(folder, words):
+    """What `python` does with these words, in a process that has loaded the scripts of this project."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ORDER]:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    sys.argv = words
+    os.chdir(folder)
+    runpy.run_path(words[0], run_name="__main__")
+
+
 def test_pasted_into_the_scripts(tiny, tmp_path):
     """A reader's copy of the project, run as scripts: every block has its effect."""
     names = [name for name in os.listdir(ROOT) if name.endswith(".py")]
@@ -150,9 +162,7 @@ def test_pasted_into_the_scripts(tiny, tmp_path):
     (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(words):
-        done = subprocess.run([sys.executable, *words.split()], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return runs.finish(runs.fork(lambda: run_script(tmp_path, words.split())))
 
     knobs = f"--model {tiny.base} --data quiz.jsonl --steps 1 --prompts_per_step 2 --num_generations 8 --eval_size 0"
     knobs += (

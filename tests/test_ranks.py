@@ -2,7 +2,6 @@
 go on."""
 
 import os
-import signal
 import subprocess
 import sys
 
@@ -40,7 +39,7 @@ def die_in_step_4():
     def dying(*args):
         calls.append(args)
         if len(calls) == 4 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
+            runs.kill()
         return update(*args)
 
     og.update = dying

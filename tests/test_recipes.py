@@ -178,7 +178,7 @@ def test_pass_rates_come_from_eval_and_go_into_the_window(stand_ins, tiny, tmp_p
     assert [e.meta["pass_rate"] for e in data.Examples(kept)] == [r for r in rates if 0.2 <= r <= 0.8]
 
 
-def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path):
+def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path, drawn):
     """Structured chains on a tiny Omni whose tokenizer knows their words: the cold start raises the log-
     probability of held-out targets, and RL lifts the format's reward, with the frozen cold-started weights as
     the reference."""
@@ -200,8 +200,8 @@ def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path):
         cold_start_data=cold,
         cold_start_steps=50,
         cold_start_lr=3e-3,
-        steps=50,
-        lr=5e-4,
+        steps=30,
+        lr=1e-3,
         lr_schedule="linear",
         beta=1e-3,
         prompts_per_step=3,
@@ -223,12 +223,12 @@ def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path):
     log = runs.read(out)
     rl = log[51:]
     first, last = (sum(r["reward/structure"] for r in part) / 5 for part in (rl[:5], rl[-5:]))
-    # 0.35 and 0.9 here; six seeds: +0.26 to +0.55
-    assert finished and len(rl) == 50
+    # 0.36 and 0.8 here
+    assert finished and len(rl) == 30
     assert 0.1 < first < 0.75 and last > max(0.6, first + 0.2), (first, last)
     # each stage: ten steps of warm-up, then linear to 0
-    rates = [log[step]["optim/lr"] for step in (1, 10, 50, 51, 60, 100)]
-    assert rates == pytest.approx([3e-4, 3e-3 * 0.82, 3e-3 * 0.02, 5e-5, 5e-4 * 0.82, 5e-4 * 0.02])
+    rates = [log[step]["optim/lr"] for step in (1, 10, 50, 51, 60, 80)]
+    assert rates == pytest.approx([3e-4, 3e-3 * 0.82, 3e-3 * 0.02, 1e-4, 1e-3 * 0.7, 1e-3 / 30])
     assert rl[0]["policy/kl_ref"] < 1e-6 < rl[-1]["policy/kl_ref"]  # the reference is the cold-started policy
     assert likelihood(os.path.join(out, "model")) > likelihood(init) + 1
 

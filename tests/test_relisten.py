@@ -524,7 +524,7 @@ CHAINS = [
 
 
 @pytest.mark.parametrize("source", ["audio", "embeddings"])
-def test_the_log_says_what_was_heard(omni, config, lessons, tmp_path, monkeypatch, source):
+def test_the_log_says_what_was_heard(omni, config, lessons, tmp_path, monkeypatch, drawn, source):
     """In a cold start whose targets hear parts again, and in GRPO with two updates a rollout; and the rewards
     judge what was heard."""
     monkeypatch.setattr(og, "LOG_ROLLOUTS", 1)

@@ -527,22 +527,23 @@ REPEATED = [
     "</seg> ",
     "</seg>\n\u0301",
 ]
+N = 50_000
 LONG = [
-    *(text * (100_000 // len(text)) for text in REPEATED),
-    "<" + " " * 100_000,
-    "\\boxed" + " " * 100_000,
-    "*" * 100_000 + "x",
-    "dog" + " " * 100_000 + "cat",
-    "car" + "." * 100_000 + "horn",
-    "".join(random.Random(1).choices("abcdefgh <>/()*.\\{}\n", k=100_000)),
-    "<think>" + "a dog. " * 14_000 + "</think>a dog",
-    "<think>" + "not a cat " * 10_000 + "</think>a dog",
-    "<think>" + "\n" * 100_000 + "</think>",
-    "<think>" + "!" * 100_000 + "</think>a dog",
-    "<think>" + "a" * 100_000 + "</think>a",
-    "İ" * 100_000 + "<think>x</think>",
-    "<answer>" + "(" * 50_000 + "1" + ")" * 50_000 + "</answer>",
-    "<answer>" + "9" * 100_000 + "</answer>",
+    *(text * (N // len(text)) for text in REPEATED),
+    "<" + " " * N,
+    "\\boxed" + " " * N,
+    "*" * N + "x",
+    "dog" + " " * N + "cat",
+    "car" + "." * N + "horn",
+    "".join(random.Random(1).choices("abcdefgh <>/()*.\\{}\n", k=N)),
+    "<think>" + "a dog. " * (N // 7) + "</think>a dog",
+    "<think>" + "not a cat " * (N // 10) + "</think>a dog",
+    "<think>" + "\n" * N + "</think>",
+    "<think>" + "!" * N + "</think>a dog",
+    "<think>" + "a" * N + "</think>a",
+    "İ" * N + "<think>x</think>",
+    "<answer>" + "(" * (N // 2) + "1" + ")" * (N // 2) + "</answer>",
+    "<answer>" + "9" * N + "</answer>",
 ]
 
 
@@ -553,11 +554,11 @@ def assert_bounded(text, example, **known):
 
 
 @pytest.mark.parametrize("text", LONG, ids=range(len(LONG)))
-def test_100_kb_take_linear_time(text):
-    """Seconds of this thread's time, whatever else the machine does; quadratic time would be minutes."""
+def test_50_kb_take_linear_time(text):
+    """Seconds of this thread's time, whatever else the machine does; quadratic time would be many."""
     start = time.thread_time()
     assert_bounded(text, FOUR)
-    assert time.thread_time() - start < 6
+    assert time.thread_time() - start < 2
 
 
 def test_rewards_are_bounded_and_never_raise():

@@ -20,7 +20,9 @@ import omni_grpo as og
 import reward
 import runs
 import texts
+from conftest import draw_curves
 from test_data import cells
+from tools import plots
 
 KEYS = """
     step reward/mean reward/accuracy group/frac_zero_std len/mean len/frac_truncated optim/grad_norm optim/lr
@@ -42,6 +44,7 @@ def base_run(config, tiny, tmp_path_factory):
     cfg = config(steps=3, save_every=2, prompts_per_step=4, num_generations=4, **held_out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(og, "LOG_ROLLOUTS", 1)
+        patch.setattr(plots, "draw_curves", draw_curves)
         return cfg, runs.train(cfg, tmp_path_factory.mktemp("runs") / "run")
 
 
@@ -191,10 +194,6 @@ def test_what_cannot_go_on_is_refused(base_run, tmp_path, capsys, flags, fault, 
     assert runs.left_by(run) == before
 
 
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def die_writing(n_replace=None, n_save=None):
     """Of kill -9, before the n-th file is put into place, or when half of the n-th save has reached the disk."""
     replace, save, seen = os.replace, torch.save, []
@@ -202,7 +201,7 @@ def die_writing(n_replace=None, n_save=None):
     def dying_replace(a, b):
         seen.append(b)
         if n_replace and len(seen) >= n_replace:  # saves are counted too, so the exact number may fall on one
-            kill()
+            runs.kill()
         replace(a, b)
 
     def dying_save(content, path):
@@ -210,7 +209,7 @@ def die_writing(n_replace=None, n_save=None):
         save(content, path)
         if n_save and len(seen) >= n_save:
             os.truncate(path, os.path.getsize(path) // 2)
-            kill()
+            runs.kill()
 
     os.replace, torch.save = dying_replace, dying_save
 
@@ -223,15 +222,15 @@ def test_kill_at_any_moment(config, tmp_path, monkeypatch):
     whole = runs.train(cfg, tmp_path / "whole")
     words, again = runs.flags(dataclasses.replace(cfg, out=out)), ["--resume", out]
     n = random.randint(8, 14)
-    runs.finish(runs.fork(words, lambda: die_writing(n_replace=n)), -signal.SIGKILL)
-    runs.finish(runs.fork(again, lambda: die_writing(n_save=2)), -signal.SIGKILL)
-    third, before = runs.fork(again), len(runs.whole_lines(out))
+    runs.finish(runs.fork_trainer(words, lambda: die_writing(n_replace=n)), -signal.SIGKILL)
+    runs.finish(runs.fork_trainer(again, lambda: die_writing(n_save=2)), -signal.SIGKILL)
+    third, before = runs.fork_trainer(again), len(runs.whole_lines(out))
     while len(runs.whole_lines(out)) <= before and third.is_alive():
         time.sleep(0.02)
     time.sleep(random.random() * 0.3)
     third.kill()
     third.join()
-    runs.finish(runs.fork(again))
+    runs.finish(runs.fork_trainer(again))
     assert any(r.get("optim/grad_norm", 0) > 1e-3 for r in runs.read(whole))
     assert runs.left_by(out) == runs.left_by(whole)
     assert not [name for _, _, names in os.walk(out) for name in names if name.endswith(".part")]
@@ -307,8 +306,8 @@ def test_recordings_of_every_kind_train(config, tmp_path):
     rows[1]["audio"] = "wrong.mp3"
     questions = tmp_path / "own.jsonl"
     questions.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    log = runs.read(runs.train(config(data=str(questions), steps=2, prompts_per_step=6), tmp_path / "run"))
-    assert [(r["audio/bad"], r["audio/cut"]) for r in log[1:]] == [(0, 1)] * 2
+    log = runs.read(runs.train(config(data=str(questions), steps=1, prompts_per_step=6), tmp_path / "run"))
+    assert [(r["audio/bad"], r["audio/cut"]) for r in log[1:]] == [(0, 1)]
 
 
 def test_silence_is_silent_and_none_is_text(policy, config, tiny):

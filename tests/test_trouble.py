@@ -148,7 +148,7 @@ def fill_the_disk_in_step_2():
 def test_a_disk_that_takes_no_more(config, tmp_path):
     """Exit code 1, one line with the last whole checkpoint, and --resume goes on from it."""
     out = str(tmp_path / "run")
-    process = runs.fork(runs.flags(config(steps=4, save_every=1, out=out)), fill_the_disk_in_step_2)
+    process = runs.fork_trainer(runs.flags(config(steps=4, save_every=1, out=out)), fill_the_disk_in_step_2)
     (line,) = re.findall("^error: .*", runs.finish(process, code=1), re.MULTILINE)
     assert f"error: {out}: could not be written, " in line and "MiB are free" in line
     assert "(step 2, lr 0.0002; the last whole checkpoint is of step 1)" in line
@@ -251,7 +251,7 @@ def test_two_runs_never_share_a_directory(config, tmp_path, monkeypatch):
     first, _ = og.train(config(steps=0))
     second, _ = og.train(config(steps=0))
     assert (first, second) == ("runs/demo", "runs/demo-2")
-    processes = [runs.fork(runs.flags(config(out=str(tmp_path / "both")))) for _ in range(2)]
+    processes = [runs.fork_trainer(runs.flags(config(out=str(tmp_path / "both")))) for _ in range(2)]
     for process in processes:
         process.join(240)
     assert sorted(process.exitcode for process in processes) == [0, 2]
@@ -433,7 +433,7 @@ def test_libraries_that_are_too_old(config, monkeypatch):
         og.load_run_policy(config())
 
 
-def test_a_call_from_a_notebook_or_a_thread_leaves_things_as_they_were(config, tmp_path):
+def test_a_call_from_a_notebook_or_a_thread_leaves_things_as_they_were(config, tmp_path, drawn):
     """The plot backend and the signals belong to the caller."""
     import threading
 
@@ -510,7 +510,9 @@ def close_the_terminal_in_step_2():
 
 def test_a_terminal_that_closes_does_not_end_the_run(config, tmp_path):
     out = str(tmp_path / "run")
-    runs.fork(runs.flags(config(steps=4, save_every=2, out=out)), close_the_terminal_in_step_2).join(240)
+    runs.fork_trainer(runs.flags(config(steps=4, save_every=2, out=out)), close_the_terminal_in_step_2).join(
+        240
+    )
     assert runs.saved_state(out)["step"] == 4 and runs.read(out)[-1]["step"] == 4
 
 
