@@ -106,13 +106,13 @@ def test_the_textbook_s_step_learns(twins):
 
     with torch.no_grad():  # no other word is nearly as likely as it would be untaught
         library.get_output_embeddings().weight *= 0.1
-    optimizer = torch.optim.AdamW(library.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(library.parameters(), lr=3e-3)
     torch.manual_seed(0)
-    for _ in range(8):
+    for _ in range(12):
         plain.grpo_step(
-            library, reference, optimizer, prompts, reward, [9], group_size=8, max_tokens=10, beta=0.0
+            library, reference, optimizer, prompts, reward, [9], group_size=8, max_tokens=12, beta=0.0
         )
-    assert sum(said[-32:]) > 2 * sum(said[:32])
+    assert sum(said[-48:]) > 2 * sum(said[:48])
 
 
 def test_the_textbook_s_sampling_is_ours(twins, prompts):

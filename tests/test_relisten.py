@@ -375,13 +375,13 @@ def test_numbers_of_any_length(omni):
     assert time.process_time() - start < 5
 
 
-def test_ten_thousand_tags(omni):
+def test_five_thousand_tags(omni):
     """Of one completion; --max_relistens are heard, and the rest costs little."""
     start = time.process_time()
-    row = omni.ask("<seg>0, 1</seg>" * 10_000, most=3)
-    assert len(row.heard) == 3 and row.refused == {"too many": 9997}
-    assert omni.ask("</seg>" * 10_000).refused == {"malformed": 10_000}
-    assert time.process_time() - start < 30
+    row = omni.ask("<seg>0, 1</seg>" * 5_000, most=3)
+    assert len(row.heard) == 3 and row.refused == {"too many": 4997}
+    assert omni.ask("</seg>" * 5_000).refused == {"malformed": 5_000}
+    assert time.process_time() - start < 8
 
 
 def test_no_more_than_was_allowed(omni, monkeypatch):
