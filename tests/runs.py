@@ -21,7 +21,13 @@ FORKS = multiprocessing.get_context("fork")
 def start(words):
     """The trainer as a user starts it: a script, in a process of its own.    -> Popen"""
     command = [sys.executable, os.path.join(ROOT, "omni_grpo.py"), *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a background job of a shell would hand on that it does not listen to Ctrl-C
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=hear_ctrl_c, **pipes)
+
+
+def hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def fork(act, **environment):

@@ -161,39 +161,6 @@ def test_a_finished_run_goes_on_with_more_steps(base_run, tmp_path, often):
     assert rollouts[: len(before[1])] == before[1] and weights != before[2]
 
 
-def rename_a_knob(run):
-    path = os.path.join(run, "config.json")
-    data.write_text(path, texts.read(path).replace('"lora_rank"', '"rank"'))
-
-
-def tear_the_checkpoint(run):
-    path = os.path.join(run, "checkpoint", "state.pt")
-    os.truncate(path, os.path.getsize(path) // 2)
-
-
-CANNOT_GO_ON = [  # flags, a fault, the message
-    ("--lora_rank 8", None, "--lora_rank 8: cannot be changed on --resume, the run has 4"),
-    ("--optimizer adamw", None, "--optimizer adamw: cannot be changed on --resume, the run has adamw8bit"),
-    ("", rename_a_knob, "config.json is not of this version"),
-    ("", tear_the_checkpoint, "checkpoint/state.pt: "),
-]
-
-
-@pytest.mark.parametrize("flags, fault, message", CANNOT_GO_ON)
-def test_what_cannot_go_on_is_refused(base_run, tmp_path, capsys, flags, fault, message):
-    """What would make other weights, a config.json of another version, a torn checkpoint: exit code 2, and
-    the run is left as it was."""
-    run = str(tmp_path / "run")
-    shutil.copytree(base_run[1], run)
-    if fault:
-        fault(run)
-    before = runs.left_by(run)
-    assert og.main(["--resume", run, *flags.split()]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert runs.left_by(run) == before
-
-
 def die_writing(n_replace=None, n_save=None):
     """Of kill -9, before the n-th file is put into place, or when half of the n-th save has reached the disk."""
     replace, save, seen = os.replace, torch.save, []

@@ -171,56 +171,95 @@ def test_a_directory_that_vanishes(run, tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(
-    "damage, what",
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:-200]), "checkpoint/state.pt: "),
-        (lambda path: path.write_bytes(b"\0" * 5000), "checkpoint/state.pt: "),
-        (lambda path: torch.save({"a": 1}, path), "checkpoint/state.pt is not a checkpoint of this trainer"),
-        (lambda path: torch.save([1], path), "checkpoint/state.pt is not a checkpoint of this trainer"),
-        (lambda path: change_shape(path), "its checkpoint is of another model or another --lora_rank"),
-    ],
-)
-def test_a_damaged_checkpoint(finished, said, tmp_path, damage, what):
-    damage(tmp_path / "run" / "checkpoint" / "state.pt")
-    code, text = said("--resume", tmp_path / "run", "--steps", 5)
-    assert code == 2 and f"error: --resume {tmp_path}/run: {what}" in text
+# ---- resume
 
 
-def change_shape(path):
+def cut_short(path):
+    os.truncate(path, path.stat().st_size - 200)
+
+
+def zeros(path):
+    path.write_bytes(b"\0" * 5000)
+
+
+def zeros_at_its_end(path):
+    path.write_bytes(path.read_bytes() + b"\0" * 9 + b"\n")
+
+
+def no_json(path):
+    path.write_text("{broken}\n")
+
+
+def a_list(path):
+    torch.save([1], path)
+
+
+def a_dict(path):
+    torch.save({"a": 1}, path)
+
+
+def other_shapes(path):
     content = torch.load(path, weights_only=True)
     name = next(iter(content["weights"]))
     content["weights"][name] = content["weights"][name][None]
     torch.save(content, path)
 
 
-# ---- resume
+def other_knobs(path):
+    path.write_text(path.read_text().replace('"lora_rank"', '"rank"'))
 
 
-@pytest.mark.parametrize(
-    "flags, what",
-    [
-        (["--data", "OTHER"], "24 questions (hash "),
-        (["--seed", "1"], "--seed 1: cannot be changed on --resume, the run has 0; start another run, with"),
-        (["--prompt", "think"], "--prompt think: cannot be changed"),
-        (["--reward", "accuracy=2"], "--reward accuracy=2: cannot be changed"),
-        (["--adapter", "x"], "--adapter x: cannot be changed"),
-        (["--model", "x"], "--model x: cannot be changed"),
-        (["--lora_rank", "8"], "--lora_rank 8: cannot be changed"),
-        (["--audio", "silence"], "--audio silence: cannot be changed"),
-        (["--out", "x"], "--out x: a run goes on where it is"),
-    ],
-)
-def test_what_would_make_another_run_of_it_is_refused(finished, said, tiny, tmp_path, flags, what):
-    other = tmp_path / "other.jsonl"
-    with open(tiny.questions) as f, open(other, "w") as out:
-        for line in f:
-            row = json.loads(line)
-            row["audio"] = os.path.join(tiny.folder, row["audio"])
-            out.write(json.dumps(row | dict(question="What else?")) + "\n")
-    flags = [str(other) if flag == "OTHER" else flag for flag in flags]
-    code, text = said("--resume", tmp_path / "run", *flags, "--steps", 5)
-    assert code == 2 and what in text
+FIXED = "--{0}: cannot be changed on --resume, the run has {1}; start another run, with".format
+NO_CHECKPOINT = "checkpoint/state.pt is not a checkpoint of this trainer"
+OTHER_MODEL = "its checkpoint is of another model or another --lora_rank"
+CANNOT_GO_ON = [  # flags, or a fault and its file; the message
+    ("--data OTHER", "24 questions (hash "),
+    ("--eval_data TRAINED", "--eval_data"),
+    ("--eval_size 4", "--eval_size 4: other questions would be held out"),
+    ("--out x", "--out x: a run goes on where it is"),
+    ("--seed 1", FIXED("seed 1", 0)),
+    ("--prompt think", FIXED("prompt think", "direct")),
+    ("--reward accuracy=2", FIXED("reward accuracy=2", "accuracy=1")),
+    ("--adapter x", FIXED("adapter x", "")),
+    ("--model x", "--model x: cannot be changed"),
+    ("--lora_rank 8", FIXED("lora_rank 8", 4)),
+    ("--optimizer adamw", FIXED("optimizer adamw", "adamw8bit")),
+    ("--audio silence", FIXED("audio silence", "real")),
+    ((cut_short, "checkpoint/state.pt"), "checkpoint/state.pt: "),
+    ((zeros, "checkpoint/state.pt"), "checkpoint/state.pt: "),
+    ((a_dict, "checkpoint/state.pt"), NO_CHECKPOINT),
+    ((a_list, "checkpoint/state.pt"), NO_CHECKPOINT),
+    ((other_shapes, "checkpoint/state.pt"), OTHER_MODEL),
+    ((other_knobs, "config.json"), "config.json is not of this version"),
+    ((os.remove, "log.jsonl"), "its log.jsonl is gone"),
+    ((no_json, "log.jsonl"), "log.jsonl: "),
+    ((zeros_at_its_end, "log.jsonl"), "log.jsonl: "),
+]
+
+
+def files_of(run):
+    """All but config.json, where --steps may already be the new one."""
+    paths = [path for path in run.rglob("*") if path.is_file() and path.name != "config.json"]
+    return {path: path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("change, what", CANNOT_GO_ON)
+def test_what_cannot_go_on_is_refused(finished, said, tiny, tmp_path, change, what):
+    """What would make another run of it, and what is damaged: exit code 2, one line, and the run is left as it
+    was."""
+    run, flags = tmp_path / "run", []
+    if isinstance(change, str):
+        other = tmp_path / "other.jsonl"
+        rows = [vars(e) | dict(question="What else?") for e in data.Examples(tiny.questions)]
+        other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = change.replace("OTHER", str(other)).replace("TRAINED", tiny.questions).split()
+    else:
+        damage, name = change
+        damage(run / name)
+    before = files_of(run)
+    code, text = said("--resume", run, *flags, "--steps", 5)
+    (line,) = re.findall("^error: .*", text, re.MULTILINE)
+    assert code == 2 and what in line and files_of(run) == before
 
 
 def test_a_run_goes_on_with_moved_data_and_keeps_its_history(finished, said, tiny, tmp_path):
@@ -459,27 +498,6 @@ def test_the_reference_is_never_replaced_in_silence(run, said, adapter, tmp_path
     os.remove(tmp_path / "run" / "reference.pt")
     code, text = said("--resume", tmp_path / "run", "--steps", 5)
     assert code == 2 and "the reference at the start of RL was not kept" in text
-
-
-@pytest.mark.parametrize("flags", [["--eval_size", "4"], ["--eval_data", "OTHER"]])
-def test_no_trained_question_is_held_out_later(finished, said, tiny, tmp_path, flags):
-    flags = [tiny.questions if flag == "OTHER" else flag for flag in flags]
-    code, text = said("--resume", tmp_path / "run", *flags, "--steps", 5)
-    assert code == 2 and flags[0] in text
-
-
-@pytest.mark.parametrize(
-    "damage, what",
-    [
-        (lambda path: path.unlink(), "its log.jsonl is gone"),
-        (lambda path: path.write_text("{broken}\n"), "log.jsonl: "),
-        (lambda path: path.write_bytes(path.read_bytes() + b"\0" * 9 + b"\n"), "log.jsonl: "),
-    ],
-)
-def test_a_damaged_log(finished, said, tmp_path, damage, what):
-    damage(tmp_path / "run" / "log.jsonl")
-    code, text = said("--resume", tmp_path / "run", "--steps", 5)
-    assert code == 2 and what in text
 
 
 def test_an_empty_resume_starts_no_new_run(said, tiny):
