@@ -106,16 +106,20 @@ def config(tiny):
     return make
 
 
-@pytest.fixture
-def policy(config):
-    """The tiny base with an adapter that is not a no-op: LoRA's B is drawn at random."""
-    torch.manual_seed(0)
-    policy = og.load_run_policy(config())
+def wake(policy):
+    """Its adapter is a no-op no longer."""
     with torch.no_grad():
         for name, p in policy.trainable().items():
             if "lora_B" in name:
                 p.normal_(0, 0.1)
     return policy
+
+
+@pytest.fixture
+def policy(config):
+    """The tiny base with an adapter that is not a no-op: LoRA's B is drawn at random."""
+    torch.manual_seed(0)
+    return wake(og.load_run_policy(config()))
 
 
 @pytest.fixture

@@ -89,18 +89,27 @@ def train(cfg, out):
     return folder
 
 
+def at_call(n, function, act):
+    """The function, whose n-th call does act() first; .calls: the arguments of each"""
+
+    def watched(*args, **kwargs):
+        watched.calls.append(args)
+        if len(watched.calls) == n:
+            act()
+        return function(*args, **kwargs)
+
+    watched.calls = []
+    return watched
+
+
+def lights_out():
+    raise RuntimeError("the lights went out")
+
+
 def die_in_step(n, cfg, out, monkeypatch):
     """Train until the update of step n fails, and tear the last line of the log."""
-    update, calls = og.update, []
-
-    def dies(*args):
-        calls.append(args)
-        if len(calls) == n:
-            raise RuntimeError("the lights went out")
-        return update(*args)
-
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the lights"):
-        patch.setattr(og, "update", dies)
+        patch.setattr(og, "update", at_call(n, og.update, lights_out))
         train(cfg, out)
     assert len(read(out)) == n
     with open(os.path.join(out, "log.jsonl"), "a", encoding="utf-8") as f:

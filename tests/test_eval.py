@@ -1233,41 +1233,28 @@ def test_the_tower_hears_a_clip_once(ask, taught, tmp_path, monkeypatch, flags, 
     assert count["prompts"] == prompts
 
 
-def die_in_the_second_rollout():
-    rollout, calls = omni_grpo.rollout, []
-
-    def dying(*args):
-        calls.append(args)
-        return rollout(*args) if len(calls) < 2 else runs.kill()
-
-    omni_grpo.rollout = dying
-
-
-def die_in_a_line():
-    append, calls = data.Ledger.append, []
-
-    def dying(ledger, line):
-        calls.append(line)
-        append(ledger, line)
-        if len(calls) == 4:
-            os.truncate(ledger.path, os.path.getsize(ledger.path) - 20)
-            runs.kill()
-
-    data.Ledger.append = dying
-
-
-def die_before_the_report():
-    replace = os.replace
-    os.replace = lambda a, b: runs.kill() if b.endswith("report.json") else replace(a, b)
-
-
 def test_kill_at_three_moments(ask, tiny, tmp_path):
     """kill -9 in a rollout, with half a line on the disk, and before the report is in place, going on from
     there each time: the files are those of the run never killed, and no answer was asked for twice."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     flags = "--limit 8 --batch_size 2 --samples 2"
     words = f"--data {tiny.questions} --model {tiny.base} --max_new_tokens 6 --out {killed} {flags}".split()
-    moments = {die_in_the_second_rollout: 2, die_in_a_line: 5, die_before_the_report: 8}
+    replace = os.replace
+
+    def die_in_the_second_rollout():
+        omni_grpo.rollout = runs.at_call(2, omni_grpo.rollout, runs.kill)
+
+    def tear_a_line():
+        os.truncate(killed / "items.jsonl", os.path.getsize(killed / "items.jsonl") - 20)
+        runs.kill()
+
+    def die_after_four_lines():
+        data.Ledger.append = runs.at_call(5, data.Ledger.append, tear_a_line)
+
+    def die_before_the_report():
+        os.replace = lambda a, b: runs.kill() if b.endswith("report.json") else replace(a, b)
+
+    moments = {die_in_the_second_rollout: 2, die_after_four_lines: 5, die_before_the_report: 8}
     for die, lines in moments.items():
         process = runs.fork(lambda die=die: die() or ev.main(words))
         runs.finish(process, -signal.SIGKILL)

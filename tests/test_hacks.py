@@ -19,7 +19,7 @@ import runs
 from runs import ROOT
 from test_families import family_folder  # noqa: F401 - a fixture
 from test_house import ORDER
-from texts import README
+from texts import README, write_lines
 
 BLOCKS = dict(
     zip(
@@ -77,9 +77,7 @@ def test_prompt(hack, config, policy):
 def test_format(hack, tmp_path):
     hack("format", data)
     path = tmp_path / "quiz.jsonl"
-    path.write_text(
-        json.dumps(dict(sound="/a.wav", ask="Which?", options="dog|cat", right="1", level="hard")) + "\n"
-    )
+    write_lines(path, dict(sound="/a.wav", ask="Which?", options="dog|cat", right="1", level="hard"))
     examples = data.Examples(str(path))
     assert examples.format == "quiz"
     assert examples[0] == data.Example("1", "/a.wav", "Which?", ["dog", "cat"], 1, meta={"level": "hard"})
@@ -107,15 +105,8 @@ def test_benchmark(hack, tiny, tmp_path, capsys):
     hack("benchmark", eval_)
     path = tmp_path / "quiz.jsonl"
     clip = data.Examples(tiny.questions)[0].audio
-    path.write_text(
-        "".join(
-            json.dumps(
-                dict(sound=clip, ask="Which?", options="beep|hum", right=str(i % 2), level=f"l{i % 2}")
-            )
-            + "\n"
-            for i in range(4)
-        )
-    )
+    asked = dict(sound=clip, ask="Which?", options="beep|hum")
+    write_lines(path, *[asked | dict(right=str(i % 2), level=f"l{i % 2}") for i in range(4)])
     out = str(tmp_path / "out")
     assert eval_.main(["--data", str(path), "--model", tiny.base, "--out", out]) == 0
     shown = capsys.readouterr().out
@@ -159,7 +150,7 @@ def test_pasted_into_the_scripts(tiny, tmp_path):
     rows = [
         dict(sound=clip, ask="Which?", options="beep|hum", right=str(i % 2), level=f"l{i}") for i in range(2)
     ]
-    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "quiz.jsonl", *rows)
 
     def run(words):
         return runs.finish(runs.fork(lambda: run_script(tmp_path, words.split())))
@@ -169,7 +160,7 @@ def test_pasted_into_the_scripts(tiny, tmp_path):
         " --lora_rank 4 --beta 0 --temperature 5 --reduce token --prompt polite --reward accuracy=1,brief=1"
     )
     run(f"omni_grpo.py {knobs} --out runs/hacked")
-    log = [json.loads(line) for line in open(tmp_path / "runs" / "hacked" / "log.jsonl")]
+    log = runs.read(tmp_path / "runs" / "hacked")
     assert 0 < log[1]["reward/brief"] <= 1 and log[1]["optim/grad_norm"] > 0
     assert log[1]["policy/loss"] == 0  # the pasted one, whose ratio is 1; ours is not 0 where lengths differ
     assert log[1]["len/mean"] < 16.1

@@ -34,15 +34,7 @@ def set_up():
 
 
 def die_in_step_4():
-    update, calls = og.update, []
-
-    def dying(*args):
-        calls.append(args)
-        if len(calls) == 4 and os.environ["RANK"] == "1":
-            runs.kill()
-        return update(*args)
-
-    og.update = dying
+    og.update = runs.at_call(4, og.update, lambda: os.environ["RANK"] == "1" and runs.kill())
 
 
 def adapter(run):

@@ -2,7 +2,6 @@
 should."""
 
 import importlib.util
-import json
 import math
 import os
 import re
@@ -17,7 +16,7 @@ import runs
 import smollm2
 from reward import parse_rewards
 from test_families import family_folder  # noqa: F401 - a fixture
-from texts import table_rows
+from texts import table_rows, write_lines
 from tools.demo import make_tiny_omni
 
 RECIPES = []
@@ -31,12 +30,6 @@ CHAIN = (
     "<THINK><PLANNING>Listen.</PLANNING><CAPTION>A {0}.</CAPTION><REASONING>So {0}.</REASONING>"
     "<SUMMARY>{0}</SUMMARY></THINK><RESPONSE>{0}</RESPONSE>"
 )
-
-
-def write(path, rows):
-    with open(path, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    return str(path)
 
 
 def own_row(e):
@@ -94,7 +87,7 @@ def stand_ins(tiny, family_folder, tmp_path_factory):  # noqa: F811
         os.symlink(e.audio, folder / os.path.basename(e.audio))
     files = {}
     for name, row in FILES.items():
-        files[name] = write(folder / f"{row.__name__}.jsonl", map(row, examples))
+        files[name] = write_lines(folder / f"{row.__name__}.jsonl", *map(row, examples))
     return files | {
         "Qwen/Qwen2.5-Omni-3B": tiny.base,
         "Qwen/Qwen2-Audio-7B-Instruct": family_folder("qwen2_audio"),
@@ -188,9 +181,12 @@ def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path, drawn):
         chains[2] = chains[2].replace("</CAPTION>", "")
         rows.append(dict(audio=e.audio, question=e.question, choices=e.choices, target=chains))
         words.append(dict(rows[-1], question=chains[0]))
-    cold, held = write(tmp_path / "cold.jsonl", rows[:18]), write(tmp_path / "held.jsonl", rows[18:])
+    cold, held = (
+        write_lines(tmp_path / "cold.jsonl", *rows[:18]),
+        write_lines(tmp_path / "held.jsonl", *rows[18:]),
+    )
     init = str(tmp_path / "init")
-    make_tiny_omni(init, write(tmp_path / "words.jsonl", words))
+    make_tiny_omni(init, write_lines(tmp_path / "words.jsonl", *words))
     all_weights = dict(
         lora_rank=0, reduce="token", gradient_checkpointing=False, prompt="structured", eval_size=0
     )

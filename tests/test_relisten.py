@@ -20,6 +20,7 @@ import data
 import model
 import omni_grpo as og
 import runs
+from conftest import wake
 from data import RATE_HZ, Example
 from model import Completion, Prompt, Relistening, make_pack, token_logps
 from reward import Said, parse_rewards, score
@@ -49,11 +50,7 @@ class Stage:
     def __init__(self, config, recordings, folder):
         self.cfg = config(model=folder, prompt="relisten", max_new_tokens=90)
         torch.manual_seed(0)
-        self.policy = og.load_run_policy(self.cfg)
-        with torch.no_grad():
-            for name, p in self.policy.trainable().items():
-                if "lora_B" in name:
-                    p.normal_(0, 0.1)
+        self.policy = wake(og.load_run_policy(self.cfg))
         sounds = (recordings["bell"], [recordings["one"], recordings["two"]], None)
         self.examples = [Example("", clips, "What is heard?", ["bell", "hum"], 0) for clips in sounds]
         self.prompts, self.clips = self.listen(self.cfg)

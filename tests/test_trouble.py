@@ -19,6 +19,8 @@ import model
 import omni_grpo as og
 import reward
 import runs
+from test_data import cells
+from texts import write_lines
 
 
 @pytest.fixture
@@ -62,35 +64,22 @@ def evaluated(config, tiny, tmp_path_factory):
 @pytest.mark.parametrize(
     "when, sign",
     [
-        ("training", signal.SIGTERM),
-        ("evaluation", signal.SIGHUP),
-        ("first evaluation", signal.SIGTERM),
-        ("last control", signal.SIGTERM),
+        (("update", 2), signal.SIGTERM),
+        (("evaluate", 1), signal.SIGTERM),
+        (("evaluate", 3), signal.SIGHUP),
+        (("evaluate", 5), signal.SIGTERM),  # the last control
     ],
 )
 def test_a_signal_loses_nothing(evaluated, said, tmp_path, monkeypatch, when, sign):
     """Exit code 130, soon; --resume then leaves what the unbroken run leaves, evaluations included."""
     cfg, whole = evaluated
-    calls, evaluate, update = {"evaluate": 0, "update": 0}, og.evaluate, og.update
-    place = dict(training=("update", 2), evaluation=("evaluate", 3))
-    place |= {"first evaluation": ("evaluate", 1), "last control": ("evaluate", 5)}
-    name, n = place[when]
-
-    def counted(called, function):
-        def count(*args, **kwargs):
-            calls[called] += 1
-            if (called, calls[called]) == (name, n):
-                os.kill(os.getpid(), sign)
-            return function(*args, **kwargs)
-
-        return count
-
+    name, n = when
+    watched = runs.at_call(n, getattr(og, name), lambda: os.kill(os.getpid(), sign))
     with monkeypatch.context() as patch:
-        patch.setattr(og, "evaluate", counted("evaluate", evaluate))
-        patch.setattr(og, "update", counted("update", update))
+        patch.setattr(og, name, watched)
         code, text = said(*runs.flags(dataclasses.replace(cfg, out=str(tmp_path / "run"))))
     assert code == 130 and f"go on with: python omni_grpo.py --resume {tmp_path}/run" in text
-    assert calls["evaluate"] <= n if name == "evaluate" else calls["update"] == n
+    assert len(watched.calls) == n
     code, _ = said("--resume", tmp_path / "run")
     assert code == 0 and runs.left_by(tmp_path / "run") == runs.left_by(whole)
 
@@ -135,14 +124,8 @@ def test_killed_before_the_first_checkpoint(run, tmp_path, monkeypatch, said):
 
 
 def fill_the_disk_in_step_2():
-    save = og.save_checkpoint
-
-    def full(policy, optimizer, out, state):
-        if state["step"] == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        save(policy, optimizer, out, state)
-
-    og.save_checkpoint = full
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2000, 2000))
+    og.save_checkpoint = runs.at_call(3, og.save_checkpoint, limit)
 
 
 def test_a_disk_that_takes_no_more(config, tmp_path):
@@ -174,30 +157,6 @@ def test_a_directory_that_vanishes(run, tmp_path, monkeypatch):
 # ---- resume
 
 
-def cut_short(path):
-    os.truncate(path, path.stat().st_size - 200)
-
-
-def zeros(path):
-    path.write_bytes(b"\0" * 5000)
-
-
-def zeros_at_its_end(path):
-    path.write_bytes(path.read_bytes() + b"\0" * 9 + b"\n")
-
-
-def no_json(path):
-    path.write_text("{broken}\n")
-
-
-def a_list(path):
-    torch.save([1], path)
-
-
-def a_dict(path):
-    torch.save({"a": 1}, path)
-
-
 def other_shapes(path):
     content = torch.load(path, weights_only=True)
     name = next(iter(content["weights"]))
@@ -205,36 +164,41 @@ def other_shapes(path):
     torch.save(content, path)
 
 
-def other_knobs(path):
-    path.write_text(path.read_text().replace('"lora_rank"', '"rank"'))
-
-
-FIXED = "--{0}: cannot be changed on --resume, the run has {1}; start another run, with".format
-NO_CHECKPOINT = "checkpoint/state.pt is not a checkpoint of this trainer"
-OTHER_MODEL = "its checkpoint is of another model or another --lora_rank"
-CANNOT_GO_ON = [  # flags, or a fault and its file; the message
-    ("--data OTHER", "24 questions (hash "),
-    ("--eval_data TRAINED", "--eval_data"),
-    ("--eval_size 4", "--eval_size 4: other questions would be held out"),
-    ("--out x", "--out x: a run goes on where it is"),
-    ("--seed 1", FIXED("seed 1", 0)),
-    ("--prompt think", FIXED("prompt think", "direct")),
-    ("--reward accuracy=2", FIXED("reward accuracy=2", "accuracy=1")),
-    ("--adapter x", FIXED("adapter x", "")),
-    ("--model x", "--model x: cannot be changed"),
-    ("--lora_rank 8", FIXED("lora_rank 8", 4)),
-    ("--optimizer adamw", FIXED("optimizer adamw", "adamw8bit")),
-    ("--audio silence", FIXED("audio silence", "real")),
-    ((cut_short, "checkpoint/state.pt"), "checkpoint/state.pt: "),
-    ((zeros, "checkpoint/state.pt"), "checkpoint/state.pt: "),
-    ((a_dict, "checkpoint/state.pt"), NO_CHECKPOINT),
-    ((a_list, "checkpoint/state.pt"), NO_CHECKPOINT),
-    ((other_shapes, "checkpoint/state.pt"), OTHER_MODEL),
-    ((other_knobs, "config.json"), "config.json is not of this version"),
-    ((os.remove, "log.jsonl"), "its log.jsonl is gone"),
-    ((no_json, "log.jsonl"), "log.jsonl: "),
-    ((zeros_at_its_end, "log.jsonl"), "log.jsonl: "),
-]
+DAMAGE = {
+    "is cut short": lambda path: os.truncate(path, path.stat().st_size - 200),
+    "is zeros": lambda path: path.write_bytes(b"\0" * 5000),
+    "ends in zeros": lambda path: path.write_bytes(path.read_bytes() + b"\0" * 9 + b"\n"),
+    "is no JSON": lambda path: path.write_text("{broken}\n"),
+    "is a list": lambda path: torch.save([1], path),
+    "is a dict": lambda path: torch.save({"a": 1}, path),
+    "has other shapes": other_shapes,
+    "has other knobs": lambda path: path.write_text(path.read_text().replace('"lora_rank"', '"rank"')),
+    "is gone": os.remove,
+}
+# flags, or what is wrong with a file | the message
+CANNOT_GO_ON = """
+--data OTHER | 24 questions (hash
+--eval_data TRAINED | --eval_data
+--eval_size 4 | --eval_size 4: other questions would be held out
+--out x | --out x: a run goes on where it is
+--seed 1 | --seed 1: cannot be changed on --resume, the run has 0; start another run, with
+--prompt think | --prompt think: cannot be changed
+--reward accuracy=2 | --reward accuracy=2: cannot be changed
+--adapter x | --adapter x: cannot be changed
+--model x | --model x: cannot be changed
+--lora_rank 8 | --lora_rank 8: cannot be changed on --resume, the run has 4
+--optimizer adamw | --optimizer adamw: cannot be changed on --resume, the run has adamw8bit
+--audio silence | --audio silence: cannot be changed
+checkpoint/state.pt is cut short | checkpoint/state.pt:
+checkpoint/state.pt is zeros | checkpoint/state.pt:
+checkpoint/state.pt is a dict | checkpoint/state.pt is not a checkpoint of this trainer
+checkpoint/state.pt is a list | checkpoint/state.pt is not a checkpoint of this trainer
+checkpoint/state.pt has other shapes | its checkpoint is of another model or another --lora_rank
+config.json has other knobs | config.json is not of this version
+log.jsonl is gone | its log.jsonl is gone
+log.jsonl is no JSON | log.jsonl:
+log.jsonl ends in zeros | log.jsonl:
+"""
 
 
 def files_of(run):
@@ -243,19 +207,18 @@ def files_of(run):
     return {path: path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize("change, what", CANNOT_GO_ON)
+@pytest.mark.parametrize("change, what", cells(CANNOT_GO_ON))
 def test_what_cannot_go_on_is_refused(finished, said, tiny, tmp_path, change, what):
     """What would make another run of it, and what is damaged: exit code 2, one line, and the run is left as it
     was."""
     run, flags = tmp_path / "run", []
-    if isinstance(change, str):
-        other = tmp_path / "other.jsonl"
+    if change.startswith("--"):
         rows = [vars(e) | dict(question="What else?") for e in data.Examples(tiny.questions)]
-        other.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        flags = change.replace("OTHER", str(other)).replace("TRAINED", tiny.questions).split()
+        other = write_lines(tmp_path / "other.jsonl", *rows)
+        flags = change.replace("OTHER", other).replace("TRAINED", tiny.questions).split()
     else:
-        damage, name = change
-        damage(run / name)
+        name, damage = change.split(" ", 1)
+        DAMAGE[damage](run / name)
     before = files_of(run)
     code, text = said("--resume", run, *flags, "--steps", 5)
     (line,) = re.findall("^error: .*", text, re.MULTILINE)
@@ -322,7 +285,7 @@ def test_clips_in_both_files_are_said(config, tiny, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     clips = [example.audio for example in data.Examples(tiny.lessons)[:9]]
     rows = [dict(audio=clip, question="?", choices=["x", "y"], answer=0) for clip in clips]
-    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(other, *rows)
     og.open_data(config(eval_data=tiny.questions, eval_size=4))
     assert (
         "warning: 4 of the 4 held-out questions are about a clip that --data has, too"
@@ -511,19 +474,15 @@ def test_rewards_become_numbers(run, monkeypatch, value):
     assert run(reward="accuracy=1,odd=1", steps=1)[0] == 0
 
 
+def close_the_terminal():
+    for stream in (1, 2):
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, stream)
+
+
 def close_the_terminal_in_step_2():
-    update, calls = og.update, []
-
-    def closing(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            for stream in (1, 2):
-                reader, writer = os.pipe()
-                os.close(reader)
-                os.dup2(writer, stream)
-        return update(*args)
-
-    og.update, og.LOG_ROLLOUTS = closing, 1
+    og.update, og.LOG_ROLLOUTS = runs.at_call(2, og.update, close_the_terminal), 1
 
 
 def test_a_terminal_that_closes_does_not_end_the_run(config, tmp_path):
