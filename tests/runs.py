@@ -1,8 +1,10 @@
 """What the tests of whole runs share: to start the trainer as a user does, and to read what it leaves."""
 
 import dataclasses
+import functools
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -15,7 +17,7 @@ import pytest
 import omni_grpo as og
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FORKS = multiprocessing.get_context("fork")
+LIBRARIES = "peft bitsandbytes transformers.models.qwen2_5_omni.modeling_qwen2_5_omni".split()
 
 
 def start(words):
@@ -30,33 +32,47 @@ def hear_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def fork(act, **environment):
-    """act() -> its exit code, in a fork of this process, where the libraries are loaded: a start costs no
-    seconds.    -> Process"""
-    said = tempfile.TemporaryFile("w+", encoding="utf-8")
+@functools.cache
+def server_of_forks():
+    """A process that has loaded the libraries and computed nothing: a fork of it starts in no time. (A fork of
+    this process, where threads have been at work, may hang in MKL.)"""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs", *LIBRARIES])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([ROOT, os.path.join(ROOT, "tests")]))
+        multiprocessing.forkserver.ensure_running()
+    return context
 
-    def child():
-        for stream in (1, 2):
-            os.dup2(said.fileno(), stream)
-        sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", encoding="utf-8")
-        os.environ.update(environment)
-        sys.exit(act())
 
-    process = FORKS.Process(target=child, daemon=True)
+def child(said, act, environment):
+    for stream in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), stream)
+    sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", encoding="utf-8")
+    os.environ.update(environment)
+    sys.exit(act())
+
+
+def fork(act, *words, **environment):
+    """act(*words) -> its exit code, in a process of its own, whatever was patched in this one; a function that
+    can be pickled.    -> Process"""
+    number, said = tempfile.mkstemp()
+    os.close(number)
+    act = functools.partial(act, *words)
+    process = server_of_forks().Process(target=child, args=(said, act, environment), daemon=True)
     process.said = said
     process.start()
     return process
 
 
+def change_and_train(change, *words):
+    if change:
+        change()
+    return og.main(list(words))
+
+
 def fork_trainer(words, change=None, **environment):
     """change() comes first: a constant that is no flag, or a fault."""
-
-    def act():
-        if change:
-            change()
-        return og.main([*map(str, words)])
-
-    return fork(act, **environment)
+    return fork(change_and_train, change, *map(str, words), **environment)
 
 
 def fork_ranks(words, change=None):
@@ -75,8 +91,8 @@ def kill():
 def finish(process, code=0):
     """Wait for the end of a fork with this exit code.    -> all that it said"""
     process.join(240)
-    process.said.seek(0)
-    said = process.said.read()
+    with open(process.said, encoding="utf-8") as f:
+        said = f.read()
     assert process.exitcode == code, said
     assert "Traceback" not in said
     return said

@@ -4,6 +4,7 @@ function; for batches and kills it is the tiny base."""
 
 import base64
 import collections
+import functools
 import html
 import io
 import itertools
@@ -1233,30 +1234,31 @@ def test_the_tower_hears_a_clip_once(ask, taught, tmp_path, monkeypatch, flags, 
     assert count["prompts"] == prompts
 
 
+def tear_the_last_line(path):
+    os.truncate(path, os.path.getsize(path) - 20)
+    runs.kill()
+
+
+def evaluate_and_die(moment, out, *words):
+    replace, torn = os.replace, functools.partial(tear_the_last_line, f"{out}/items.jsonl")
+    if moment == "in the second rollout":
+        omni_grpo.rollout = runs.at_call(2, omni_grpo.rollout, runs.kill)
+    elif moment == "in the fourth line":
+        data.Ledger.append = runs.at_call(5, data.Ledger.append, torn)
+    else:
+        os.replace = lambda a, b: runs.kill() if b.endswith("report.json") else replace(a, b)
+    return ev.main([*words, "--out", out])
+
+
 def test_kill_at_three_moments(ask, tiny, tmp_path):
     """kill -9 in a rollout, with half a line on the disk, and before the report is in place, going on from
     there each time: the files are those of the run never killed, and no answer was asked for twice."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     flags = "--limit 8 --batch_size 2 --samples 2"
-    words = f"--data {tiny.questions} --model {tiny.base} --max_new_tokens 6 --out {killed} {flags}".split()
-    replace = os.replace
-
-    def die_in_the_second_rollout():
-        omni_grpo.rollout = runs.at_call(2, omni_grpo.rollout, runs.kill)
-
-    def tear_a_line():
-        os.truncate(killed / "items.jsonl", os.path.getsize(killed / "items.jsonl") - 20)
-        runs.kill()
-
-    def die_after_four_lines():
-        data.Ledger.append = runs.at_call(5, data.Ledger.append, tear_a_line)
-
-    def die_before_the_report():
-        os.replace = lambda a, b: runs.kill() if b.endswith("report.json") else replace(a, b)
-
-    moments = {die_in_the_second_rollout: 2, die_after_four_lines: 5, die_before_the_report: 8}
-    for die, lines in moments.items():
-        process = runs.fork(lambda die=die: die() or ev.main(words))
+    words = f"--data {tiny.questions} --model {tiny.base} --max_new_tokens 6 {flags}".split()
+    moments = {"in the second rollout": 2, "in the fourth line": 5, "before the report": 8}
+    for moment, lines in moments.items():
+        process = runs.fork(evaluate_and_die, moment, str(killed), *words)
         runs.finish(process, -signal.SIGKILL)
         assert (killed / "items.jsonl").read_bytes().count(b"\n") == lines
         assert not (killed / "report.json").exists()

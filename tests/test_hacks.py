@@ -153,7 +153,7 @@ def test_pasted_into_the_scripts(tiny, tmp_path):
     write_lines(tmp_path / "quiz.jsonl", *rows)
 
     def run(words):
-        return runs.finish(runs.fork(lambda: run_script(tmp_path, words.split())))
+        return runs.finish(runs.fork(run_script, tmp_path, words.split()))
 
     knobs = f"--model {tiny.base} --data quiz.jsonl --steps 1 --prompts_per_step 2 --num_generations 8 --eval_size 0"
     knobs += (

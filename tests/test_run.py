@@ -3,6 +3,7 @@ ablation."""
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -162,7 +163,9 @@ def test_a_finished_run_goes_on_with_more_steps(base_run, tmp_path, often):
 
 
 def die_writing(n_replace=None, n_save=None):
-    """Of kill -9, before the n-th file is put into place, or when half of the n-th save has reached the disk."""
+    """Of kill -9, before the n-th file is put into place, or when half of the n-th save has reached the disk; or
+    not at all."""
+    og.LOG_ROLLOUTS = 3
     replace, save, seen = os.replace, torch.save, []
 
     def dying_replace(a, b):
@@ -189,15 +192,15 @@ def test_kill_at_any_moment(config, tmp_path, monkeypatch):
     whole = runs.train(cfg, tmp_path / "whole")
     words, again = runs.flags(dataclasses.replace(cfg, out=out)), ["--resume", out]
     n = random.randint(8, 14)
-    runs.finish(runs.fork_trainer(words, lambda: die_writing(n_replace=n)), -signal.SIGKILL)
-    runs.finish(runs.fork_trainer(again, lambda: die_writing(n_save=2)), -signal.SIGKILL)
-    third, before = runs.fork_trainer(again), len(runs.whole_lines(out))
+    runs.finish(runs.fork_trainer(words, functools.partial(die_writing, n_replace=n)), -signal.SIGKILL)
+    runs.finish(runs.fork_trainer(again, functools.partial(die_writing, n_save=2)), -signal.SIGKILL)
+    third, before = runs.fork_trainer(again, die_writing), len(runs.whole_lines(out))
     while len(runs.whole_lines(out)) <= before and third.is_alive():
         time.sleep(0.02)
     time.sleep(random.random() * 0.3)
     third.kill()
     third.join()
-    runs.finish(runs.fork_trainer(again))
+    runs.finish(runs.fork_trainer(again, die_writing))
     assert any(r.get("optim/grad_norm", 0) > 1e-3 for r in runs.read(whole))
     assert runs.left_by(out) == runs.left_by(whole)
     assert not [name for _, _, names in os.walk(out) for name in names if name.endswith(".part")]
