@@ -91,6 +91,8 @@ def kill():
 def finish(process, code=0):
     """Wait for the end of a fork with this exit code.    -> all that it said"""
     process.join(240)
+    if process.is_alive():  # the trainer would finish its step after a SIGTERM
+        process.kill()
     with open(process.said, encoding="utf-8") as f:
         said = f.read()
     assert process.exitcode == code, said
