@@ -15,7 +15,8 @@ import omni_grpo as og  # noqa: E402
 from tools import demo, plots, sounds  # noqa: E402
 
 SLOW = (
-    "test_run test_trouble test_ranks test_recipes test_eval test_relisten test_reward test_generate test_formats"
+    "test_run test_trouble test_reward test_recipes test_plain test_generate test_relisten test_model test_ranks "
+    "test_fits test_formats test_eval"
 ).split()
 
 
