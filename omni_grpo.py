@@ -703,6 +703,9 @@ def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
     state = {"step": 0, "record": None, "rl": list(range(n_ranks)), "cold": list(range(n_ranks))}
     if cfg.resume:
         state = load_checkpoint(policy, optimizer, out, n_ranks)
+    has_log = gather(os.path.exists(os.path.join(out, "log.jsonl")))[0]
+    if state["step"] and not has_log:
+        raise UserError(f"--resume {out}: its log.jsonl is gone; put it back, or start another run")
     if rank == 0:
         about = machine()
         write_config(cfg, out, about | dict(ranks=n_ranks, data=questions.files), state["step"])
@@ -716,9 +719,7 @@ def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
     with interruptible("SIGINT", "SIGTERM", "SIGHUP") as stopping:
         if not cfg.resume:
             save_checkpoint(policy, optimizer, out, state)
-        if not gather(os.path.exists(os.path.join(out, "log.jsonl")))[0]:
-            if state["step"]:
-                raise UserError(f"--resume {out}: its log.jsonl is gone; put it back, or start another run")
+        if not has_log:
             measured = measure(policy, cfg, questions.held, control=True, stopping=stopping)
             if measured is None:
                 return False

@@ -202,9 +202,7 @@ log.jsonl ends in zeros | log.jsonl:
 
 
 def files_of(run):
-    """All but config.json, where --steps may already be the new one."""
-    paths = [path for path in run.rglob("*") if path.is_file() and path.name != "config.json"]
-    return {path: path.read_bytes() for path in paths}
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("change, what", cells(CANNOT_GO_ON))
