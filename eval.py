@@ -64,6 +64,7 @@ class Options:
     rollout_rows: int = knob(128, "answers decoded at once", low=1)
     seed: int = knob(0, "of the samples and of --audio shuffled")
     max_audio_s: float = knob(30.0, "seconds of a clip that are heard, at most 300", above=0, high=300)
+    dtype: str = knob("auto", "of the base, as in training", ("auto", "float32", "bfloat16"))
     load_in_4bit: bool = knob(False, "nf4 weights, CUDA only")
     max_relistens: int = knob(-1, "parts that an answer may hear again; 0: none, -1: the prompt's", low=-1)
     relisten_from: str = knob("audio", "as in training", ("audio", "embeddings"))
@@ -564,7 +565,7 @@ def config_of(options: Options):
     import omni_grpo
 
     shared = "model adapter prompt max_new_tokens rollout_rows "
-    shared += "max_audio_s load_in_4bit max_relistens relisten_from"
+    shared += "max_audio_s dtype load_in_4bit max_relistens relisten_from"
     return omni_grpo.Config(
         audio="real" if options.audio == "shuffled" else options.audio,
         **{name: getattr(options, name) for name in shared.split()},

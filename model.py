@@ -40,6 +40,7 @@ from data import PROMPTS, SEGMENT, Example, UserError
 OLDEST = dict(torch="2.11", transformers="5.0", peft="0.17")
 LORA_ALPHA_PER_RANK = 2  # LoRA's updates are scaled by alpha / rank, the same for every rank
 MIN_RELISTEN_S, MAX_RELISTEN_S = 0.2, 10.0  # of a shorter or a longer part nothing is heard again
+WIDE = 512  # from this hidden size on, bfloat16 products save a CPU more time than the casts around them cost
 RELISTEN_TOKENS = 512  # what may be heard again in one completion, at 25 tokens a second
 SLACK_S = 0.5  # so far past the clip's end a part may reach: models round
 
@@ -192,6 +193,11 @@ class Policy:
         return self.head.weight.device
 
     @property
+    def dtype(self):
+        """Of the frozen base; LoRA is float32."""
+        return self.head.weight.dtype
+
+    @property
     def has_adapter(self) -> bool:
         return hasattr(self.model, "peft_config")
 
@@ -273,6 +279,7 @@ def load_policy(
     load_in_4bit: bool = False,
     gradient_checkpointing: bool = False,
     train: bool = False,
+    dtype: str = "auto",
 ) -> Policy:
     """Checkpoint directory or Hub id -> Policy.
 
@@ -286,9 +293,7 @@ def load_policy(
     folder, cuda = find_model(model), torch.cuda.is_available()
     if load_in_4bit and not cuda:
         raise UserError("--load_in_4bit: needs a CUDA card")
-    # all weights are trained in float32: bf16 would round small steps away
-    half = cuda and (lora_rank or not train)
-    options = dict(dtype=torch.bfloat16 if half else torch.float32)
+    options = {}
     if cuda:
         options["device_map"] = {"": torch.cuda.current_device()}
     if load_in_4bit:
@@ -303,6 +308,7 @@ def load_policy(
     with blame(where):
         config, family = read_family(folder)
         model_class = getattr(transformers, family.model_class)
+        options["dtype"] = choose_dtype(dtype, config, train and not lora_rank, cuda)
         loaded, info = model_class.from_pretrained(
             folder,
             config=config,
@@ -319,6 +325,24 @@ def load_policy(
     policy = take_apart(loaded, family, adapter, lora_rank, gradient_checkpointing, train)
     add_text_side(policy, family, folder, where)
     return policy
+
+
+def choose_dtype(name: str, config, all_trained: bool, cuda: bool) -> torch.dtype:
+    """The base's dtype: what --dtype names, or for "auto" bfloat16 where the hardware multiplies it faster.
+
+    config: of the language model, or of the model around it. LoRA is float32 whatever the base is, and a base
+    that is trained itself always is: bfloat16 would round small steps away. Raises UserError.
+    """
+    if all_trained:
+        if name == "bfloat16":
+            raise UserError("--dtype bfloat16: rounds small steps away; --lora_rank 0 trains in float32")
+        return torch.float32
+    if name != "auto":
+        return getattr(torch, name)
+    hardware = getattr(torch.cpu, "get_capabilities", dict)()
+    multiplies = hardware.get("amx_bf16") or hardware.get("avx512_bf16")
+    gains = multiplies and config.get_text_config().hidden_size >= WIDE
+    return torch.bfloat16 if cuda or gains else torch.float32
 
 
 def refuse_pickles(folder: str, where: str) -> None:
@@ -775,6 +799,7 @@ class Pack:
     predictor: Tensor
     target: Tensor  # (M,) the token
     row: Tensor  # (M,) to which completion of the step it belongs
+    sampler_logp: Tensor  # (M,) as the sampler saw it; 0 for what was not sampled but is to be imitated
 
 
 def make_pack(
@@ -782,7 +807,7 @@ def make_pack(
 ) -> Pack:
     """The completions of each prompt, numbered from its first_row on. Of prompts that were read, all in the
     same pass."""
-    inputs, positions, blocks, predictor, target, row, n = [], [], [], [], [], [], 0
+    inputs, positions, blocks, predictor, target, row, sampler_logp, n = [], [], [], [], [], [], [], 0
     for i, (prompt, of_prompt, first_row) in enumerate(zip(prompts, completions, first_rows)):
         start, size, owner = n, len(prompt.ids), []
         for j, completion in enumerate(of_prompt):
@@ -796,6 +821,8 @@ def make_pack(
             predictor.append(torch.where(trained == 0, i, before))  # ... and the first by the prompt's last
             target.append(torch.tensor(completion.ids, dtype=torch.long)[trained])
             row.append(torch.full((len(trained),), first_row + j))
+            logps = completion.logps or [0.0] * len(completion.ids)
+            sampler_logp.append(torch.tensor(logps)[trained])
             n += fed
         owner = torch.tensor(owner, dtype=torch.long)
         same = owner[:, None] == owner[None, :]
@@ -807,8 +834,10 @@ def make_pack(
     if prompts[0].read:
         prefix, _ = prompts[0].read
         places = [prompt.read[1] for prompt in prompts]
-    positions, predictor, target, row = (torch.cat(x).to(device) for x in (positions, predictor, target, row))
-    return Pack(prompts, prefix, places, inputs, positions, blocks, predictor, target, row)
+    positions, *of_token = (
+        torch.cat(x).to(device) for x in (positions, predictor, target, row, sampler_logp)
+    )
+    return Pack(prompts, prefix, places, inputs, positions, blocks, *of_token)
 
 
 def make_packs(

@@ -177,6 +177,11 @@ class Config:
     )
     lora_rank: int = knob(32, "LoRA rank on all linear layers of the language model; 0: train all weights")
     # memory and speed
+    dtype: str = knob(
+        "auto",
+        "of the frozen base: auto | float32 | bfloat16; auto: bfloat16 on a card and where a CPU gains by it",
+        choices=("auto", "float32", "bfloat16"),
+    )
     load_in_4bit: bool = knob(False, "nf4 base weights, for cards under 24 GB")
     gradient_checkpointing: bool = knob(True, "recompute activations in the backward pass")
     pack_tokens: int = knob(8192, "tokens scored in one forward pass (at least one group)", low=1)
@@ -619,6 +624,7 @@ def backward(policy: Policy, cfg: Config, batch: Batch, through_rollout: bool) -
                 "policy/entropy": entropy,
                 "policy/clip_frac": is_clipped(ratio, adv, cfg.clip_low, cfg.clip_high),
                 "policy/kl_old": kl_k3(logp, old_logp),
+                "policy/sampler_gap": (old_logp - pack.sampler_logp).abs(),
             }
             if cfg.beta:
                 of_token["policy/kl_ref"] = kl_k3(logp, ref_logp)
@@ -697,11 +703,14 @@ def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
     state = {"step": 0, "record": None, "rl": list(range(n_ranks)), "cold": list(range(n_ranks))}
     if cfg.resume:
         state = load_checkpoint(policy, optimizer, out, n_ranks)
+    has_log = gather(os.path.exists(os.path.join(out, "log.jsonl")))[0]
+    if state["step"] and not has_log:
+        raise UserError(f"--resume {out}: its log.jsonl is gone; put it back, or start another run")
     if rank == 0:
         about = machine()
         write_config(cfg, out, about | dict(ranks=n_ranks, data=questions.files), state["step"])
         print(
-            f"{out}: {cfg.model} on {about['hardware']}, "
+            f"{out}: {cfg.model} in {str(policy.dtype)[6:]} on {about['hardware']}, "
             f"{sum(p.numel() for p in policy.trainable().values()):,} trained parameters, "
             f"{len(questions.rl[1]) if questions.rl else 0} questions, {len(questions.held)} held out",
             flush=True,
@@ -710,9 +719,7 @@ def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
     with interruptible("SIGINT", "SIGTERM", "SIGHUP") as stopping:
         if not cfg.resume:
             save_checkpoint(policy, optimizer, out, state)
-        if not gather(os.path.exists(os.path.join(out, "log.jsonl")))[0]:
-            if state["step"]:
-                raise UserError(f"--resume {out}: its log.jsonl is gone; put it back, or start another run")
+        if not has_log:
             measured = measure(policy, cfg, questions.held, control=True, stopping=stopping)
             if measured is None:
                 return False
@@ -797,6 +804,8 @@ def take_step(policy: Policy, optimizer, cfg: Config, stream, weights: dict, sta
     rolled = time.monotonic()
     step_cfg = dataclasses.replace(cfg, beta=0.0, temperature=1.0) if cold else cfg
     record = {"step": state["step"] + 1, **update(policy, optimizer, step_cfg, groups)}
+    if cold:
+        record.pop("policy/sampler_gap", None)  # nobody sampled the targets
     record |= describe(every_group, cfg) | total({"audio/cut": sum(d.was_cut for d in drawn)})
     record |= {"mem/peak_gib": peak_memory_gib(), "time/rollout_s": rolled - start}
     record["time/update_s"] = time.monotonic() - rolled
@@ -861,9 +870,11 @@ def make_optimizer(policy: Policy, cfg: Config):
 
 
 def load_run_policy(cfg: Config, train: bool = True) -> Policy:
-    return load_policy(
-        cfg.model, cfg.adapter, cfg.lora_rank, cfg.load_in_4bit, cfg.gradient_checkpointing, train
-    )
+    flags = cfg.adapter, cfg.lora_rank, cfg.load_in_4bit, cfg.gradient_checkpointing
+    policy = load_policy(cfg.model, *flags, train, cfg.dtype)
+    if not train:
+        print(f"{cfg.model} in {str(policy.dtype)[6:]}", file=sys.stderr, flush=True)
+    return policy
 
 
 def keep_reference(policy: Policy, cfg: Config, out: str, step: int) -> None:

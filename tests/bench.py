@@ -1,6 +1,10 @@
 """Speed and memory, measured. No weights are needed: random ones, at 7B size on a CUDA card, small on a CPU.
 
     python tests/bench.py --step       a whole training step: seconds by part, its floor, its peak of memory
+    python tests/bench.py --step --full  the same at 7B size on a CPU with 24 GiB and no card
+    python tests/bench.py --decode     seconds a token of the rollout, for short and long completions
+    python tests/bench.py --command    two steps of the real command line on a checkpoint with random weights
+    python tests/bench.py --card       all that is worth knowing of a card, in eight minutes, into bench.json
     python tests/bench.py --scoring    scoring with a shared prompt against scoring full rows
     python tests/bench.py --rollout    sampling against the library's generate, without and with re-listening
     python tests/bench.py --trl        a whole training step against TRL's GRPOTrainer
@@ -13,11 +17,14 @@ table into docs/benchmarks.md. --trl needs TRL, for this comparison only: pip in
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import math
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +44,7 @@ import data  # noqa: E402
 import model  # noqa: E402
 import omni_grpo as og  # noqa: E402
 from model import Completion, Prompt, Tokens  # noqa: E402
-from tools import fits  # noqa: E402
+from tools import demo, fits, sounds  # noqa: E402
 
 PAGE = os.path.join(ROOT, "docs", "benchmarks.md")
 CUDA = torch.cuda.is_available()
@@ -75,16 +82,21 @@ class Table:
     """A Markdown table, printed row by row. A cell that is a list holds a value of each turn."""
 
     def __init__(self, title: str, heads: str):
+        self.rows = []  # as they were given
         about = og.machine()
         where = f"{about['hardware']}, torch {about['torch']}, transformers {about['transformers']}"
         command = " ".join(["python tests/bench.py", *sys.argv[1:]])
         self.lines = [f"*{title}. {where}, {time.strftime('%Y-%m-%d')}: `{command}`*", ""]
         print(*self.lines, sep="\n")
-        heads = heads.split(" | ")
-        self.add(*heads)
-        self.add(*["---"] * len(heads))
+        self.heads = heads.split(" | ")
+        self.print_row(self.heads)
+        self.print_row(["---"] * len(self.heads))
 
     def add(self, *cells) -> None:
+        self.rows.append(dict(zip(self.heads, cells)))
+        self.print_row(cells)
+
+    def print_row(self, cells) -> None:
         self.lines.append(f"| {' | '.join(map(self.cell, cells))} |")
         print(self.lines[-1], flush=True)
 
@@ -179,19 +191,37 @@ def make_config(args, **more) -> og.Config:
     return og.Config(prompts_per_step=args.prompts, num_generations=args.generations, **more)
 
 
-def random_policy(cfg: og.Config) -> model.Policy:
-    config = thinker_config(big=CUDA)
+def random_policy(cfg: og.Config, big: bool, dtype: torch.dtype) -> model.Policy:
+    """Random weights: the library's, which take minutes at 7B size on a CPU, so there our own."""
+    config = thinker_config(big)
+    quick = big and not CUDA
     torch.manual_seed(0)
-    torch.set_default_dtype(DTYPE)
-    with torch.device(DEVICE):
+    torch.set_default_dtype(dtype)
+    no_weights = transformers.initialization.no_init_weights() if quick else contextlib.nullcontext()
+    with no_weights, torch.device(DEVICE):
         thinker = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
+    if quick:
+        thinker.visual = None
+        fill(thinker)
     policy = take_apart(cfg, thinker, model.OMNI)
     policy.audio_id = config.audio_token_id
     if cfg.load_in_4bit:
         for layer in lora_layers(policy):
             layer.base_layer = quantize(layer.base_layer)
     return policy
+
+
+@torch.no_grad()
+def fill(thinker) -> None:
+    """A million random numbers again and again in the matrices; norms are 1, biases 0."""
+    block = torch.randn(2**20) * 0.02
+    for name, weight in thinker.named_parameters():
+        if weight.ndim == 1:
+            weight.fill_(float(name.endswith("weight")))
+            continue
+        for part in weight.view(-1).split(len(block)):
+            part.copy_(block[: len(part)])
 
 
 def take_apart(cfg: og.Config, whole, family: model.Family) -> model.Policy:
@@ -244,45 +274,71 @@ def reward_group(cfg: og.Config, prompt: Prompt, completions: list[Completion]) 
     return og.Group(None, prompt, completions, rewards, advantages=advantages)
 
 
-def our_step(policy, optimizer, cfg: og.Config, prompts: list[Prompt]) -> None:
-    """Everything is computed, and nothing is learned: the rewards are random."""
+def our_step(policy, optimizer, cfg: og.Config, prompts: list[Prompt]) -> dict:
+    """Everything is computed, and nothing is learned: the rewards are random.      -> the log's record"""
     n = len(prompts)
     rolled = og.rollout(policy, cfg, prompts, [[]] * n, range(n), cfg.num_generations, 1.0, learn=True)
     groups = [reward_group(cfg, prompt, completions) for prompt, completions in zip(prompts, rolled)]
-    og.update(policy, optimizer, cfg, groups)
+    return og.update(policy, optimizer, cfg, groups)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # --step
 
 CARD_GIB = 48
+LIBRARIES_GIB = (
+    3  # what a process holds beside its tensors: torch, kernels' buffers, pieces that are free again
+)
 
 
 def step(args) -> Table:
-    """On a card at 7B size, in CARD_GIB of its memory. The forecast's peak stands beside the measured one."""
+    """On a card at 7B size, in CARD_GIB of its memory. The forecast's peak stands beside the measured one: on
+    a card what torch holds, on a CPU the sizes of the live tensors, and beside it all that the process holds.
+    """
+    dtype = torch.bfloat16 if args.full else DTYPE
+    cfg = make_config(args, max_new_tokens=args.new_tokens, load_in_4bit=args.nf4)
     if CUDA:
         room = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, CARD_GIB / room))
-    cfg = make_config(args, max_new_tokens=args.new_tokens, load_in_4bit=args.nf4)
-    policy = random_policy(cfg)
+    elif args.full:
+        need_room(cfg, args)
+    policy = random_policy(cfg, CUDA or args.full, dtype)
     optimizer = og.make_optimizer(policy, cfg)
     prompt_tokens = len(audio_prompts(policy, random_mels(args))[0].ids)
     floor = floor_s(policy, cfg, prompt_tokens)
     seconds = watch_parts(policy, optimizer)
-    weights = sum(x.nbytes for x in [*policy.model.parameters(), *policy.model.buffers()])
-    peak, turns = weights / 2**30 - held_gib(), []
+    weights = [*policy.model.parameters(), *policy.model.buffers()]
+    peak, turns = sum(x.nbytes for x in weights) / 2**30 - held_gib(), []
     for _ in range(args.repeats + 1):
         seconds.clear()
-        total = seconds_of(lambda: our_step(policy, optimizer, cfg, audio_prompts(policy, random_mels(args))))
-        turns.append([*seconds.values(), total])
+        start = time.perf_counter()
+        gap = our_step(policy, optimizer, cfg, audio_prompts(policy, random_mels(args)))["policy/sampler_gap"]
+        wait()
+        turns.append([*seconds.values(), time.perf_counter() - start])
     peak += peak_gib()
+    heads, resident = "step s | floor s | sampler gap, nats | peak GiB | forecast GiB", []
+    if not CUDA:
+        with fits.LiveBytes(weights) as live:
+            our_step(policy, optimizer, cfg, audio_prompts(policy, random_mels(args)))
+        peak = (fits.weight_bytes(policy, cfg, dtype) + live.peak) / 2**30
+        heads, resident = f"{heads} | resident GiB", [linux_gib("VmHWM")]
     config = policy.model.get_base_model().config
-    forecast = fits.forecast(cfg, config, model.OMNI, prompt_tokens, DTYPE)
+    forecast = fits.forecast(cfg, config, model.OMNI, prompt_tokens, dtype)
     title = f"A step of {args.prompts} prompts of {prompt_tokens} tokens ({args.audio_s:g} s clips), "
-    title += f"G = {args.generations}, T = {args.new_tokens}, {'nf4' if args.nf4 else DTYPE}"
-    table = Table(title, " s | ".join(seconds) + " s | step s | floor s | peak GiB | forecast GiB")
-    table.add(*map(list, zip(*turns[1:])), floor, peak, max(forecast.values()))
+    title += f"G = {args.generations}, T = {args.new_tokens}, {'nf4' if args.nf4 else dtype}"
+    table = Table(title, " s | ".join(seconds) + f" s | {heads}")
+    table.add(*map(list, zip(*turns[1:])), floor, gap, peak, max(forecast.values()), *resident)
     return table
+
+
+def need_room(cfg: og.Config, args) -> None:
+    """Leave with one line before the machine begins to swap."""
+    forecast = fits.forecast(cfg, thinker_config(big=True), model.OMNI, 80 + int(25 * args.audio_s))
+    with open("/proc/meminfo") as f:
+        kib = dict(line.split(":") for line in f)["MemAvailable"].split()[0]
+    need, there = max(forecast.values()) + LIBRARIES_GIB, int(kib) / 2**20
+    if need > there:
+        sys.exit(f"error: a step at 7B size needs {need:.1f} GiB of memory, and {there:.1f} are free")
 
 
 def watch_parts(policy, optimizer) -> Counter:
@@ -312,7 +368,7 @@ def floor_s(policy, cfg: og.Config, prompt_tokens: int) -> float:
     """Seconds that no step can be shorter than: the products of the base's weights at the rate of a large
     product, and no step of decoding faster than the weights are read. All else is left out."""
     n, size = (8192, 2**30) if CUDA else (2048, 2**28)
-    a = torch.randn(n, n, device=DEVICE).to(DTYPE)
+    a = torch.randn(n, n, device=DEVICE).to(policy.dtype)
     x = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
     y = x.clone()
     product_s, copy_s = map(statistics.median, by_turns(7, lambda: a @ a, lambda: y.copy_(x)))
@@ -335,7 +391,7 @@ def floor_s(policy, cfg: og.Config, prompt_tokens: int) -> float:
 
 def scoring(args) -> Table:
     """Forward and backward over one group: G full rows as one batch, against the pack."""
-    policy = random_policy(og.Config())
+    policy = random_policy(og.Config(), CUDA, DTYPE)
     policy.lm.train()
     table = Table("Scoring, forward and backward", "S | T | G | repeated s | shared s | faster, x | bound, x")
 
@@ -363,9 +419,105 @@ def scoring(args) -> Table:
     return table
 
 
+def decode(args) -> Table:
+    policy = random_policy(make_config(args, load_in_4bit=args.nf4), CUDA, DTYPE)
+    title = f"{args.prompts} questions with {args.audio_s:g} s clips, {'nf4' if args.nf4 else DTYPE}"
+    table = Table(title, "G | T | s a token | tokens a second")
+    for t in (16, 256):
+        with torch.no_grad():
+            prefixes = model.read_prompts(policy, audio_prompts(policy, random_mels(args)))
+            sample = functools.partial(og.decode, policy, prefixes, args.generations, 1.0, t)
+            (turns,) = by_turns(args.repeats, lambda sample=sample: sample(range(args.prompts)))
+        rows = args.prompts * args.generations
+        table.add(args.generations, t, [s / t for s in turns], [t * rows / s for s in turns])
+    return table
+
+
+def command(args) -> Table:
+    """What is printed and logged by `python omni_grpo.py --model DIR --data FILE --steps 2`."""
+    with tempfile.TemporaryDirectory() as folder:
+        base, run = os.path.join(folder, "base"), os.path.join(folder, "run")
+        questions = sounds.write_sounds(folder, 24, 4, seed=0, name="demo")
+        write_checkpoint(base, questions)
+        words = [f"--model={base}", f"--data={questions}", f"--out={run}", "--steps=2", "--eval_size=0"]
+        words += [f"--prompts_per_step={args.prompts}", f"--num_generations={args.generations}"]
+        words += ["--load_in_4bit"] * args.nf4
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, os.path.join(ROOT, "omni_grpo.py"), *words], capture_output=True, text=True
+        )
+        if done.returncode:
+            sys.exit(done.stderr.strip().splitlines()[-1])
+        total = time.monotonic() - start
+        print(
+            *[line for line in done.stdout.splitlines() if line.startswith(("memory", "warning"))], sep="\n"
+        )
+        with open(os.path.join(run, "log.jsonl"), encoding="utf-8") as f:
+            last = json.loads(f.read().splitlines()[-1])
+    table = Table(
+        "Two steps of the command line, random weights", "command s | rollout s | update s | peak GiB"
+    )
+    table.add(total, last["time/rollout_s"], last["time/update_s"], last["mem/peak_gib"])
+    return table
+
+
+def write_checkpoint(folder: str, questions: str) -> None:
+    """Random weights, and a tokenizer that knows the words of the questions."""
+    texts = [demo.user_turn(example, "direct") for example in data.Examples(questions)]
+    tokenizer, ids = demo.train_tokenizer(texts, vocab_size=512)
+    config = thinker_config(CUDA)
+    config.audio_token_id = ids["<|AUDIO|>"]
+    config.text_config.eos_token_id = ids["<|im_end|>"]
+    torch.set_default_dtype(DTYPE)
+    with torch.device(DEVICE):
+        thinker = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    thinker.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    extractor = transformers.WhisperFeatureExtractor(chunk_length=300, feature_size=128)
+    extractor.save_pretrained(folder)
+
+
+CARD_S = 480  # all that --card may take
+CARD = [  # each in a process of its own, what matters most first
+    "--step --repeats 2",
+    "--step --repeats 2 --nf4",
+    "--command --repeats 1",
+    "--decode --repeats 1",
+    "--step --repeats 1 --audio_s 30",
+    "--step --repeats 1 --audio_s 30 --nf4",
+    "--decode --repeats 1 --nf4",
+]
+
+
+def card(args) -> Table:
+    """bench.json is written after every line, so that a run that is cut off keeps what it had."""
+    start, results = time.monotonic(), []
+    table = Table("A card, with random weights at 7B size", "measured | value")
+    size = f"--prompts {args.prompts} --generations {args.generations}"
+    with tempfile.TemporaryDirectory() as folder:
+        for words in CARD:
+            left, out = CARD_S - (time.monotonic() - start), os.path.join(folder, "rows.json")
+            argv = [sys.executable, os.path.abspath(__file__), *words.split(), *size.split(), f"--json={out}"]
+            try:
+                done = subprocess.run(argv, capture_output=True, text=True, timeout=max(1, left))
+                rows, error = [], (done.stderr.strip() or "?").splitlines()[-1]
+                if not done.returncode:
+                    with open(out, encoding="utf-8") as f:
+                        rows, error = json.load(f), ""
+            except subprocess.TimeoutExpired:
+                rows, error = [], f"no time left of {CARD_S} s"
+            results.append(dict(command=words, rows=rows, error=error))
+            data.write_text("bench.json", json.dumps(dict(title=table.lines[0], results=results), indent=1))
+            for row in rows or [dict(error=error)]:
+                for name, value in row.items():
+                    table.add(f"`{words}`: {name}", value)
+    return table
+
+
 def rollout(args) -> Table:
     """The library's generate, our rollout, and ours when one row in four hears 3 s of its clip again."""
-    policy, t, mels = random_policy(make_config(args)), args.new_tokens, random_mels(args)
+    policy, t, mels = random_policy(make_config(args), CUDA, DTYPE), args.new_tokens, random_mels(args)
     thinker = policy.model.get_base_model()
     ids = torch.tensor([prompt.ids for prompt in audio_prompts(policy, mels)], device=DEVICE)
     features = torch.stack(mels).to(DEVICE, DTYPE)
@@ -629,6 +781,9 @@ def open_questions(_, path: str):
 
 MODES = {
     "step": step,
+    "decode": decode,
+    "command": command,
+    "card": card,
     "scoring": scoring,
     "rollout": rollout,
     "trl": against_trl,
@@ -650,9 +805,13 @@ def main() -> None:
     add("--generations", type=int, default=8)
     add("--new_tokens", type=int, default=16)
     add("--audio_s", type=float, default=10.0)
+    add("--full", action="store_true", help="--step at 7B size on a CPU: 2 prompts, T = 8, one turn")
     add("--nf4", action="store_true", help="--step with 4-bit base weights")
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch on a CPU")
+    add("--json", default="", metavar="FILE", help="write the rows of the table there, too")
     add("--write", nargs="?", const="", metavar="NAME", help="write the table as NAME (none: the mode's)")
+    if "--full" in sys.argv:
+        parser.set_defaults(prompts=2, new_tokens=8, repeats=1)
     args = parser.parse_args()
     mark = f"<!-- bench {args.write or args.mode} -->"
     if args.write is not None and mark not in read_page():
@@ -660,6 +819,8 @@ def main() -> None:
     model.quiet_libraries()
     torch.set_num_threads(args.threads)
     table = MODES[args.mode](args)
+    if args.json:
+        data.write_text(args.json, json.dumps(table.rows))
     if args.write is not None:
         table.write(mark)
 

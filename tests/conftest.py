@@ -12,15 +12,32 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import omni_grpo as og  # noqa: E402
-from tools import demo, sounds  # noqa: E402
+from tools import demo, plots, sounds  # noqa: E402
 
 SLOW = (
-    "test_run test_trouble test_ranks test_recipes test_eval test_relisten test_reward test_generate test_formats"
+    "test_run test_trouble test_reward test_recipes test_plain test_generate test_relisten test_model test_ranks "
+    "test_fits test_formats test_eval"
 ).split()
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
+draw_curves = plots.draw_curves
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """Runs draw their curves, which takes a third of a second, where a test asks for `drawn`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw_curves", lambda out: None)
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    monkeypatch.setattr(plots, "draw_curves", draw_curves)
 
 
 @pytest.fixture
@@ -90,16 +107,20 @@ def config(tiny):
     return make
 
 
-@pytest.fixture
-def policy(config):
-    """The tiny base with an adapter that is not a no-op: LoRA's B is drawn at random."""
-    torch.manual_seed(0)
-    policy = og.load_run_policy(config())
+def wake(policy):
+    """Its adapter is a no-op no longer."""
     with torch.no_grad():
         for name, p in policy.trainable().items():
             if "lora_B" in name:
                 p.normal_(0, 0.1)
     return policy
+
+
+@pytest.fixture
+def policy(config):
+    """The tiny base with an adapter that is not a no-op: LoRA's B is drawn at random."""
+    torch.manual_seed(0)
+    return wake(og.load_run_policy(config()))
 
 
 @pytest.fixture

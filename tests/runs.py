@@ -1,46 +1,103 @@
 """What the tests of whole runs share: to start the trainer as a user does, and to read what it leaves."""
 
 import dataclasses
+import functools
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
 import omni_grpo as og
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TORCHRUN = """-m torch.distributed.run --nproc_per_node 2
-    --master_port 0 --rdzv_backend c10d --rdzv_endpoint localhost:0""".split()
-# the trainer as a script, with a change: a constant that is no flag, or a fault
-CHANGED = """
-import sys
-sys.path.insert(0, {root!r})
-import omni_grpo as og
-{change}
-sys.exit(og.main())
-"""
+LIBRARIES = "peft bitsandbytes transformers.models.qwen2_5_omni.modeling_qwen2_5_omni".split()
 
 
-def start(words, change="", folder=None, ranks=1):
-    """The trainer in a process of its own; with a change, which takes a folder for its script.    -> Popen"""
-    script = os.path.join(ROOT, "omni_grpo.py")
-    if change:
-        script = os.path.join(folder, "changed.py")
-        with open(script, "w", encoding="utf-8") as f:
-            f.write(CHANGED.format(root=ROOT, change=change))
-    command = [sys.executable, *(TORCHRUN if ranks == 2 else []), script, *map(str, words)]
+def start(words):
+    """The trainer as a user starts it: a script, in a process of its own.    -> Popen"""
+    command = [sys.executable, os.path.join(ROOT, "omni_grpo.py"), *map(str, words)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=ROOT, **pipes)
+    # a background job of a shell would hand on that it does not listen to Ctrl-C
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=hear_ctrl_c, **pipes)
+
+
+def hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@functools.cache
+def server_of_forks():
+    """A process that has loaded the libraries and computed nothing: a fork of it starts in no time. (A fork of
+    this process, where threads have been at work, may hang in MKL.)"""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs", *LIBRARIES])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([ROOT, os.path.join(ROOT, "tests")]))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def child(said, act, environment):
+    for stream in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), stream)
+    sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", encoding="utf-8")
+    os.environ.update(environment)
+    sys.exit(act())
+
+
+def fork(act, *words, **environment):
+    """act(*words) -> its exit code, in a process of its own, whatever was patched in this one; a function that
+    can be pickled.    -> Process"""
+    number, said = tempfile.mkstemp()
+    os.close(number)
+    act = functools.partial(act, *words)
+    process = server_of_forks().Process(target=child, args=(said, act, environment), daemon=True)
+    process.said = said
+    process.start()
+    return process
+
+
+def change_and_train(change, *words):
+    if change:
+        change()
+    return og.main(list(words))
+
+
+def fork_trainer(words, change=None, **environment):
+    """change() comes first: a constant that is no flag, or a fault."""
+    return fork(change_and_train, change, *map(str, words), **environment)
+
+
+def fork_ranks(words, change=None):
+    """Two ranks, with what torchrun tells each.    -> [Process]"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    told = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    return [fork_trainer(words, change, RANK=rank, LOCAL_RANK=rank, **told) for rank in "01"]
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def finish(process, code=0):
-    """Wait for its end with this exit code; None: with any but 0.       -> (stdout, stderr)"""
-    stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == code if code is not None else process.returncode, stderr
-    assert "Traceback" not in stderr or code not in (0, 2)
-    return stdout, stderr
+    """Wait for the end of a fork with this exit code.    -> all that it said"""
+    process.join(240)
+    if process.is_alive():  # the trainer would finish its step after a SIGTERM
+        process.kill()
+    with open(process.said, encoding="utf-8") as f:
+        said = f.read()
+    assert process.exitcode == code, said
+    assert "Traceback" not in said
+    return said
 
 
 def train(cfg, out):
@@ -50,18 +107,27 @@ def train(cfg, out):
     return folder
 
 
+def at_call(n, function, act):
+    """The function, whose n-th call does act() first; .calls: the arguments of each"""
+
+    def watched(*args, **kwargs):
+        watched.calls.append(args)
+        if len(watched.calls) == n:
+            act()
+        return function(*args, **kwargs)
+
+    watched.calls = []
+    return watched
+
+
+def lights_out():
+    raise RuntimeError("the lights went out")
+
+
 def die_in_step(n, cfg, out, monkeypatch):
     """Train until the update of step n fails, and tear the last line of the log."""
-    update, calls = og.update, []
-
-    def dies(*args):
-        calls.append(args)
-        if len(calls) == n:
-            raise RuntimeError("the lights went out")
-        return update(*args)
-
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the lights"):
-        patch.setattr(og, "update", dies)
+        patch.setattr(og, "update", at_call(n, og.update, lights_out))
         train(cfg, out)
     assert len(read(out)) == n
     with open(os.path.join(out, "log.jsonl"), "a", encoding="utf-8") as f:

@@ -13,6 +13,7 @@ import soundfile
 
 import omni_grpo as og
 import runs
+from test_data import cells
 
 
 @pytest.fixture
@@ -51,78 +52,66 @@ def refuses(tiny, tmp_path, monkeypatch, capsys):
 # ---- data: the third line of three is bad
 
 ROW = dict(audio="good.wav", question="What is it?", choices=["dog", "cat", "rain"], answer=1, target="cat")
-BAD_ROWS = {  # name: (what the third row changes, or what it is; the message)
-    "index": ({"answer": 3}, 'field "answer": 3 is not among the 3 choices ... give an index from 0 to 2'),
-    "negative index": ({"answer": -1}, 'field "answer": -1 is not among ... give an index from 0 to 2'),
-    "answer text": ({"answer": "frog"}, "field \"answer\": 'frog' is not among ... ['dog', 'cat', 'rain']"),
-    "no answer": ({"answer": None}, 'field "answer": missing ... training needs it'),
-    "answer true": ({"answer": True}, 'field "answer": expected the index or the text ... found True'),
-    "answer 1e400": (
-        json.dumps(ROW).replace(": 1,", ": 1e400,"),
-        'field "answer": expected the index ... found inf',
-    ),
-    "one choice": (
-        {"choices": ["cat"], "answer": 0},
-        'field "choices": only one choice ... needs at least two',
-    ),
-    "no choices": ({"choices": None, "answer": None}, 'field "choices": missing ... training needs it'),
-    "choices a text": ({"choices": "a, b"}, "field \"choices\": expected a list of texts ... found 'a, b'"),
-    "choice null": ({"choices": ["dog", None]}, 'field "answer": it points at a blank choice'),
-    "no question": ({"question": None}, 'field "question": expected a text ... found None'),
-    "question a list": ({"question": [["?"]]}, "field \"question\": expected a text ... [['?']]"),
-    "half a character": ({"question": "\ud800"}, 'field "question": holds ... mend or drop the line'),
-    "no clip": ({"audio": "none.wav"}, 'field "audio": TMP/none.wav: no such file'),
-    "clip a folder": ({"audio": "."}, 'field "audio": TMP/.: is a directory'),
-    "clip a device": ({"audio": "/dev/zero"}, 'field "audio": /dev/zero: is not a regular file'),
-    "clip a number": ({"audio": 3}, 'field "audio": expected a path ... found 3'),
-    "clip with NUL": ({"audio": "good.wav\0"}, 'field "audio": TMP/good.wav\0: no such file'),
-    "text clip": (
-        {"audio": "text.wav"},
-        'field "audio": TMP/text.wav: not a readable sound file ... mend or drop',
-    ),
-    "empty clip": ({"audio": "empty.wav"}, 'field "audio": TMP/empty.wav: is empty ... mend or drop'),
-    "short clip": (
-        {"audio": "short.wav"},
-        'field "audio": TMP/short.wav: too short, 10.0 ms ... at least 20.1 ms are needed',
-    ),
-    "NaN clip": (
-        {"audio": "nan.wav"},
-        'field "audio": TMP/nan.wav: holds samples that are not finite ... mend or drop',
-    ),
-    "cut line": (json.dumps(ROW)[:40], "broken JSON ... was the file cut off"),
-    "deep line": ('{"question":' + "[" * 10**5, "broken JSON ... was the file cut off"),
-    "null": ("null", "expected a JSON object ... found None"),
-}
+# what the third row changes | the message
+BAD_ROWS = r"""
+{"answer": 3} | field "answer": 3 is not among the 3 choices ... give an index from 0 to 2
+{"answer": -1} | field "answer": -1 is not among ... give an index from 0 to 2
+{"answer": "frog"} | field "answer": 'frog' is not among ... ['dog', 'cat', 'rain']
+{"answer": null} | field "answer": missing ... training needs it
+{"answer": true} | field "answer": expected the index or the text ... found True
+{"choices": ["cat"], "answer": 0} | field "choices": only one choice ... needs at least two
+{"choices": null, "answer": null} | field "choices": missing ... training needs it
+{"choices": "a, b"} | field "choices": expected a list of texts ... found 'a, b'
+{"choices": ["dog", null]} | field "answer": it points at a blank choice
+{"question": null} | field "question": expected a text ... found None
+{"question": [["?"]]} | field "question": expected a text ... [['?']]
+{"question": "\ud800"} | field "question": holds ... mend or drop the line
+{"audio": "none.wav"} | field "audio": TMP/none.wav: no such file
+{"audio": "."} | field "audio": TMP/.: is a directory
+{"audio": "/dev/zero"} | field "audio": /dev/zero: is not a regular file
+{"audio": 3} | field "audio": expected a path ... found 3
+{"audio": "good.wav\u0000"} | field "audio": TMP/good.wavNUL: no such file
+{"audio": "text.wav"} | field "audio": TMP/text.wav: not a readable sound file ... mend or drop
+{"audio": "empty.wav"} | field "audio": TMP/empty.wav: is empty ... mend or drop
+{"audio": "short.wav"} | field "audio": TMP/short.wav: too short, 10.0 ms ... at least 20.1 ms are needed
+{"audio": "nan.wav"} | field "audio": TMP/nan.wav: holds samples that are not finite ... mend or drop
+"""
+BAD_LINES = [  # what the third line is, the message
+    (json.dumps(ROW).replace(": 1,", ": 1e400,"), 'field "answer": expected the index ... found inf'),
+    (json.dumps(ROW)[:40], "broken JSON ... was the file cut off"),
+    ('{"question":' + "[" * 10**5, "broken JSON ... was the file cut off"),
+    ("null", "expected a JSON object ... found None"),
+]
+for change, message in cells(BAD_ROWS):
+    BAD_LINES.append((json.dumps(ROW | json.loads(change)), message.replace("NUL", "\0")))
 
 
-def write_rows(folder, change):
-    """questions.jsonl, whose third row has the change, and its clips."""
+def write_rows(folder, last):
+    """questions.jsonl, with such a third line, and its clips."""
     waves = dict(good=np.sin(np.arange(16_000) / 5) / 2, empty=np.zeros(0), short=np.zeros(160))
     for name, wave in waves.items():
         soundfile.write(folder / f"{name}.wav", wave, 16_000)
     soundfile.write(folder / "nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
     (folder / "text.wav").write_text("This is text.")
-    last = change if isinstance(change, str) else json.dumps(ROW | change)
     (folder / "questions.jsonl").write_text("\n".join([json.dumps(ROW), json.dumps(ROW), last, ""]))
 
 
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_bad_row(refuses, tmp_path, name):
-    change, message = BAD_ROWS[name]
-    write_rows(tmp_path, change)
+@pytest.mark.parametrize("line, message", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_bad_row(refuses, tmp_path, line, message):
+    write_rows(tmp_path, line)
     refuses(["--data", "TMP/questions.jsonl"], "TMP/questions.jsonl:3: " + message)
 
 
 @pytest.mark.parametrize("flag", ["--eval_data", "--cold_start_data"])
 def test_the_other_data_are_read_before_the_model_too(refuses, tmp_path, flag):
-    for change, field in (({"answer": 3}, "answer"), ({"audio": "text.wav"}, "audio")):
-        write_rows(tmp_path, change)
+    for field, value in dict(answer=3, audio="text.wav").items():
+        write_rows(tmp_path, json.dumps(ROW | {field: value}))
         refuses([flag, "TMP/questions.jsonl"], f'TMP/questions.jsonl:3: field "{field}"')
     refuses([flag, "TMP/none.jsonl"], "TMP/none.jsonl: no such file")
 
 
 def test_cold_start_without_target(refuses, tmp_path):
-    write_rows(tmp_path, {"target": None})
+    write_rows(tmp_path, json.dumps(ROW | {"target": None}))
     message = 'TMP/questions.jsonl:3: field "target": missing ... the text to imitate'
     refuses(["--cold_start_data", "TMP/questions.jsonl"], message)
 
@@ -170,38 +159,40 @@ OUT_OF_RANGE = """
     --beta -0.1, --steps -1, --clip_low 1.5, --max_audio_s 301, --max_audio_s 0, --max_audio_s nan,
     --max_relistens -2, --prompt dirct, --scale sdt, --relisten_from tower
 """
-BAD_FLAGS = {  # arguments: the message
-    "--reward accuracy=nan": "--reward accuracy=nan: ... is not finite",
-    "--reward accuray=1": "--reward accuray=1: unknown reward 'accuray' ... did you mean 'accuracy'?",
-    "--reward accuracy=x": "--reward accuracy=x: ... 'x' is not a number",
-    "--reward ,": "--reward ,: unknown reward ... known: accuracy",
-    "--adapter TMP/run --lora_rank 0": "--adapter TMP/run: ... --lora_rank 0",
-    "--order easy_to_hard": ' ... field "meta": --order easy_to_hard needs a number "pass_rate"',
-    "--cold_start_steps 3": "--cold_start_steps 3: needs --cold_start_data",
-    "--stpes 3": "unrecognized arguments: --stpes",
-    "--step 3": "unrecognized arguments: --step",  # no abbreviations
-    "more.jsonl": "unrecognized arguments: more.jsonl",
-    "--steps": "argument --steps: expected one argument",
-    "--steps many": "argument --steps: invalid int value: 'many'",
-    "--steps 1.5": "argument --steps: invalid int value: '1.5'",
-    "--lr fast": "argument --lr: invalid float value: 'fast'",
-    "--out TMP/file/x": "--out TMP/file/x: Not a directory",
-    "--out TMP/run": "--out TMP/run: already holds something; give another name",
-    "--out TMP/file": "--out TMP/file: is a file",
-    "--resume TMP/run": "--resume TMP/run: no checkpoint there",
-    "--resume TMP/none": "--resume TMP/none: no checkpoint there",
-    "--resume": "--resume: name the run ... --resume runs/",
-}
+# arguments | the message
+BAD_FLAGS = """
+--reward accuracy=nan | --reward accuracy=nan: ... is not finite
+--reward accuray=1 | --reward accuray=1: unknown reward 'accuray' ... did you mean 'accuracy'?
+--reward accuracy=x | --reward accuracy=x: ... 'x' is not a number
+--reward , | --reward ,: unknown reward ... known: accuracy
+--adapter TMP/run --lora_rank 0 | --adapter TMP/run: ... --lora_rank 0
+--order easy_to_hard | / ... field "meta": --order easy_to_hard needs a number "pass_rate"
+--cold_start_steps 3 | --cold_start_steps 3: needs --cold_start_data
+--stpes 3 | unrecognized arguments: --stpes
+--step 3 | unrecognized arguments: --step
+more.jsonl | unrecognized arguments: more.jsonl
+--steps | argument --steps: expected one argument
+--steps many | argument --steps: invalid int value: 'many'
+--steps 1.5 | argument --steps: invalid int value: '1.5'
+--lr fast | argument --lr: invalid float value: 'fast'
+--out TMP/file/x | --out TMP/file/x: Not a directory
+--out TMP/run | --out TMP/run: already holds something; give another name
+--out TMP/file | --out TMP/file: is a file
+--resume TMP/run | --resume TMP/run: no checkpoint there
+--resume TMP/none | --resume TMP/none: no checkpoint there
+--resume | --resume: name the run ... --resume runs/
+"""
+BAD_FLAGS = cells(BAD_FLAGS)
 for words in OUT_OF_RANGE.split(","):
-    BAD_FLAGS[words.strip()] = words.split()[0] + " ... : must be "
+    BAD_FLAGS.append((words.strip(), words.split()[0] + " ... : must be "))
 
 
-@pytest.mark.parametrize("words", BAD_FLAGS)
-def test_bad_flag(refuses, tmp_path, words):
+@pytest.mark.parametrize("words, message", BAD_FLAGS)
+def test_bad_flag(refuses, tmp_path, words, message):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").touch()
     (tmp_path / "file").touch()
-    refuses(words.split(), BAD_FLAGS[words])
+    refuses(words.split(), message)
 
 
 NOT_FOUND = ": not a local directory, and not to be had from the Hub"
@@ -225,7 +216,7 @@ def test_bad_model(refuses, tmp_path, words, message):
 def test_from_the_shell(tiny, tmp_path):
     """What the table checks within this process holds for the program: exit code 2, and nothing on stderr but
     the message."""
-    write_rows(tmp_path, {"answer": 3})
+    write_rows(tmp_path, json.dumps(ROW | {"answer": 3}))
     command = [sys.executable, os.path.join(runs.ROOT, "omni_grpo.py"), "--model", tiny.base]
     command += ["--data", "questions.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)

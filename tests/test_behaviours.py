@@ -11,6 +11,7 @@ import pytest
 import fake_server
 from fake_server import KEY, start_tool, wait_until
 from fake_server import server as server  # a fixture
+from test_data import cells
 from tools import behaviours as bh
 
 NAMES, DRAW = list(bh.BEHAVIOURS), bh.draw_behaviours
@@ -224,20 +225,20 @@ def test_bad_files_are_refused(lines, says, capsys):
     assert f"runs/a/rollouts.jsonl{says}" in err and "Traceback" not in err and not os.path.exists("results")
 
 
-@pytest.mark.parametrize(
-    "args, says",
-    [
-        ("none.jsonl", "no such file"),
-        (".", "is a directory"),
-        ("", "ROLLOUTS"),
-        ("PATH runs/../PATH", "given twice"),
-        ("PATH --judge m --base_url nowhere", "--base_url"),
-        ("PATH --judge m", "OPENAI_API_KEY"),
-        ("PATH --samples_per_step 0", "--samples_per_step"),
-        ("PATH --concurrency 0", "--concurrency"),
-        ("PATH --judg m", "--judg"),
-    ],
-)
+BAD_ARGUMENTS = """
+none.jsonl | no such file
+. | is a directory
+ | ROLLOUTS
+PATH runs/../PATH | given twice
+PATH --judge m --base_url nowhere | --base_url
+PATH --judge m | OPENAI_API_KEY
+PATH --samples_per_step 0 | --samples_per_step
+PATH --concurrency 0 | --concurrency
+PATH --judg m | --judg
+"""
+
+
+@pytest.mark.parametrize("args, says", cells(BAD_ARGUMENTS))
 def test_bad_arguments(args, says, capsys, monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -388,20 +389,20 @@ def test_killed_and_resumed(server):
     assert judged(server, path) == steps and len(server.log) == 1
 
 
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        ("--judge other", "judge"),
-        ("--seed 1", "seed"),
-        ("--temperature 0.5", "temperature"),
-        ("--max_new_tokens 5", "max_new_tokens"),
-        ("another file", "rollouts"),
-        ("another prompt", "prompt_version"),
-        ("no judge", "judge"),
-        ("damaged", "damaged"),
-        ("damaged twice", "not written by this command"),
-    ],
-)
+OTHER = """
+--judge other | judge
+--seed 1 | seed
+--temperature 0.5 | temperature
+--max_new_tokens 5 | max_new_tokens
+another file | rollouts
+another prompt | prompt_version
+no judge | judge
+damaged | damaged
+damaged twice | not written by this command
+"""
+
+
+@pytest.mark.parametrize("change, says", cells(OTHER))
 def test_what_does_not_belong_together_is_refused(change, says, server, capsys, monkeypatch):
     path = completions("x")
     judged(server, path)

@@ -23,6 +23,7 @@ import data
 import model
 import omni_grpo as og
 import texts
+from conftest import wake
 
 SPECIAL = """
     <|endoftext|> <|im_start|> <|im_end|> <|AUDIO|> <|audio_bos|> <|audio_eos|> <|box_end|>
@@ -334,11 +335,7 @@ def test_prompts_are_the_library_s(published, omni, examples, padded):
 
 def test_saved_adapter_fits_the_library_s_class(published, omni, examples, padded, tmp_path):
     """PEFT puts it on the unmodified class, vision and all: the same log-probabilities."""
-    with torch.no_grad():
-        for name, p in omni.trainable().items():
-            if "lora_B" in name:
-                p.normal_(0, 0.1)
-    og.save_weights(omni, str(tmp_path))
+    og.save_weights(wake(omni), str(tmp_path))
     said = [*omni.tokenizer("a bell")["input_ids"], published.ids["<|im_end|>"]]
     row = model.Completion(said, sampled=[True] * len(said))
     with torch.no_grad():

@@ -23,6 +23,7 @@ import data
 from data import Examples
 from test_data import cells
 from test_formats import CASES
+from texts import read_lines, write_lines
 from tools import check
 
 PROGRAM = os.path.abspath(data.__file__)
@@ -39,21 +40,9 @@ def sound(path, seed=0, wave=None, rate_hz=16_000, **options):
     soundfile.write(path, wave, rate_hz, **options)
 
 
-def write(path, *rows):
-    """Rows, or lines as they are -> JSONL"""
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return str(path)
-
-
 def write_rows(path, *changes):
     """One row for each of its changes -> JSONL"""
-    return write(path, *[ROW | change for change in changes])
-
-
-def rows_of(path):
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+    return write_lines(path, *[ROW | change for change in changes])
 
 
 def all_files():
@@ -148,7 +137,7 @@ def test_check_finds_every_planted_defect(here):
     rows = [ROW | dict(id=str(i), audio=f"clips/{i}.wav", answer=i % 3) for i in range(1500)]
     for line, (change, _, _) in planted.items():
         rows[line - 1] = rows[line - 1] | json.loads(change) if change.endswith("}") else change
-    write(here / "q.jsonl", *rows)
+    write_lines(here / "q.jsonl", *rows)
 
     done = shell("check", "q.jsonl", "--report", "report.json", cwd=here)
     assert (done.returncode, done.stderr) == (2, "")
@@ -179,7 +168,7 @@ def test_check_hears_two_clips_at_a_time(run, here, monkeypatch):
     monkeypatch.setattr(check, "read_audio", lambda *a, **k: (barrier.wait(20), read_audio(*a, **k))[1])
     for i in range(64):
         sound(f"{here}/{i}.wav", i)
-    run("check", write(here / "q.jsonl", *[ROW | dict(audio=f"{i}.wav") for i in range(64)]))
+    run("check", write_lines(here / "q.jsonl", *[ROW | dict(audio=f"{i}.wav") for i in range(64)]))
 
 
 def test_check_counts(report, here):
@@ -225,7 +214,7 @@ TWICE = """
 def test_what_counts_as_the_gold_text_twice(report, here, choices, answer, found):
     """What the reward tells apart is not the same."""
     row = ROW | dict(choices=json.loads(choices), answer=json.loads(answer))
-    findings = report(write(here / "q.jsonl", row))["findings"]
+    findings = report(write_lines(here / "q.jsonl", row))["findings"]
     assert [kind for _, kind, _ in findings] == json.loads(found)
 
 
@@ -289,8 +278,8 @@ def test_against_says_what_could_not_be_compared(run, here):
     """Clips that are not at hand, and bad lines; --audio_dir is not theirs."""
     (here / "x").mkdir()
     rows = [ROW, ROW | {"audio": "none.wav"}, "{", ROW | {"audio": "/no/2.wav"}]
-    theirs = write(here / "x" / "theirs.jsonl", *rows)
-    out, _ = run("check", write(here / "ours.jsonl", ROW), "--audio_dir", here, "--against", theirs)
+    theirs = write_lines(here / "x" / "theirs.jsonl", *rows)
+    out, _ = run("check", write_lines(here / "ours.jsonl", ROW), "--audio_dir", here, "--against", theirs)
     assert f"compared by name, or not 3 of 3 clips and 1 lines of {theirs}" in out
 
 
@@ -299,18 +288,18 @@ def test_against_knows_embedded_clips_by_their_inner_name(report, here):
     name = f"{YT}_000030.wav"
     row = ROW | dict(audio={"bytes": (here / "a.wav").read_bytes(), "path": name}, answer="cat")
     datasets.Dataset.from_list([row]).to_parquet("ours.parquet")
-    theirs = write(here / "theirs.jsonl", ROW | {"audio": f"none/{name}"})
+    theirs = write_lines(here / "theirs.jsonl", ROW | {"audio": f"none/{name}"})
     assert report("ours.parquet", "--against", theirs)["shared"]["clips"] == 1
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_heard(run, here, monkeypatch):
     monkeypatch.setattr(check, "read_audio", lambda *_, **__: pytest.fail("it was heard"))
-    _, err = run("check", write(here / "q.jsonl", ROW), "--report", "none/r.json", code=2)
+    _, err = run("check", write_lines(here / "q.jsonl", ROW), "--report", "none/r.json", code=2)
     assert err == "error: none/r.json: No such file or directory\n"
 
 
 def test_the_report_never_takes_the_place_of_the_data(run, here):
-    content = open(write(here / "q.jsonl", ROW)).read()
+    content = open(write_lines(here / "q.jsonl", ROW)).read()
     os.symlink("q.jsonl", "link")
     os.mkdir("x")
     (here / "a.csv").write_text("audio,label\na.wav,dog\nb.wav,cat\n")
@@ -340,7 +329,7 @@ def test_half_a_clip_is_a_problem(report, here, kind, inside):
 
 
 def test_what_no_terminal_can_show_and_a_pipe_that_closes(here):
-    write(here / "q.jsonl", ROW | {"choices": "\ud800"}, *[ROW | {"answer": 9}] * 500)
+    write_lines(here / "q.jsonl", ROW | {"choices": "\ud800"}, *[ROW | {"answer": 9}] * 500)
     done = shell("check", "q.jsonl", "--report", "r.json", cwd=here)
     assert done.returncode == 2 and 'q.jsonl:1: field "choices": ' in done.stdout and not done.stderr
     assert len(json.loads((here / "r.json").read_text())["findings"]) == 501
@@ -431,7 +420,7 @@ def test_refused(run, here, argv, message):
     (here / "empty").mkdir()
     for name in ("file", "there.jsonl", "held_eval.jsonl"):
         (here / name).touch()
-    write(here / "blank.jsonl", "")
+    write_lines(here / "blank.jsonl", "")
     write_rows(here / "q.jsonl", {}, {"question": "And?"})
     write_rows(here / "bad.jsonl", {}, {"answer": 9})
     write_rows(here / "all_bad.jsonl", {"answer": 9}, {"audio": "none.wav"})
@@ -481,7 +470,7 @@ def leaves(value):
 def test_convert_loses_nothing(run, here, case):
     """The lines read back as the same questions; columns that the format does not name are all there."""
     rows, known = case["rows"], data.FORMATS[case["format"]]
-    write(here / "in", *rows)
+    write_lines(here / "in", *rows)
     run("convert", "in", "--out", "sub/out.jsonl")
     before, after = Examples("in"), Examples("sub/out.jsonl")
     assert after.format == "own" and len(after) == len(before)
@@ -490,10 +479,10 @@ def test_convert_loses_nothing(run, here, case):
         assert list(map(os.path.normpath, new.clips)) == list(map(os.path.normpath, old.clips))
     named = set(re.split("[ |]", " ".join([known.keys, *known.fields.values(), "other_attributes response"])))
     given = leaves([value for row in rows for key, value in row.items() if key not in named])
-    lost = set(given) - set(leaves(rows_of("sub/out.jsonl")))
+    lost = set(given) - set(leaves(read_lines("sub/out.jsonl")))
     assert not [leaf for leaf in lost if leaf and not leaf.endswith(".wav")]
     run("convert", "sub/out.jsonl", "--out", "sub/again.jsonl")
-    assert rows_of("sub/again.jsonl") == rows_of("sub/out.jsonl")
+    assert read_lines("sub/again.jsonl") == read_lines("sub/out.jsonl")
 
 
 def test_convert_embedded_clips(run, here):
@@ -526,29 +515,29 @@ def test_convert_keeps_pointing_at_the_clips(run, here):
     for out in ("data/out.jsonl", "out.jsonl", "a/b/out.jsonl", str(here / "c" / "out.jsonl")):
         run("convert", "data/in.jsonl", "--out", out)
         assert [os.path.normpath(e.audio) for e in Examples(out)] == list(map(str, wanted))
-    assert [r["audio"] for r in rows_of("data/out.jsonl")][::3] == ["clips/a.wav"] * 2
-    write(here / "in.jsonl", ROW)
+    assert [r["audio"] for r in read_lines("data/out.jsonl")][::3] == ["clips/a.wav"] * 2
+    write_lines(here / "in.jsonl", ROW)
     run("convert", "in.jsonl", "--audio_dir", "data/clips", "--out", "d/out.jsonl")
     assert Examples("d/out.jsonl")[0].audio == str(wanted[0])
 
 
 def test_convert_drops_bad_lines_when_asked(run, here):
     rows = [ROW, ROW | {"audio": "none.wav"}, "{", ROW | {"answer": 9}, ROW | {"question": "Last?"}]
-    write(here / "q.jsonl", *rows)
+    write_lines(here / "q.jsonl", *rows)
     out, _ = run("convert", "q.jsonl", "--out", "out.jsonl", "--drop_bad")
     assert "out.jsonl: 2 examples; 3 left out, the first: q.jsonl:2: " in out
-    assert [r["question"] for r in rows_of("out.jsonl")] == ["What is it?", "Last?"]
+    assert [r["question"] for r in read_lines("out.jsonl")] == ["What is it?", "Last?"]
     _, err = run("convert", "q.jsonl", "--out", "o.jsonl", code=2)
     assert re.findall(r"q\.jsonl:(\d)", err) == ["3", "4"] and "--drop_bad" in err
-    write(here / "missing.jsonl", *rows[:2])  # a clip may arrive later
+    write_lines(here / "missing.jsonl", *rows[:2])  # a clip may arrive later
     run("convert", "missing.jsonl", "--out", "missing_out.jsonl")
-    assert len(rows_of("missing_out.jsonl")) == 2
+    assert len(read_lines("missing_out.jsonl")) == 2
 
 
 @pytest.mark.parametrize("name", ["KILL", "INT"])
 def test_convert_ended_in_the_middle(here, name):
     """Leaves nothing under the final name, and does not stand in the way of the next."""
-    write(here / "q.jsonl", *[ROW | {"question": f"{i}?" * 20} for i in range(500)])
+    write_lines(here / "q.jsonl", *[ROW | {"question": f"{i}?" * 20} for i in range(500)])
     code = (
         "import os, signal, sys; import data; get = data.Examples.__getitem__\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job of a shell has none
@@ -560,7 +549,9 @@ def test_convert_ended_in_the_middle(here, name):
     done = subprocess.run([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True)
     assert done.returncode == (-signal.SIGKILL if name == "KILL" else 130) and "Traceback" not in done.stderr
     assert not os.path.exists("out.jsonl")
-    assert data.main(["convert", "q.jsonl", "--out", "out.jsonl"]) == 0 and len(rows_of("out.jsonl")) == 500
+    assert (
+        data.main(["convert", "q.jsonl", "--out", "out.jsonl"]) == 0 and len(read_lines("out.jsonl")) == 500
+    )
     assert not [n for n in os.listdir() if ".part" in n]
 
 
@@ -636,7 +627,7 @@ def test_distractors_come_from_the_family(run, here):
     dogs = [choice for e in examples if e.meta["label"] == "dog" for choice in e.choices]
     assert set(dogs) == set(kinds["animals"].split())
     run("folder", "in", "--out", "again.jsonl")
-    assert rows_of("again.jsonl") == rows_of("out.jsonl")  # drawn, and not differently every time
+    assert read_lines("again.jsonl") == read_lines("out.jsonl")  # drawn, and not differently every time
 
 
 def test_split_by_clip(run, here):
@@ -717,7 +708,7 @@ def test_filter_without_audio_by_either_measure(run, here):
     rates = [{names[0]: 0.1, names[1]: 0.9}, {names[1]: 0.9}, {names[1]: 0.1}, {names[0]: 0.9}, {names[0]: 0}]
     path = write_rows(here / "q.jsonl", *[dict(question=f"{i}?", meta=meta) for i, meta in enumerate(rates)])
     run("filter", path, "--out", "out.jsonl", "--drop_answerable_without_audio")
-    assert [r["question"] for r in rows_of("out.jsonl")] == ["2?", "4?"]
+    assert [r["question"] for r in read_lines("out.jsonl")] == ["2?", "4?"]
 
 
 def test_filter_max_is_a_sample_by_seed(run, here):

@@ -4,6 +4,7 @@ function; for batches and kills it is the tiny base."""
 
 import base64
 import collections
+import functools
 import html
 import io
 import itertools
@@ -12,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ import data
 import eval as ev
 import model
 import omni_grpo
+import runs
 from data import DataError, Example, Examples, UserError
 from eval import Item
 from test_data import cells
@@ -1231,73 +1234,37 @@ def test_the_tower_hears_a_clip_once(ask, taught, tmp_path, monkeypatch, flags, 
     assert count["prompts"] == prompts
 
 
-DIE = """
-import os, signal, sys
-import torch
-import data, eval as ev, omni_grpo
-torch.set_num_threads(1)
-words = sys.argv[1:]
-out = words[words.index("--out") + 1]
-policy = omni_grpo.load_run_policy(omni_grpo.Config(model=words[words.index("--model") + 1]), train=False)
-omni_grpo.load_run_policy = lambda cfg, train=True: policy
-rollout, replace, append, n = omni_grpo.rollout, os.replace, data.Ledger.append, 0
+def tear_the_last_line(path):
+    os.truncate(path, os.path.getsize(path) - 20)
+    runs.kill()
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
 
-def in_the_second_rollout():
-    def dying(*args):
-        global n
-        n += 1
-        return rollout(*args) if n < 2 else die()
-    omni_grpo.rollout = dying
-
-def in_a_line():
-    def dying(ledger, line):
-        global n
-        n += 1
-        append(ledger, line)
-        if n == 4:
-            os.truncate(ledger.path, os.path.getsize(ledger.path) - 20)
-            die()
-    data.Ledger.append = dying
-
-def before_the_report():
-    os.replace = lambda a, b: die() if b.endswith("report.json") else replace(a, b)
-
-for moment in (in_the_second_rollout, in_a_line, before_the_report):
-    pid = os.fork()
-    if not pid:
-        torch.set_num_threads(1)  # torch renews its pool after a fork, and not safely from several threads
-        moment()
-        os._exit(ev.main(words))
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    with open(out + "/items.jsonl", "rb") as f:
-        print("died", code, f.read().count(b"\\n"), os.path.exists(out + "/report.json"))
-"""
+def evaluate_and_die(moment, out, *words):
+    replace, torn = os.replace, functools.partial(tear_the_last_line, f"{out}/items.jsonl")
+    if moment == "in the second rollout":
+        omni_grpo.rollout = runs.at_call(2, omni_grpo.rollout, runs.kill)
+    elif moment == "in the fourth line":
+        data.Ledger.append = runs.at_call(5, data.Ledger.append, torn)
+    else:
+        os.replace = lambda a, b: runs.kill() if b.endswith("report.json") else replace(a, b)
+    return ev.main([*words, "--out", out])
 
 
 def test_kill_at_three_moments(ask, tiny, tmp_path):
     """kill -9 in a rollout, with half a line on the disk, and before the report is in place, going on from
     there each time: the files are those of the run never killed, and no answer was asked for twice."""
-    import torch
-
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     flags = "--limit 8 --batch_size 2 --samples 2"
-    words = f"--data {tiny.questions} --model {tiny.base} --max_new_tokens 6 --out {killed} {flags}".split()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
-    command = [sys.executable, "-c", DIE, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
-    died = re.findall(r"died (.*)", done.stdout)
-    assert died == ["-9 2 False", "-9 5 False", "-9 8 False"], done.stderr
-    before, threads = (killed / "items.jsonl").read_bytes(), torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the killed run: another number of threads sums in another order
-    try:
-        ask(tiny.questions, killed, flags)
-        ask(tiny.questions, whole, flags)
-    finally:
-        torch.set_num_threads(threads)
+    words = f"--data {tiny.questions} --model {tiny.base} --max_new_tokens 6 {flags}".split()
+    moments = {"in the second rollout": 2, "in the fourth line": 5, "before the report": 8}
+    for moment, lines in moments.items():
+        process = runs.fork(evaluate_and_die, moment, str(killed), *words)
+        runs.finish(process, -signal.SIGKILL)
+        assert (killed / "items.jsonl").read_bytes().count(b"\n") == lines
+        assert not (killed / "report.json").exists()
+    before = (killed / "items.jsonl").read_bytes()
+    ask(tiny.questions, killed, flags)
+    ask(tiny.questions, whole, flags)
     assert (killed / "items.jsonl").read_bytes() == before
     for name in ("predictions.json", "report.json", "examples.jsonl"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name

@@ -19,6 +19,7 @@ import tools.server as client
 from data import DataError, Example, Examples
 from fake_server import ROOT, Runs, modes
 from fake_server import server as server
+from texts import write_lines
 from tools import events
 
 POOL = ["Rain", "Speech", "Cat", "Church bell", "Engine", "Violin"]
@@ -70,12 +71,6 @@ def sound(path, length_s=10.0, seed=0):
     soundfile.write(str(path), noise, 1000)
 
 
-def write(path, *lines) -> str:
-    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
-    return str(path)
-
-
 @pytest.fixture
 def table(tmp_path):
     """Clips c00.wav, ... with the same events, and with two names of one sound that say how the server
@@ -88,7 +83,7 @@ def table(tmp_path):
             sound(tmp_path / "clips" / f"c{i:02d}.wav", seed=i)
             signs = [(8.5, 8.9, f"sign mode={mode}"), (8.5, 8.9, f"sign mode={mode} too")]
             rows += [f"c{i:02d}.wav\t{a}\t{b}\t{label}" for a, b, label in [*sounds, *signs]]
-        return write(tmp_path / "clips" / "events.tsv", "filename\tonset\toffset\tevent_label", *rows)
+        return write_lines(tmp_path / "clips" / "events.tsv", "filename\tonset\toffset\tevent_label", *rows)
 
     return table
 
@@ -284,7 +279,7 @@ def test_tables(header, tmp_path):
     if header:
         mark = re.findall("[\t,;]", header)[0]
         lines = [header, *(mark.join(map(str, row)) for row in rows)]
-    assert events_of(write(tmp_path / "t", *lines)) == {
+    assert events_of(write_lines(tmp_path / "t", *lines)) == {
         "a.wav": [(0.5, 1.25, "Dog bark"), (3.0, 4.0, "Rain")],
         "b.wav": [(0.0, 10.0, "Rain")],
         "c.wav": [],
@@ -296,9 +291,11 @@ def test_audioset_strong(tmp_path):
     ids = [f"-0ABcdefgh{i}_{ms}" for i, ms in enumerate((30000, 0, 120000, 20000, 20000))]
     codes = ["0\t1\t/m/05tny_", "2\t9.8\t/t/dd00129", "3\t4\t/m/04rlf"]
     rows = [f"{i}\t{code}" for code in codes for i in ids]
-    path = write(tmp_path / "strong.tsv", "segment_id\tstart_time_seconds\tend_time_seconds\tlabel", *rows)
+    path = write_lines(
+        tmp_path / "strong.tsv", "segment_id\tstart_time_seconds\tend_time_seconds\tlabel", *rows
+    )
     lines = ["/m/05tny_\tBark", "/t/dd00129\tOutside, rural", "/m/04rlf\tMusic", "/m/09x0r\tSpeech"]
-    names = write(tmp_path / "mid_to_display_name.tsv", *lines)
+    names = write_lines(tmp_path / "mid_to_display_name.tsv", *lines)
     read = events_of(path, events.read_display_names(names))
     assert read[ids[0]] == [(0, 1, "Bark"), (2, 9.8, "Outside, rural"), (3, 4, "Music")] and list(read) == ids
     files = [f"{ids[0]}.wav", "deeper/-0ABcdefgh1_0.wav", "-0ABcdefgh2_000120.flac", "-0ABcdefgh4_2.wav"]
@@ -311,7 +308,7 @@ def test_audioset_strong(tmp_path):
     says = r"strong.tsv:2: field \"label\": /m/05tny_ is a code; give its name by --labels"
     with pytest.raises(DataError, match=says):
         events.questions_of(path, str(tmp_path / "clips"))
-    for bad in (str(tmp_path / "none.tsv"), write(tmp_path / "x.tsv", "a\tb")):
+    for bad in (str(tmp_path / "none.tsv"), write_lines(tmp_path / "x.tsv", "a\tb")):
         with pytest.raises(DataError, match="mid_to_display_name.tsv"):
             events.read_display_names(bad)
 
@@ -348,7 +345,7 @@ def test_bad_rows_are_named(row, says, tmp_path):
         row = dict(audio="a.wav", onset=1, offset=2, label="x") | row
         lines, where = [{key: value for key, value in row.items() if value != "-"}], "t:1"
     with pytest.raises(DataError, match=f"{where}: {says}"):
-        events_of(write(tmp_path / "t", *lines))
+        events_of(write_lines(tmp_path / "t", *lines))
 
 
 def test_sounds_that_are_not_there(table, tmp_path):
@@ -369,8 +366,8 @@ def test_sounds_that_are_not_there(table, tmp_path):
     nowhere = str(tmp_path / "nowhere")
     for says, *args in (
         ("none of the sounds of its 5 .*nowhere or .* looked for as c03 .*--audio_dir", path, nowhere),
-        ("entry 1: expected a JSON object, found 1", write(tmp_path / "list.json", "[1]")),
-        ("holds no event", write(tmp_path / "empty.tsv", "filename\tonset\toffset\tlabel")),
+        ("entry 1: expected a JSON object, found 1", write_lines(tmp_path / "list.json", "[1]")),
+        ("holds no event", write_lines(tmp_path / "empty.tsv", "filename\tonset\toffset\tlabel")),
     ):
         with pytest.raises(DataError, match=says):
             events.questions_of(*args)

@@ -11,6 +11,7 @@ import transformers
 import data
 import model
 import omni_grpo as og
+from conftest import wake
 from model import Completion, token_logps
 from test_model import decode, make_groups, pack_of
 
@@ -84,11 +85,7 @@ def family(request, family_folder, config, tiny):
         model=family_folder(request.param), audio="real" if request.param == "qwen2_audio" else "none"
     )
     torch.manual_seed(0)
-    policy = og.load_run_policy(cfg)
-    with torch.no_grad():
-        for name, p in policy.trainable().items():
-            if "lora_B" in name:
-                p.normal_(0, 0.1)
+    policy = wake(og.load_run_policy(cfg))
     return policy, cfg, list(data.Examples(tiny.questions))[:3]
 
 

@@ -3,8 +3,8 @@
 import json
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -15,9 +15,11 @@ import eval as eval_
 import model
 import omni_grpo as og
 import reward
+import runs
 from runs import ROOT
 from test_families import family_folder  # noqa: F401 - a fixture
-from texts import README
+from test_house import ORDER
+from texts import README, write_lines
 
 BLOCKS = dict(
     zip(
@@ -75,9 +77,7 @@ def test_prompt(hack, config, policy):
 def test_format(hack, tmp_path):
     hack("format", data)
     path = tmp_path / "quiz.jsonl"
-    path.write_text(
-        json.dumps(dict(sound="/a.wav", ask="Which?", options="dog|cat", right="1", level="hard")) + "\n"
-    )
+    write_lines(path, dict(sound="/a.wav", ask="Which?", options="dog|cat", right="1", level="hard"))
     examples = data.Examples(str(path))
     assert examples.format == "quiz"
     assert examples[0] == data.Example("1", "/a.wav", "Which?", ["dog", "cat"], 1, meta={"level": "hard"})
@@ -105,15 +105,8 @@ def test_benchmark(hack, tiny, tmp_path, capsys):
     hack("benchmark", eval_)
     path = tmp_path / "quiz.jsonl"
     clip = data.Examples(tiny.questions)[0].audio
-    path.write_text(
-        "".join(
-            json.dumps(
-                dict(sound=clip, ask="Which?", options="beep|hum", right=str(i % 2), level=f"l{i % 2}")
-            )
-            + "\n"
-            for i in range(4)
-        )
-    )
+    asked = dict(sound=clip, ask="Which?", options="beep|hum")
+    write_lines(path, *[asked | dict(right=str(i % 2), level=f"l{i % 2}") for i in range(4)])
     out = str(tmp_path / "out")
     assert eval_.main(["--data", str(path), "--model", tiny.base, "--out", out]) == 0
     shown = capsys.readouterr().out
@@ -132,6 +125,16 @@ def paste(folder, name, block):
         f.write(f"{above}\n{BLOCKS[block]}\n\n{start}{below}")
 
 
+def run_script(folder, words):
+    """What `python` does with these words, in a process that has loaded the scripts of this project."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ORDER]:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    sys.argv = words
+    os.chdir(folder)
+    runpy.run_path(words[0], run_name="__main__")
+
+
 def test_pasted_into_the_scripts(tiny, tmp_path):
     """A reader's copy of the project, run as scripts: every block has its effect."""
     names = [name for name in os.listdir(ROOT) if name.endswith(".py")]
@@ -147,19 +150,17 @@ def test_pasted_into_the_scripts(tiny, tmp_path):
     rows = [
         dict(sound=clip, ask="Which?", options="beep|hum", right=str(i % 2), level=f"l{i}") for i in range(2)
     ]
-    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "quiz.jsonl", *rows)
 
     def run(words):
-        done = subprocess.run([sys.executable, *words.split()], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return runs.finish(runs.fork(run_script, tmp_path, words.split()))
 
     knobs = f"--model {tiny.base} --data quiz.jsonl --steps 1 --prompts_per_step 2 --num_generations 8 --eval_size 0"
     knobs += (
         " --lora_rank 4 --beta 0 --temperature 5 --reduce token --prompt polite --reward accuracy=1,brief=1"
     )
     run(f"omni_grpo.py {knobs} --out runs/hacked")
-    log = [json.loads(line) for line in open(tmp_path / "runs" / "hacked" / "log.jsonl")]
+    log = runs.read(tmp_path / "runs" / "hacked")
     assert 0 < log[1]["reward/brief"] <= 1 and log[1]["optim/grad_norm"] > 0
     assert log[1]["policy/loss"] == 0  # the pasted one, whose ratio is 1; ours is not 0 where lengths differ
     assert log[1]["len/mean"] < 16.1

@@ -2,6 +2,8 @@
 go on."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -10,23 +12,29 @@ import omni_grpo as og
 import reward
 import runs
 
-# Every step has a gradient to speak of. Without any spread of rewards it is the rounding in the KL, which
-# differs with the order of sums, and AdamW makes full steps of it.
-SETTING = """
-import reward
-reward.REWARDS["varied"] = lambda said, example: len(said.text) % 4
-og.LOG_ROLLOUTS, og.EVAL_SAMPLES = 1, 2
+TORCHRUN = """-m torch.distributed.run --nproc_per_node 2
+    --master_port 0 --rdzv_backend c10d --rdzv_endpoint localhost:0""".split()
+# the trainer as a script whose rank 1 dies in step 4
+SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+import omni_grpo as og
+import test_ranks
+test_ranks.set_up()
+test_ranks.die_in_step_4()
+sys.exit(og.main())
 """
-DIES = """
-import os, signal
-update, calls = og.update, []
-def dying(*args):
-    calls.append(args)
-    if len(calls) == 4 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return update(*args)
-og.update = dying
-"""
+
+
+def set_up():
+    """Every step has a gradient to speak of. Without any spread of rewards it is the rounding in the KL, which
+    differs with the order of sums, and AdamW makes full steps of it."""
+    reward.REWARDS["varied"] = lambda said, example: len(said.text) % 4
+    og.LOG_ROLLOUTS, og.EVAL_SAMPLES = 1, 2
+
+
+def die_in_step_4():
+    og.update = runs.at_call(4, og.update, lambda: os.environ["RANK"] == "1" and runs.kill())
 
 
 def adapter(run):
@@ -55,20 +63,24 @@ def words(config, tiny):
 
 @pytest.fixture(scope="module")
 def two(words, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    out = str(folder / "run")
-    stdout, _ = runs.finish(runs.start([*words, "--out", out], SETTING, folder, ranks=2))
-    assert stdout.count("held out") == stdout.count("adapter, checkpoint") == 1  # one of them speaks
+    out = str(tmp_path_factory.mktemp("two") / "run")
+    said = "".join(map(runs.finish, runs.fork_ranks([*words, "--out", out], set_up)))
+    assert said.count("held out") == said.count("adapter, checkpoint") == 1  # one of them speaks
     return out
 
 
-def test_two_ranks_take_the_step_of_one(words, two, tmp_path, monkeypatch):
+@pytest.fixture
+def setting(monkeypatch):
+    monkeypatch.setitem(reward.REWARDS, "varied", None)  # forgotten after the test
+    monkeypatch.setattr(og, "LOG_ROLLOUTS", 1)
+    monkeypatch.setattr(og, "EVAL_SAMPLES", 2)
+    set_up()
+
+
+def test_two_ranks_take_the_step_of_one(words, two, tmp_path, setting):
     """Same prompts, same completions, and the same adapter to 1e-6 after four steps, with lengths that differ
     and a KL."""
     one = str(tmp_path / "one")
-    monkeypatch.setattr(og, "LOG_ROLLOUTS", 1)
-    monkeypatch.setattr(og, "EVAL_SAMPLES", 2)
-    monkeypatch.setitem(reward.REWARDS, "varied", lambda said, example: len(said.text) % 4)
     assert og.main([*words, "--out", one]) == 0
     (log, rollouts, _), (other_log, other_rollouts, _) = runs.left_by(one), runs.left_by(two)
     assert all(record["optim/grad_norm"] > 1e-2 for record in log[1:])
@@ -85,22 +97,24 @@ def test_two_ranks_take_the_step_of_one(words, two, tmp_path, monkeypatch):
     assert max(ours[name].abs().max() for name in ours if "lora_B" in name) > 1e-4  # they did move
 
 
-def test_a_rank_that_dies_ends_the_run_and_the_run_goes_on(words, two, tmp_path):
-    """Killed in step 4: a message and a whole checkpoint of step 2; two ranks go on to the same end, one rank
-    may not."""
-    out = str(tmp_path / "run")
-    process = runs.start([*words, "--out", out], SETTING + DIES, tmp_path, ranks=2)
-    _, stderr = runs.finish(process, code=None)
-    assert "another rank ended" in stderr and "--resume" in stderr
+def test_a_rank_that_dies_ends_the_run_and_the_run_goes_on(words, two, tmp_path, command, setting):
+    """Killed in step 4, under torchrun: a message and a whole checkpoint of step 2; two ranks go on to the same
+    end, one rank may not."""
+    out, script = str(tmp_path / "run"), tmp_path / "dies.py"
+    script.write_text(SCRIPT.format(path=[runs.ROOT, os.path.join(runs.ROOT, "tests")]))
+    torchrun = [sys.executable, *TORCHRUN, str(script), *words, "--out", out]
+    done = subprocess.run(torchrun, cwd=runs.ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode and "another rank ended" in done.stderr and "--resume" in done.stderr
     assert runs.saved_state(out)["step"] == 2 and len(runs.read(out)) == 4  # steps 0 to 3
-    _, stderr = runs.finish(runs.start(["--resume", out], SETTING, tmp_path), 2)
-    assert "torchrun --nproc_per_node 2" in stderr
-    runs.finish(runs.start(["--resume", out], SETTING, tmp_path, ranks=2))
+    code, said = command(og.main, "--resume", out)
+    assert code == 2 and "torchrun --nproc_per_node 2" in said
+    for rank in runs.fork_ranks(["--resume", out], set_up):
+        runs.finish(rank)
     assert runs.left_by(out) == runs.left_by(two)
 
 
 def test_prompts_that_cannot_be_shared_are_refused(words, tmp_path):
     out = tmp_path / "run"
-    process = runs.start([*words, "--prompts_per_step", 3, "--out", out], SETTING, tmp_path, ranks=2)
-    _, stderr = runs.finish(process, code=None)
-    assert "cannot be shared evenly among 2 ranks" in stderr and not out.exists()
+    for rank in runs.fork_ranks([*words, "--prompts_per_step", 3, "--out", out], set_up):
+        assert "cannot be shared evenly among 2 ranks" in runs.finish(rank, 2)
+    assert not out.exists()

@@ -2,7 +2,6 @@
 should."""
 
 import importlib.util
-import json
 import math
 import os
 import re
@@ -17,7 +16,7 @@ import runs
 import smollm2
 from reward import parse_rewards
 from test_families import family_folder  # noqa: F401 - a fixture
-from texts import table_rows
+from texts import table_rows, write_lines
 from tools.demo import make_tiny_omni
 
 RECIPES = []
@@ -31,12 +30,6 @@ CHAIN = (
     "<THINK><PLANNING>Listen.</PLANNING><CAPTION>A {0}.</CAPTION><REASONING>So {0}.</REASONING>"
     "<SUMMARY>{0}</SUMMARY></THINK><RESPONSE>{0}</RESPONSE>"
 )
-
-
-def write(path, rows):
-    with open(path, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    return str(path)
 
 
 def own_row(e):
@@ -94,7 +87,7 @@ def stand_ins(tiny, family_folder, tmp_path_factory):  # noqa: F811
         os.symlink(e.audio, folder / os.path.basename(e.audio))
     files = {}
     for name, row in FILES.items():
-        files[name] = write(folder / f"{row.__name__}.jsonl", map(row, examples))
+        files[name] = write_lines(folder / f"{row.__name__}.jsonl", *map(row, examples))
     return files | {
         "Qwen/Qwen2.5-Omni-3B": tiny.base,
         "Qwen/Qwen2-Audio-7B-Instruct": family_folder("qwen2_audio"),
@@ -178,7 +171,7 @@ def test_pass_rates_come_from_eval_and_go_into_the_window(stand_ins, tiny, tmp_p
     assert [e.meta["pass_rate"] for e in data.Examples(kept)] == [r for r in rates if 0.2 <= r <= 0.8]
 
 
-def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path):
+def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path, drawn):
     """Structured chains on a tiny Omni whose tokenizer knows their words: the cold start raises the log-
     probability of held-out targets, and RL lifts the format's reward, with the frozen cold-started weights as
     the reference."""
@@ -188,9 +181,12 @@ def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path):
         chains[2] = chains[2].replace("</CAPTION>", "")
         rows.append(dict(audio=e.audio, question=e.question, choices=e.choices, target=chains))
         words.append(dict(rows[-1], question=chains[0]))
-    cold, held = write(tmp_path / "cold.jsonl", rows[:18]), write(tmp_path / "held.jsonl", rows[18:])
+    cold, held = (
+        write_lines(tmp_path / "cold.jsonl", *rows[:18]),
+        write_lines(tmp_path / "held.jsonl", *rows[18:]),
+    )
     init = str(tmp_path / "init")
-    make_tiny_omni(init, write(tmp_path / "words.jsonl", words))
+    make_tiny_omni(init, write_lines(tmp_path / "words.jsonl", *words))
     all_weights = dict(
         lora_rank=0, reduce="token", gradient_checkpointing=False, prompt="structured", eval_size=0
     )
@@ -200,8 +196,8 @@ def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path):
         cold_start_data=cold,
         cold_start_steps=50,
         cold_start_lr=3e-3,
-        steps=50,
-        lr=5e-4,
+        steps=30,
+        lr=1e-3,
         lr_schedule="linear",
         beta=1e-3,
         prompts_per_step=3,
@@ -223,12 +219,12 @@ def test_cold_start_then_rl_reaches_the_format(tiny, tmp_path):
     log = runs.read(out)
     rl = log[51:]
     first, last = (sum(r["reward/structure"] for r in part) / 5 for part in (rl[:5], rl[-5:]))
-    # 0.35 and 0.9 here; six seeds: +0.26 to +0.55
-    assert finished and len(rl) == 50
+    # 0.36 and 0.8 here
+    assert finished and len(rl) == 30
     assert 0.1 < first < 0.75 and last > max(0.6, first + 0.2), (first, last)
     # each stage: ten steps of warm-up, then linear to 0
-    rates = [log[step]["optim/lr"] for step in (1, 10, 50, 51, 60, 100)]
-    assert rates == pytest.approx([3e-4, 3e-3 * 0.82, 3e-3 * 0.02, 5e-5, 5e-4 * 0.82, 5e-4 * 0.02])
+    rates = [log[step]["optim/lr"] for step in (1, 10, 50, 51, 60, 80)]
+    assert rates == pytest.approx([3e-4, 3e-3 * 0.82, 3e-3 * 0.02, 1e-4, 1e-3 * 0.7, 1e-3 / 30])
     assert rl[0]["policy/kl_ref"] < 1e-6 < rl[-1]["policy/kl_ref"]  # the reference is the cold-started policy
     assert likelihood(os.path.join(out, "model")) > likelihood(init) + 1
 

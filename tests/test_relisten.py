@@ -20,6 +20,7 @@ import data
 import model
 import omni_grpo as og
 import runs
+from conftest import wake
 from data import RATE_HZ, Example
 from model import Completion, Prompt, Relistening, make_pack, token_logps
 from reward import Said, parse_rewards, score
@@ -49,11 +50,7 @@ class Stage:
     def __init__(self, config, recordings, folder):
         self.cfg = config(model=folder, prompt="relisten", max_new_tokens=90)
         torch.manual_seed(0)
-        self.policy = og.load_run_policy(self.cfg)
-        with torch.no_grad():
-            for name, p in self.policy.trainable().items():
-                if "lora_B" in name:
-                    p.normal_(0, 0.1)
+        self.policy = wake(og.load_run_policy(self.cfg))
         sounds = (recordings["bell"], [recordings["one"], recordings["two"]], None)
         self.examples = [Example("", clips, "What is heard?", ["bell", "hum"], 0) for clips in sounds]
         self.prompts, self.clips = self.listen(self.cfg)
@@ -375,13 +372,13 @@ def test_numbers_of_any_length(omni):
     assert time.process_time() - start < 5
 
 
-def test_ten_thousand_tags(omni):
+def test_five_thousand_tags(omni):
     """Of one completion; --max_relistens are heard, and the rest costs little."""
     start = time.process_time()
-    row = omni.ask("<seg>0, 1</seg>" * 10_000, most=3)
-    assert len(row.heard) == 3 and row.refused == {"too many": 9997}
-    assert omni.ask("</seg>" * 10_000).refused == {"malformed": 10_000}
-    assert time.process_time() - start < 30
+    row = omni.ask("<seg>0, 1</seg>" * 5_000, most=3)
+    assert len(row.heard) == 3 and row.refused == {"too many": 4997}
+    assert omni.ask("</seg>" * 5_000).refused == {"malformed": 5_000}
+    assert time.process_time() - start < 8
 
 
 def test_no_more_than_was_allowed(omni, monkeypatch):
@@ -524,7 +521,7 @@ CHAINS = [
 
 
 @pytest.mark.parametrize("source", ["audio", "embeddings"])
-def test_the_log_says_what_was_heard(omni, config, lessons, tmp_path, monkeypatch, source):
+def test_the_log_says_what_was_heard(omni, config, lessons, tmp_path, monkeypatch, drawn, source):
     """In a cold start whose targets hear parts again, and in GRPO with two updates a rollout; and the rewards
     judge what was heard."""
     monkeypatch.setattr(og, "LOG_ROLLOUTS", 1)

@@ -4,15 +4,15 @@ import json
 import math
 import pathlib
 import random
-import subprocess
-import sys
 import time
+from fractions import Fraction
 
 import pytest
 
 import reward
 from data import Example
 from reward import REWARDS, Said, choice_words, resolve
+from test_data import cells
 
 TESTS = pathlib.Path(__file__).parent
 FOUR = Example("", None, "What is heard?", ["dog", "cat", "bird", "car horn"], 0)
@@ -61,58 +61,63 @@ def make_choice_sets():
 
 SETS = make_choice_sets()
 LETTERS = "ABCDEFGHIJ"
-PLAIN = [
-    "{x}",
-    '"{x}"',
-    "**{x}**",
-    "{x}.",
-    "The answer is {x}.",
-    "The correct answer is: {x}",
-    "Answer: {x}",
-    "<answer>{x}</answer>",
-    "It is {x}.",
-    "So the answer is {x}",
-    "{l}. {x}",
-    "({l}) {x}",
-    "{l}) {x}",
-    "{l}: {x}",
-    "Option {l}: {x}",
-    "{x} ({l})",
-    "The answer is {l}. {x}",
-    "The answer is ({l}) {x}.",
-    '{{"answer": "{x}"}}',
-    "{l}",
-    "{l}.",
-    "({l})",
-    "Option {l}",
-    "The answer is {l}.",
-    "\\boxed{{{l}}}",
-    "Option {l} is correct.",
-    "{l}, because it fits.",
-    "{all}\n\nAnswer: {l}. {x}",
-    "The answer is {l}, not {m}.",
-]
-DENIED_OR_TWO = [
-    "Option {l} is wrong.",
-    "It is not option {l}.",
-    "({l}) is incorrect",
-    "The answer is not {l}.",
-    "I would rule out {l}.",
-    "{l}. Incorrect",
-    "The answer is not {x}.",
-    "It is not {x}",
-    "{x} or {y}",
-    "The answer is {x} or {y}.",
-    "{l} or {m}",
-    "({l}) or ({m})",
-    "The answer is {l} or {m}.",
-    "{l}. {x}\n{m}. {y}",
-    "The answer is {l}. {y}",
-    "{x} ({m})",
-]
+PLAIN = r"""
+{x}
+"{x}"
+**{x}**
+{x}.
+The answer is {x}.
+The correct answer is: {x}
+Answer: {x}
+<answer>{x}</answer>
+It is {x}.
+So the answer is {x}
+{l}. {x}
+({l}) {x}
+{l}) {x}
+{l}: {x}
+Option {l}: {x}
+{x} ({l})
+The answer is {l}. {x}
+The answer is ({l}) {x}.
+{{"answer": "{x}"}}
+{l}
+{l}.
+({l})
+Option {l}
+The answer is {l}.
+\boxed{{{l}}}
+Option {l} is correct.
+{l}, because it fits.
+{all}NEWLINENEWLINEAnswer: {l}. {x}
+The answer is {l}, not {m}.
+"""
+DENIED_OR_TWO = """
+Option {l} is wrong.
+It is not option {l}.
+({l}) is incorrect
+The answer is not {l}.
+I would rule out {l}.
+{l}. Incorrect
+The answer is not {x}.
+It is not {x}
+{x} or {y}
+The answer is {x} or {y}.
+{l} or {m}
+({l}) or ({m})
+The answer is {l} or {m}.
+{l}. {x}NEWLINE{m}. {y}
+The answer is {l}. {y}
+{x} ({m})
+"""
 
 
-@pytest.mark.parametrize("form", PLAIN)
+def forms(text):
+    """One a line"""
+    return [line.replace("NEWLINE", "\n") for line in text.strip().splitlines()]
+
+
+@pytest.mark.parametrize("form", forms(PLAIN))
 def test_plain_answers_resolve_whatever_the_choices(form):
     """{x}, {l}: a choice and its letter; {m}: another letter; {all}: the options as a question lists them."""
     for choices in SETS:
@@ -124,7 +129,7 @@ def test_plain_answers_resolve_whatever_the_choices(form):
             assert resolve(text, choices) in right, (text, choices)
 
 
-@pytest.mark.parametrize("form", DENIED_OR_TWO)
+@pytest.mark.parametrize("form", forms(DENIED_OR_TWO))
 def test_denied_and_two_answers_are_none_whatever_the_choices(form):
     for choices in SETS:
         for i, x in enumerate(choices):
@@ -282,30 +287,31 @@ def test_think_length_wants_one_block():
 CONSISTENT = Example("", None, "?", ["a dog", "a cat", "rain"], 0)
 
 
-@pytest.mark.parametrize(
-    "thought, answer, value",
-    [
-        ("A bark. So it is a dog.", "a dog", 1),
-        ("A bark. So it is a dog.", "a cat", 0),
-        ("A bark. So it is a dog.", "(A)", 1),
-        ("It could be a cat. But the bark says: a dog.", "a dog", 1),
-        ("It could be a dog. But it is a cat.", "a dog", 0),
-        ("Something is loud.", "a dog", 0),
-        ("", "a dog", 0),
-        ("It is a dog.", "no idea", 0),
-        ("It is a dog.", "", 0),
-        ("It is not a cat. There is no rain.", "a dog", 1),
-        ("It is not a cat.", "a dog", 0),  # rain is still possible
-        ("It is not a cat. There is no rain. It is not a dog.", "a dog", 0),
-        ("It isn't rain, and a cat is ruled out.", "a dog", 1),
-        ("It is not a dog. There is no rain.", "a dog", 0),
-        ("a dog or a cat", "a dog", 0),
-    ],
-)
+# thought | answer | value
+CONCLUDED = """
+A bark. So it is a dog. | a dog | 1
+A bark. So it is a dog. | a cat | 0
+A bark. So it is a dog. | (A) | 1
+It could be a cat. But the bark says: a dog. | a dog | 1
+It could be a dog. But it is a cat. | a dog | 0
+Something is loud. | a dog | 0
+ | a dog | 0
+It is a dog. | no idea | 0
+It is a dog. |  | 0
+It is not a cat. There is no rain. | a dog | 1
+It is not a cat. | a dog | 0
+It is not a cat. There is no rain. It is not a dog. | a dog | 0
+It isn't rain, and a cat is ruled out. | a dog | 1
+It is not a dog. There is no rain. | a dog | 0
+a dog or a cat | a dog | 0
+"""
+
+
+@pytest.mark.parametrize("thought, answer, value", cells(CONCLUDED))
 def test_consistency(thought, answer, value):
     """1 if the trace ends at the answer or rules out the rest. Without a trace, or with two, 0."""
     answer = f"\n<answer>{answer}</answer>"
-    assert value_of("consistency", f"<think>{thought}</think>{answer}", CONSISTENT) == value
+    assert value_of("consistency", f"<think>{thought}</think>{answer}", CONSISTENT) == int(value)
     assert value_of("consistency", f"<think>{thought}<think>{thought}</think>{answer}", CONSISTENT) == 0
     assert value_of("consistency", thought + answer, CONSISTENT) == 0
 
@@ -372,19 +378,20 @@ def test_countdown_is_exact():
 # ---- the rewards of re-listening
 
 
-@pytest.mark.parametrize(
-    "text, heard, value",
-    [
-        ("dog", [(0, 1)], 1),
-        ("<think><seg>0, 1</seg></think><answer>dog</answer>", [(0, 1), (1, 2)], 1),
-        ("dog", (), 0),
-        ("<seg>0, 1</seg> dog", (), 0),
-        ("cat", [(0, 1)], 0),
-        ("", [(0, 1)], 0),
-    ],
-)
+# completion | parts heard | value
+SEGMENTS = """
+dog | [[0, 1]] | 1
+<think><seg>0, 1</seg></think><answer>dog</answer> | [[0, 1], [1, 2]] | 1
+dog | [] | 0
+<seg>0, 1</seg> dog | [] | 0
+cat | [[0, 1]] | 0
+ | [[0, 1]] | 0
+"""
+
+
+@pytest.mark.parametrize("text, heard, value", cells(SEGMENTS))
 def test_segment_is_what_was_heard_on_the_way_to_the_right_answer(text, heard, value):
-    assert value_of("segment", text, heard=heard) == value
+    assert value_of("segment", text, heard=json.loads(heard)) == int(value)
 
 
 FLOWS = {  # how many </seg> something new follows: texts
@@ -401,49 +408,50 @@ def test_segment_flow_is_minus_a_tenth_for_each(n):
         assert value_of("segment_flow", text) == pytest.approx(-0.1 * n), text
 
 
-@pytest.mark.parametrize(
-    "text, p, value",
-    [
-        ("dog", 0.5, 0.75),
-        ("dog", 1.0, 1),
-        ("dog", 0.0, 0),
-        ("dog", None, 1),
-        ("cat", 0.5, -0.25),
-        ("cat", 0.9, -0.81),
-        ("cat", 0.0, 0),
-        ("cat", None, -1),
-        ("nothing", 0.9, 0),
-        ("", None, 0),
-        ("dog or cat", 0.9, 0),
-    ],
-)
+# completion | p | value
+CONFIDENT = """
+dog | 0.5 | 0.75
+dog | 1 | 1
+dog | 0 | 0
+dog | null | 1
+cat | 0.5 | -0.25
+cat | 0.9 | -0.81
+cat | 0 | 0
+cat | null | -1
+nothing | 0.9 | 0
+ | null | 0
+dog or cat | 0.9 | 0
+"""
+
+
+@pytest.mark.parametrize("text, p, value", cells(CONFIDENT))
 def test_confident_accuracy(text, p, value):
     """1 - (1 - p)^2 if it is right, -p^2 if it is wrong, 0 without an answer; p is 1 if it is not known."""
-    assert value_of("confident_accuracy", text, confidence=p) == pytest.approx(value)
+    assert value_of("confident_accuracy", text, confidence=json.loads(p)) == pytest.approx(float(value))
 
 
 def ground(heard, spans):
     return value_of("grounding", "", Example("", None, "?", ["dog"], 0, meta={"spans": spans}), heard=heard)
 
 
-@pytest.mark.parametrize(
-    "heard, spans, value",
-    [
-        ([(0, 1), (2, 3)], [[0.5, 2.5]], 1 / 3),
-        ([(0, 1)], [[0, 1]], 1),
-        ([(0, 1)], [[1, 2]], 0),
-        ([(0, 2)], [[0, 1], [3, 4]], 1 / 3),
-        ([(0, 1), (0, 1), (0.5, 2)], [[0, 2]], 1),
-        ([(0, 4)], [[3, 4], [0, 1], [0.5, 2]], 3 / 4),
-        ([(1, 2)], [[0, 1.5], [1, 2]], 0.5),
-        ([], [[0, 1]], 0),
-        ([(0, 1)], [], 0),
-        ([(0, 1)], ((0, 2),), 0.5),
-    ],
-)
+# parts heard | true spans | value
+GROUNDED = """
+[[0, 1], [2, 3]] | [[0.5, 2.5]] | 1/3
+[[0, 1]] | [[0, 1]] | 1
+[[0, 1]] | [[1, 2]] | 0
+[[0, 2]] | [[0, 1], [3, 4]] | 1/3
+[[0, 1], [0, 1], [0.5, 2]] | [[0, 2]] | 1
+[[0, 4]] | [[3, 4], [0, 1], [0.5, 2]] | 3/4
+[[1, 2]] | [[0, 1.5], [1, 2]] | 1/2
+[] | [[0, 1]] | 0
+[[0, 1]] | [] | 0
+"""
+
+
+@pytest.mark.parametrize("heard, spans, value", cells(GROUNDED))
 def test_grounding(heard, spans, value):
     """Time in both over time in either, whatever overlaps among the parts or among the true spans."""
-    assert ground(heard, spans) == pytest.approx(value)
+    assert ground(json.loads(heard), json.loads(spans)) == pytest.approx(float(Fraction(value)))
 
 
 NO_SPANS = [
@@ -454,6 +462,7 @@ NO_SPANS = [
 
 def test_grounding_takes_any_data():
     """A file's meta may hold anything: what is no span is none, and a true one beside it counts."""
+    assert ground([(0, 1)], ((0, 2),)) == 0.5
     for spans in (None, 5, "0, 1", {}, {"0": 1}, NO_SPANS):
         assert ground([(0, 1)], spans) == 0
     for span in NO_SPANS:
@@ -475,11 +484,6 @@ def test_score_weighs_and_keeps_the_parts():
 def test_a_wrong_reward_is_named(spec, named):
     with pytest.raises(ValueError, match=named):
         reward.parse_rewards(spec)
-
-
-def test_reward_needs_no_torch():
-    code = "import sys, reward; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent).returncode == 0
 
 
 # ---- whatever a model writes
@@ -527,22 +531,23 @@ REPEATED = [
     "</seg> ",
     "</seg>\n\u0301",
 ]
+N = 50_000
 LONG = [
-    *(text * (100_000 // len(text)) for text in REPEATED),
-    "<" + " " * 100_000,
-    "\\boxed" + " " * 100_000,
-    "*" * 100_000 + "x",
-    "dog" + " " * 100_000 + "cat",
-    "car" + "." * 100_000 + "horn",
-    "".join(random.Random(1).choices("abcdefgh <>/()*.\\{}\n", k=100_000)),
-    "<think>" + "a dog. " * 14_000 + "</think>a dog",
-    "<think>" + "not a cat " * 10_000 + "</think>a dog",
-    "<think>" + "\n" * 100_000 + "</think>",
-    "<think>" + "!" * 100_000 + "</think>a dog",
-    "<think>" + "a" * 100_000 + "</think>a",
-    "İ" * 100_000 + "<think>x</think>",
-    "<answer>" + "(" * 50_000 + "1" + ")" * 50_000 + "</answer>",
-    "<answer>" + "9" * 100_000 + "</answer>",
+    *(text * (N // len(text)) for text in REPEATED),
+    "<" + " " * N,
+    "\\boxed" + " " * N,
+    "*" * N + "x",
+    "dog" + " " * N + "cat",
+    "car" + "." * N + "horn",
+    "".join(random.Random(1).choices("abcdefgh <>/()*.\\{}\n", k=N)),
+    "<think>" + "a dog. " * (N // 7) + "</think>a dog",
+    "<think>" + "not a cat " * (N // 10) + "</think>a dog",
+    "<think>" + "\n" * N + "</think>",
+    "<think>" + "!" * N + "</think>a dog",
+    "<think>" + "a" * N + "</think>a",
+    "İ" * N + "<think>x</think>",
+    "<answer>" + "(" * (N // 2) + "1" + ")" * (N // 2) + "</answer>",
+    "<answer>" + "9" * N + "</answer>",
 ]
 
 
@@ -553,11 +558,11 @@ def assert_bounded(text, example, **known):
 
 
 @pytest.mark.parametrize("text", LONG, ids=range(len(LONG)))
-def test_100_kb_take_linear_time(text):
-    """Seconds of this thread's time, whatever else the machine does; quadratic time would be minutes."""
+def test_50_kb_take_linear_time(text):
+    """Seconds of this thread's time, whatever else the machine does; quadratic time would be many."""
     start = time.thread_time()
     assert_bounded(text, FOUR)
-    assert time.thread_time() - start < 6
+    assert time.thread_time() - start < 2
 
 
 def test_rewards_are_bounded_and_never_raise():

@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 
@@ -17,6 +19,8 @@ import model
 import omni_grpo as og
 import reward
 import runs
+from test_data import cells
+from texts import write_lines
 
 
 @pytest.fixture
@@ -60,35 +64,22 @@ def evaluated(config, tiny, tmp_path_factory):
 @pytest.mark.parametrize(
     "when, sign",
     [
-        ("training", signal.SIGTERM),
-        ("evaluation", signal.SIGHUP),
-        ("first evaluation", signal.SIGTERM),
-        ("last control", signal.SIGTERM),
+        (("update", 2), signal.SIGTERM),
+        (("evaluate", 1), signal.SIGTERM),
+        (("evaluate", 3), signal.SIGHUP),
+        (("evaluate", 5), signal.SIGTERM),  # the last control
     ],
 )
 def test_a_signal_loses_nothing(evaluated, said, tmp_path, monkeypatch, when, sign):
     """Exit code 130, soon; --resume then leaves what the unbroken run leaves, evaluations included."""
     cfg, whole = evaluated
-    calls, evaluate, update = {"evaluate": 0, "update": 0}, og.evaluate, og.update
-    place = dict(training=("update", 2), evaluation=("evaluate", 3))
-    place |= {"first evaluation": ("evaluate", 1), "last control": ("evaluate", 5)}
-    name, n = place[when]
-
-    def counted(called, function):
-        def count(*args, **kwargs):
-            calls[called] += 1
-            if (called, calls[called]) == (name, n):
-                os.kill(os.getpid(), sign)
-            return function(*args, **kwargs)
-
-        return count
-
+    name, n = when
+    watched = runs.at_call(n, getattr(og, name), lambda: os.kill(os.getpid(), sign))
     with monkeypatch.context() as patch:
-        patch.setattr(og, "evaluate", counted("evaluate", evaluate))
-        patch.setattr(og, "update", counted("update", update))
+        patch.setattr(og, name, watched)
         code, text = said(*runs.flags(dataclasses.replace(cfg, out=str(tmp_path / "run"))))
     assert code == 130 and f"go on with: python omni_grpo.py --resume {tmp_path}/run" in text
-    assert calls["evaluate"] <= n if name == "evaluate" else calls["update"] == n
+    assert len(watched.calls) == n
     code, _ = said("--resume", tmp_path / "run")
     assert code == 0 and runs.left_by(tmp_path / "run") == runs.left_by(whole)
 
@@ -131,24 +122,17 @@ def test_killed_before_the_first_checkpoint(run, tmp_path, monkeypatch, said):
 
 # ---- disks and files
 
-QUOTA = """
-import resource
-save = og.save_checkpoint
-def full(policy, optimizer, out, state):
-    if state["step"] == 2:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-    save(policy, optimizer, out, state)
-og.save_checkpoint = full
-"""
+
+def fill_the_disk_in_step_2():
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2000, 2000))
+    og.save_checkpoint = runs.at_call(3, og.save_checkpoint, limit)
 
 
 def test_a_disk_that_takes_no_more(config, tmp_path):
     """Exit code 1, one line with the last whole checkpoint, and --resume goes on from it."""
     out = str(tmp_path / "run")
-    process = runs.start(runs.flags(config(steps=4, save_every=1, out=out)), QUOTA, tmp_path)
-    _, stderr = runs.finish(process, code=1)
-    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in stderr
+    process = runs.fork_trainer(runs.flags(config(steps=4, save_every=1, out=out)), fill_the_disk_in_step_2)
+    (line,) = re.findall("^error: .*", runs.finish(process, code=1), re.MULTILINE)
     assert f"error: {out}: could not be written, " in line and "MiB are free" in line
     assert "(step 2, lr 0.0002; the last whole checkpoint is of step 1)" in line
     assert runs.saved_state(out)["step"] == 1
@@ -170,56 +154,73 @@ def test_a_directory_that_vanishes(run, tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(
-    "damage, what",
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:-200]), "checkpoint/state.pt: "),
-        (lambda path: path.write_bytes(b"\0" * 5000), "checkpoint/state.pt: "),
-        (lambda path: torch.save({"a": 1}, path), "checkpoint/state.pt is not a checkpoint of this trainer"),
-        (lambda path: torch.save([1], path), "checkpoint/state.pt is not a checkpoint of this trainer"),
-        (lambda path: change_shape(path), "its checkpoint is of another model or another --lora_rank"),
-    ],
-)
-def test_a_damaged_checkpoint(finished, said, tmp_path, damage, what):
-    damage(tmp_path / "run" / "checkpoint" / "state.pt")
-    code, text = said("--resume", tmp_path / "run", "--steps", 5)
-    assert code == 2 and f"error: --resume {tmp_path}/run: {what}" in text
+# ---- resume
 
 
-def change_shape(path):
+def other_shapes(path):
     content = torch.load(path, weights_only=True)
     name = next(iter(content["weights"]))
     content["weights"][name] = content["weights"][name][None]
     torch.save(content, path)
 
 
-# ---- resume
+DAMAGE = {
+    "is cut short": lambda path: os.truncate(path, path.stat().st_size - 200),
+    "is zeros": lambda path: path.write_bytes(b"\0" * 5000),
+    "ends in zeros": lambda path: path.write_bytes(path.read_bytes() + b"\0" * 9 + b"\n"),
+    "is no JSON": lambda path: path.write_text("{broken}\n"),
+    "is a list": lambda path: torch.save([1], path),
+    "is a dict": lambda path: torch.save({"a": 1}, path),
+    "has other shapes": other_shapes,
+    "has other knobs": lambda path: path.write_text(path.read_text().replace('"lora_rank"', '"rank"')),
+    "is gone": os.remove,
+}
+# flags, or what is wrong with a file | the message
+CANNOT_GO_ON = """
+--data OTHER | 24 questions (hash
+--eval_data TRAINED | --eval_data
+--eval_size 4 | --eval_size 4: other questions would be held out
+--out x | --out x: a run goes on where it is
+--seed 1 | --seed 1: cannot be changed on --resume, the run has 0; start another run, with
+--prompt think | --prompt think: cannot be changed
+--reward accuracy=2 | --reward accuracy=2: cannot be changed
+--adapter x | --adapter x: cannot be changed
+--model x | --model x: cannot be changed
+--lora_rank 8 | --lora_rank 8: cannot be changed on --resume, the run has 4
+--optimizer adamw | --optimizer adamw: cannot be changed on --resume, the run has adamw8bit
+--audio silence | --audio silence: cannot be changed
+checkpoint/state.pt is cut short | checkpoint/state.pt:
+checkpoint/state.pt is zeros | checkpoint/state.pt:
+checkpoint/state.pt is a dict | checkpoint/state.pt is not a checkpoint of this trainer
+checkpoint/state.pt is a list | checkpoint/state.pt is not a checkpoint of this trainer
+checkpoint/state.pt has other shapes | its checkpoint is of another model or another --lora_rank
+config.json has other knobs | config.json is not of this version
+log.jsonl is gone | its log.jsonl is gone
+log.jsonl is no JSON | log.jsonl:
+log.jsonl ends in zeros | log.jsonl:
+"""
 
 
-@pytest.mark.parametrize(
-    "flags, what",
-    [
-        (["--data", "OTHER"], "24 questions (hash "),
-        (["--seed", "1"], "--seed 1: cannot be changed on --resume, the run has 0; start another run, with"),
-        (["--prompt", "think"], "--prompt think: cannot be changed"),
-        (["--reward", "accuracy=2"], "--reward accuracy=2: cannot be changed"),
-        (["--adapter", "x"], "--adapter x: cannot be changed"),
-        (["--model", "x"], "--model x: cannot be changed"),
-        (["--lora_rank", "8"], "--lora_rank 8: cannot be changed"),
-        (["--audio", "silence"], "--audio silence: cannot be changed"),
-        (["--out", "x"], "--out x: a run goes on where it is"),
-    ],
-)
-def test_what_would_make_another_run_of_it_is_refused(finished, said, tiny, tmp_path, flags, what):
-    other = tmp_path / "other.jsonl"
-    with open(tiny.questions) as f, open(other, "w") as out:
-        for line in f:
-            row = json.loads(line)
-            row["audio"] = os.path.join(tiny.folder, row["audio"])
-            out.write(json.dumps(row | dict(question="What else?")) + "\n")
-    flags = [str(other) if flag == "OTHER" else flag for flag in flags]
-    code, text = said("--resume", tmp_path / "run", *flags, "--steps", 5)
-    assert code == 2 and what in text
+def files_of(run):
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("change, what", cells(CANNOT_GO_ON))
+def test_what_cannot_go_on_is_refused(finished, said, tiny, tmp_path, change, what):
+    """What would make another run of it, and what is damaged: exit code 2, one line, and the run is left as it
+    was."""
+    run, flags = tmp_path / "run", []
+    if change.startswith("--"):
+        rows = [vars(e) | dict(question="What else?") for e in data.Examples(tiny.questions)]
+        other = write_lines(tmp_path / "other.jsonl", *rows)
+        flags = change.replace("OTHER", other).replace("TRAINED", tiny.questions).split()
+    else:
+        name, damage = change.split(" ", 1)
+        DAMAGE[damage](run / name)
+    before = files_of(run)
+    code, text = said("--resume", run, *flags, "--steps", 5)
+    (line,) = re.findall("^error: .*", text, re.MULTILINE)
+    assert code == 2 and what in line and files_of(run) == before
 
 
 def test_a_run_goes_on_with_moved_data_and_keeps_its_history(finished, said, tiny, tmp_path):
@@ -250,8 +251,10 @@ def test_two_runs_never_share_a_directory(config, tmp_path, monkeypatch):
     first, _ = og.train(config(steps=0))
     second, _ = og.train(config(steps=0))
     assert (first, second) == ("runs/demo", "runs/demo-2")
-    processes = [runs.start(runs.flags(config(out=str(tmp_path / "both")))) for _ in range(2)]
-    assert sorted(process.wait(240) for process in processes) == [0, 2]
+    processes = [runs.fork_trainer(runs.flags(config(out=str(tmp_path / "both")))) for _ in range(2)]
+    for process in processes:
+        process.join(240)
+    assert sorted(process.exitcode for process in processes) == [0, 2]
 
 
 # ---- clips and numbers
@@ -280,7 +283,7 @@ def test_clips_in_both_files_are_said(config, tiny, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     clips = [example.audio for example in data.Examples(tiny.lessons)[:9]]
     rows = [dict(audio=clip, question="?", choices=["x", "y"], answer=0) for clip in clips]
-    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(other, *rows)
     og.open_data(config(eval_data=tiny.questions, eval_size=4))
     assert (
         "warning: 4 of the 4 held-out questions are about a clip that --data has, too"
@@ -430,7 +433,7 @@ def test_libraries_that_are_too_old(config, monkeypatch):
         og.load_run_policy(config())
 
 
-def test_a_call_from_a_notebook_or_a_thread_leaves_things_as_they_were(config, tmp_path):
+def test_a_call_from_a_notebook_or_a_thread_leaves_things_as_they_were(config, tmp_path, drawn):
     """The plot backend and the signals belong to the caller."""
     import threading
 
@@ -458,27 +461,6 @@ def test_the_reference_is_never_replaced_in_silence(run, said, adapter, tmp_path
     assert code == 2 and "the reference at the start of RL was not kept" in text
 
 
-@pytest.mark.parametrize("flags", [["--eval_size", "4"], ["--eval_data", "OTHER"]])
-def test_no_trained_question_is_held_out_later(finished, said, tiny, tmp_path, flags):
-    flags = [tiny.questions if flag == "OTHER" else flag for flag in flags]
-    code, text = said("--resume", tmp_path / "run", *flags, "--steps", 5)
-    assert code == 2 and flags[0] in text
-
-
-@pytest.mark.parametrize(
-    "damage, what",
-    [
-        (lambda path: path.unlink(), "its log.jsonl is gone"),
-        (lambda path: path.write_text("{broken}\n"), "log.jsonl: "),
-        (lambda path: path.write_bytes(path.read_bytes() + b"\0" * 9 + b"\n"), "log.jsonl: "),
-    ],
-)
-def test_a_damaged_log(finished, said, tmp_path, damage, what):
-    damage(tmp_path / "run" / "log.jsonl")
-    code, text = said("--resume", tmp_path / "run", "--steps", 5)
-    assert code == 2 and what in text
-
-
 def test_an_empty_resume_starts_no_new_run(said, tiny):
     code, text = said("--resume", "", "--data", tiny.questions)
     assert code == 2 and "--resume: name the run" in text
@@ -490,25 +472,22 @@ def test_rewards_become_numbers(run, monkeypatch, value):
     assert run(reward="accuracy=1,odd=1", steps=1)[0] == 0
 
 
-CLOSED = """
-import os
-update, calls = og.update, []
-def closing(*args):
-    calls.append(args)
-    if len(calls) == 2:
-        for number in (1, 2):
-            reader, writer = os.pipe()
-            os.close(reader)
-            os.dup2(writer, number)
-    return update(*args)
-og.update, og.LOG_ROLLOUTS = closing, 1
-"""
+def close_the_terminal():
+    for stream in (1, 2):
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, stream)
+
+
+def close_the_terminal_in_step_2():
+    og.update, og.LOG_ROLLOUTS = runs.at_call(2, og.update, close_the_terminal), 1
 
 
 def test_a_terminal_that_closes_does_not_end_the_run(config, tmp_path):
     out = str(tmp_path / "run")
-    process = runs.start(runs.flags(config(steps=4, save_every=2, out=out)), CLOSED, tmp_path)
-    process.communicate(timeout=240)
+    runs.fork_trainer(runs.flags(config(steps=4, save_every=2, out=out)), close_the_terminal_in_step_2).join(
+        240
+    )
     assert runs.saved_state(out)["step"] == 4 and runs.read(out)[-1]["step"] == 4
 
 

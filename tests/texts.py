@@ -1,5 +1,6 @@
-"""README.md and the pages of docs/, for the tests that hold them to the code."""
+"""README.md and the pages of docs/, for the tests that hold them to the code; and files of lines."""
 
+import json
 import os
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -8,6 +9,19 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def read(name: str) -> str:
     with open(os.path.join(ROOT, name), encoding="utf-8") as f:
         return f.read()
+
+
+def write_lines(path, *rows) -> str:
+    """Rows, or lines as they are -> JSONL"""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(f"{line}\n" for line in lines)
+    return str(path)
+
+
+def read_lines(path) -> list:
+    with open(path, encoding="utf-8", newline="") as f:
+        return [json.loads(line) for line in f]
 
 
 README = read("README.md")

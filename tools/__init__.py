@@ -2,6 +2,9 @@
 
 generate     captions -> questions that a language model writes and our rules check (a command)
 events       time-stamped events -> questions, and chains of thought that name segments (a command)
+files        data.py's commands: convert, folder, filter, and the command line
+check        data.py's command check
+shortcuts    what the options of a file give away, without sound and question
 behaviours   what completions do: verification, backtracking, ..., counted by words or by a judge (a command)
 server       the client of an OpenAI-compatible server, and the resumable run that generate and events share
 sounds       the demo's sounds: synthesised, written as wav files, with questions about them

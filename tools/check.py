@@ -27,6 +27,7 @@ from data import (
     stem_of,
     write_text,
 )
+from tools.shortcuts import MANY, find_shortcuts, is_shortcut
 
 
 class Survey:
@@ -42,6 +43,7 @@ class Survey:
         self.lines = collections.defaultdict(list)  # of a clip
         self.asked = collections.defaultdict(list)  # the lines of a question
         self.choices, self.answers = collections.Counter(), collections.Counter()
+        self.examples = []  # that can be read, for find_shortcuts
 
     def problem(self, where, text):
         self.findings.append((where, "problem", text))
@@ -87,6 +89,8 @@ def read_lines(found, examples):
             found.problem(where, str(e).removeprefix(f"{where}: "))
             found.unread += 1
             continue
+        if len(found.examples) < MANY:
+            found.examples.append(example)
         options, answer = [normal_text(c) for c in example.choices], example.answer
         found.choices[len(options)] += 1
         found.answers[str(answer)] += 1
@@ -191,6 +195,13 @@ def clip_stem(clip):
     return stem_of(clip.path if isinstance(clip, Embedded) else clip)
 
 
+def shortcut_notes(examples):
+    for rule, (right, chance, n) in find_shortcuts(examples).items():
+        if is_shortcut(right, chance, n):
+            gain = f"is right in {right:.1%} of {n} questions, chance is {chance:.1%}"
+            yield f"the options alone: {rule} {gain}; eval.py --controls shows who uses it"
+
+
 def check_file(path, max_audio_s, audio_dir, columns, against, report):
     """Say what is in a data file and what is wrong with it.       -> 0, or 2 if there is a problem"""
     examples = Examples(path, audio_dir, columns)
@@ -203,6 +214,7 @@ def check_file(path, max_audio_s, audio_dir, columns, against, report):
     facts = found.facts(max_audio_s)
     if others:
         facts |= find_shared(found, survey(others, max_audio_s), against)
+    found.findings[:0] = [(path, "note", text) for text in shortcut_notes(found.examples)]
     print(f"{examples}, {len(found.heard)} clips heard")
     for key, value in facts.items():
         if isinstance(value, dict):

@@ -28,6 +28,7 @@ from model import (
     Prompt,
     Tokens,
     blame,
+    choose_dtype,
     find_model,
     read_family,
     read_prompts,
@@ -67,15 +68,14 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def forecast(
-    cfg: Config, config, family: Family, prompt_tokens: int, dtype=torch.bfloat16
-) -> dict[str, float]:
+def forecast(cfg: Config, config, family: Family, prompt_tokens: int, dtype=None) -> dict[str, float]:
     """GiB of a step whose prompts all have prompt_tokens tokens and whose completions never end early.
 
-    dtype: of the base's weights. -> weights (the base, LoRA, the optimizer's state), rollout and update
-    (their peaks, weights included). Kernels' own workspaces are not in it, nor is the audio tower, which
-    needs less than the update.
+    dtype: of the base's weights; None: that of --dtype on a card. -> weights (the base, LoRA, the optimizer's
+    state), rollout and update (their peaks, weights included). Kernels' own workspaces are not in it, nor is
+    the audio tower, which needs less than the update.
     """
+    dtype = dtype or choose_dtype(cfg.dtype, config, not cfg.lora_rank, cuda=True)
     policy = make_meta_policy(cfg, config, family, dtype)
     base = [*policy.model.parameters(), *policy.model.buffers()]
     weights = weight_bytes(policy, cfg, dtype)
