@@ -10,6 +10,8 @@ server       the client of an OpenAI-compatible server, and the resumable run th
 sounds       the demo's sounds: synthesised, written as wav files, with questions about them
 demo         the demo's tiny base models and its knobs
 small_omni   a real audio language model of 160 million parameters, made from packages on a CPU (a command)
+speech       voices and recordings that it learns from
+spoken       spoken questions for it, whose options give nothing away (a command)
 pages        report.html and rollouts.html: look through failures by ear
 plots        curves.png
 fits         will a step fit into the memory of the card?
