@@ -17,6 +17,7 @@ them, one matrix from the tower's 512 numbers to the language model's 576, is ne
 The report is about voices and recordings that none of the lessons has.
 """
 
+import bisect
 import functools
 import importlib.util
 import json
@@ -57,7 +58,9 @@ from tools.speech import check_programs, join, recordings, say, voices
 LESSONS = 1800
 HELD_OUT = 24  # lessons of each kind, for the report
 BATCH = 16
-LR = 2e-3
+LR = 1e-3
+ALIGNED = 700  # clips for the first guess
+FIRST = 0.4  # of the steps, in which what is said is only written down
 SAVE_EVERY = 50  # steps
 ANSWER_TOKENS = 20  # so much of the language model's own answers is learned
 
@@ -229,6 +232,9 @@ THINGS = """
     moon tree water
 """.split()
 NAMES = "Anna Ben Clara David Emma Frank Helen Jack Kate Lucy Martin Nina Oscar Paul Rose Tom".split()
+OTHER_WORDS = (
+    "plus plus plus What is larger number comes after Which word first used for colour My name".split()
+)
 COUNTS = "two three four five six seven".split()
 QUESTIONS = """
     What is {a} plus {b}?
@@ -396,18 +402,60 @@ def predict(policy: Policy, proj: nn.Linear, lessons: list[Heard]) -> tuple[Tens
     return policy.head(torch.cat(wanted)).float(), torch.tensor(tokens)
 
 
-def train(policy: Policy, lessons: list[Heard], steps: int, seed: int, path: str) -> nn.Linear:
-    """Train the projection. A checkpoint is kept at `path`, and gone on from if it is there."""
-    torch.manual_seed(seed)
-    proj, first = nn.Linear(lessons[0].features.shape[1], policy.embed_tokens.weight.shape[1]), 0
+def first_guess(policy: Policy, seed: int) -> nn.Linear:
+    """Least squares: each moment of a clip becomes the embedding of the token that is said then. For this the
+    words are said one by one, so that it is known when.       -> Linear(512, H)"""
+    features, targets = [], []
+    words = [*map(str, range(1, 100)), *(NAMES + THINGS) * 2, *OTHER_WORDS * 2]
+    for i in data.progress(range(ALIGNED), ALIGNED, "words"):
+        r = random.Random(seed_of(seed, "words", i))
+        voice, parts = r.choice(voices("train")), []  # samples, what is said in them
+        for word in r.choices(words, k=4):
+            wave = say(word, voice)
+            loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())
+            parts.append((np.zeros(int(r.uniform(0.01, 0.15) * RATE_HZ), np.float32), ","))
+            parts.append((wave[loud[0] : loud[-1] + 1], word if word.isdigit() else f" {word}"))
+        x = tower_features(policy, log_mel(policy.extractor, np.concatenate([wave for wave, _ in parts]), 0))
+        features.append(x.float())
+        targets += said_tokens(policy, parts, len(x))
+    x, y = torch.cat(features), policy.embed_tokens.weight[torch.tensor(targets)].float()
+    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    ridge = 0.01 * len(x) * torch.eye(x.shape[1])
+    weight = torch.linalg.solve((x - x_mean).T @ (x - x_mean) + ridge, (x - x_mean).T @ (y - y_mean)).T
+    proj = nn.Linear(*reversed(weight.shape))
+    proj.load_state_dict(dict(weight=weight, bias=y_mean - weight @ x_mean))
+    return proj
+
+
+def said_tokens(policy: Policy, parts: list[tuple[np.ndarray, str]], n: int) -> list[int]:
+    """The token that is said at each of n moments, 25 a second; those of a word take the same time each."""
+    timeline = []  # where a token ends, in moments; the token
+    start = 0.0
+    for wave, text in parts:
+        ids = policy.tokenizer(text)["input_ids"]
+        length = len(wave) / RATE_HZ * 25
+        timeline += [(start + length * (k + 1) / len(ids), token) for k, token in enumerate(ids)]
+        start += length
+    ends = [end for end, _ in timeline]
+    return [timeline[min(bisect.bisect(ends, i + 0.5), len(ends) - 1)][1] for i in range(n)]
+
+
+def train(
+    policy: Policy, guess: nn.Linear, lessons: list[Heard], steps: int, seed: int, path: str
+) -> nn.Linear:
+    """Train the projection: at first by what is only to be written down, then by all. A checkpoint is kept at
+    `path`, and gone on from if it is there."""
+    proj, first = guess, 0
     optimizer = torch.optim.AdamW(proj.parameters(), lr=LR, weight_decay=0.0)
     if os.path.exists(path):
         first, weights, moments = torch.load(path)
         proj.load_state_dict(weights)
         optimizer.load_state_dict(moments)
     order = []
+    written = [lesson for lesson in lessons if lesson.kind == "write"]
     while len(order) < steps * BATCH:  # every time round in another order
-        order += random.Random(seed_of(seed, len(order))).sample(lessons, len(lessons))
+        pool = written if len(order) < FIRST * steps * BATCH else lessons
+        order += random.Random(seed_of(seed, len(order))).sample(pool, len(pool))
     shown = data.progress(range(first, steps), steps - first, "steps")
     for step in shown:
         batch = order[step * BATCH : (step + 1) * BATCH]
@@ -477,8 +525,12 @@ def small_omni(options: Options) -> None:
         policy.model.to(torch.bfloat16)  # what is frozen: twice as fast
         drawn = random.Random(options.seed).choices(list(KINDS), list(KINDS.values()), k=LESSONS)
         known, held_out = lessons("train", drawn), lessons("held_out", list(KINDS) * HELD_OUT)
+        guess = torch.load(
+            once("guess", lambda path: torch.save(first_guess(policy, options.seed), path)),
+            weights_only=False,
+        )
         start = time.monotonic()
-        proj = train(policy, known, options.steps, options.seed, f"{making}/state")
+        proj = train(policy, guess, known, options.steps, options.seed, f"{making}/state")
         seconds["training"] = round(time.monotonic() - start)
         report = vars(options) | dict(seconds=seconds, held_out=held_out_report(policy, proj, held_out))
         with open(f"{options.out}/base.json", "w") as f:
