@@ -40,7 +40,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(base):
-    return load_policy(base)
+    return load_policy(base, dtype="float32")
 
 
 def test_text_is_read_as_by_smollm2(policy):
@@ -109,6 +109,15 @@ def test_every_voice_speaks(voices):
         assert 0.3 < len(wave) / 16000 < 2 and np.abs(wave).max() > 0.05, voice
 
 
+def test_said_tokens(policy):
+    """Half a second of silence, half a second of a number of two digits, a second of a name."""
+    seconds = (0.5, ","), (0.5, "37"), (1.0, " Rose")
+    parts = [(np.zeros(round(16000 * s), np.float32), text) for s, text in seconds]
+    said = policy.tokenizer.convert_ids_to_tokens(small_omni.said_tokens(policy, parts, 50))
+    assert said[:12] == [","] * 12 and {*said[13:18]} == {"3"} and {*said[19:25]} == {"7"}
+    assert policy.tokenizer.convert_tokens_to_string(said[26:27]).strip() == "Rose"
+
+
 def test_training_goes_on_after_a_kill(voices, policy, tmp_path, monkeypatch):
     monkeypatch.setattr(small_omni, "SAVE_EVERY", 2)
     monkeypatch.setattr(small_omni, "BATCH", 2)
@@ -116,7 +125,12 @@ def test_training_goes_on_after_a_kill(voices, policy, tmp_path, monkeypatch):
     lessons, again = (small_omni.make_lessons(policy, kinds, "train", 0) for _ in range(2))
     assert [lesson.ids for lesson in lessons] == [lesson.ids for lesson in again]
     assert all(torch.equal(a.features, b.features) for a, b in zip(lessons, again))
-    whole = small_omni.train(policy, lessons, 6, 0, str(tmp_path / "whole"))
+
+    def train(path):
+        torch.manual_seed(0)
+        return small_omni.train(policy, torch.nn.Linear(512, 576), lessons, 6, 0, path)
+
+    whole = train(str(tmp_path / "whole"))
     replace, path, saves = os.replace, str(tmp_path / "killed"), []
 
     def replace_once(part, to):
@@ -127,7 +141,7 @@ def test_training_goes_on_after_a_kill(voices, policy, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", replace_once)
-        small_omni.train(policy, lessons, 6, 0, path)
+        train(path)
     assert torch.load(path)[0] == 2
-    resumed = small_omni.train(policy, lessons, 6, 0, path)
+    resumed = train(path)
     assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
