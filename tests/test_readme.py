@@ -31,7 +31,7 @@ def test_the_readme_is_short():
 
 def test_every_flag_named_exists():
     named = {flag.removeprefix("no-") for flag in re.findall(r"--([a-z][\w-]*)", ALL) if flag not in OTHERS}
-    known = set(re.findall(r'"--(\w+)"', CODE + read("tests/bench.py"))) | {"help"}
+    known = set(re.findall(r'"--(\w+)"', CODE + read("tests/bench.py") + read("tests/claims.py"))) | {"help"}
     known |= set(re.findall(r"^    (\w+): (?:\w+|.*) = knob\(", CODE, re.MULTILINE))
     assert named <= known | set(re.findall(r"bench\.py --(\w+)", read("tests/bench.py"))), named - known
 
