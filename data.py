@@ -376,6 +376,15 @@ def tidy_choices(choices, answer):
         labels, texts = [*choices], [*choices.values()]
     else:
         labels, texts = split_labels(choices)
+    are_numbers = any(type(text) in (int, float) and text == text for text in texts)  # [3, 4, 5]
+    texts = [str(text) if type(text) in (int, float) and text == text else text for text in texts]
+    if are_numbers and type(answer) in (int, float) and str(answer) in texts:
+        place = texts.index(str(answer))
+        if type(answer) is int and place != answer and 0 <= answer < len(texts):
+            raise DataError(
+                f'field "answer": {answer} may be a choice or an index; write the choices as texts'
+            )
+        answer = texts[place]
     if not all(isinstance(text, str) or is_padding(text) for text in texts):
         raise DataError(f'field "choices": expected a list of texts, found {choices!r:.80}')
     gold = answer

@@ -407,7 +407,7 @@ MMAU-Pro | {"choices": 5} | field "choices"
 MMAR | {"answer": "none"} | field "answer"
 MMAR | {"choices": []} | field "choices"
 AIR-Bench | {"path": null} | field "path": expected a text
-AIR-Bench | {"choice_b": 5} | field "choices"
+AIR-Bench | {"choice_b": [5]} | field "choices"
 AIR-Bench | {"answer_gt": "x"} | field "answer_gt"
 MMSU | {"choice_b": null} | field "
 MMSU | {"audio_path": 5} | field "audio

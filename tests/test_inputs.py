@@ -290,6 +290,30 @@ def test_other_labels(put, label):
     assert example.choices == ["dog", "cat", "rain"] and example.answer == 2
 
 
+@pytest.mark.parametrize(
+    "choices, answer, right",
+    [
+        ([10, 20, 30], 20, "20"),  # no index
+        ([10, 20, 30], 2, "30"),  # an index
+        ([0.5, 1.5, None], 1.5, "1.5"),
+        (["1", "2", "3"], 1, "2"),  # texts: an index, as ever
+        (["1", "3"], 1, "3"),
+        ([0, 1, 2], 1, "1"),  # both, and the same
+        ([2, 3, 4], 2, None),  # both, and not the same
+        ([2, True], 2, None),
+        ([2, {}], 2, None),
+    ],
+)
+def test_choices_that_are_numbers(put, choices, answer, right):
+    examples = Examples(put("q.jsonl", [ROW | dict(choices=choices, answer=answer)]))
+    if right is None:
+        with pytest.raises(DataError, match='field "(answer|choices)"'):
+            examples[0]
+    else:
+        assert examples[0].choices[examples[0].answer] == right
+        assert examples[0].choices == [str(c) for c in choices if c is not None]
+
+
 @pytest.mark.parametrize("history", ["x", [5], [[5]], {"a": 1}])
 def test_a_history_that_is_none(put, history):
     rows = [dict(query="?", response="!"), dict(query="?", response="!", history=history)]
