@@ -128,7 +128,8 @@ def test_training_goes_on_after_a_kill(voices, policy, tmp_path, monkeypatch):
 
     def train(path):
         torch.manual_seed(0)
-        return small_omni.train(policy, torch.nn.Linear(512, 576), lessons, 6, 0, path)
+        guess = torch.nn.Linear(512, 576).state_dict()
+        return small_omni.train(policy, guess, lessons, 6, 0, path)
 
     whole = train(str(tmp_path / "whole"))
     replace, path, saves = os.replace, str(tmp_path / "killed"), []

@@ -10,9 +10,10 @@ Writes runs/small_omni/base, for --model. Qwen2.5-Omni's audio tower is Whisper'
 its language model computes what SmolLM2's does, so both keep their weights as they are. What lies between
 them, one matrix from the tower's 512 numbers to the language model's 576, is new, and is all that is trained:
 
-  - Half of the lessons are spoken questions, and the target is what the language model itself answers to the
-    same words in writing (BLSP, 2309.00916). So a sound comes to mean its words.
-  - The others ask what only ears can tell: which words, who speaks, how loud, how many tones, which sound.
+  - It begins as the least-squares map from what is heard to the words that are said then.
+  - Then it learns to write down what is said: numbers, names, two dozen things.
+  - Then also what the language model itself answers to the same words in writing (BLSP, 2309.00916), and what
+    only ears can tell: who speaks, how many words or tones, how loud, which sound.
 
 The report is about voices and recordings that none of the lessons has.
 """
@@ -24,7 +25,6 @@ import json
 import os
 import random
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -402,9 +402,9 @@ def predict(policy: Policy, proj: nn.Linear, lessons: list[Heard]) -> tuple[Tens
     return policy.head(torch.cat(wanted)).float(), torch.tensor(tokens)
 
 
-def first_guess(policy: Policy, seed: int) -> nn.Linear:
+def first_guess(policy: Policy, seed: int) -> dict[str, Tensor]:
     """Least squares: each moment of a clip becomes the embedding of the token that is said then. For this the
-    words are said one by one, so that it is known when.       -> Linear(512, H)"""
+    words are said one by one, so that it is known when.       -> weight (H, 512), bias (H,)"""
     features, targets = [], []
     words = [*map(str, range(1, 100)), *(NAMES + THINGS) * 2, *OTHER_WORDS * 2]
     for i in data.progress(range(ALIGNED), ALIGNED, "words"):
@@ -422,9 +422,7 @@ def first_guess(policy: Policy, seed: int) -> nn.Linear:
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     ridge = 0.01 * len(x) * torch.eye(x.shape[1])
     weight = torch.linalg.solve((x - x_mean).T @ (x - x_mean) + ridge, (x - x_mean).T @ (y - y_mean)).T
-    proj = nn.Linear(*reversed(weight.shape))
-    proj.load_state_dict(dict(weight=weight, bias=y_mean - weight @ x_mean))
-    return proj
+    return dict(weight=weight, bias=y_mean - weight @ x_mean)
 
 
 def said_tokens(policy: Policy, parts: list[tuple[np.ndarray, str]], n: int) -> list[int]:
@@ -441,11 +439,12 @@ def said_tokens(policy: Policy, parts: list[tuple[np.ndarray, str]], n: int) -> 
 
 
 def train(
-    policy: Policy, guess: nn.Linear, lessons: list[Heard], steps: int, seed: int, path: str
+    policy: Policy, guess: dict[str, Tensor], lessons: list[Heard], steps: int, seed: int, path: str
 ) -> nn.Linear:
     """Train the projection: at first by what is only to be written down, then by all. A checkpoint is kept at
     `path`, and gone on from if it is there."""
-    proj, first = guess, 0
+    proj, first = nn.Linear(*reversed(guess["weight"].shape)), 0
+    proj.load_state_dict(guess)
     optimizer = torch.optim.AdamW(proj.parameters(), lr=LR, weight_decay=0.0)
     if os.path.exists(path):
         first, weights, moments = torch.load(path)
@@ -497,16 +496,15 @@ def write_trained(init: str, proj: nn.Linear, folder: str) -> None:
 
 
 def small_omni(options: Options) -> None:
-    base, making, seconds = f"{options.out}/base", f"{options.out}/making", {}
+    base, making = f"{options.out}/base", f"{options.out}/making"
 
     def once(name, make):
         """Make what is not there. -> its path"""
-        path, start = f"{making}/{name}", time.monotonic()
+        path = f"{making}/{name}"
         if not os.path.exists(path):
             print(f"making {path}", flush=True)
             make(path + ".part")
             os.rename(path + ".part", path)
-            seconds[name] = round(time.monotonic() - start)
         return path
 
     def lessons(split, kinds):
@@ -525,14 +523,9 @@ def small_omni(options: Options) -> None:
         policy.model.to(torch.bfloat16)  # what is frozen: twice as fast
         drawn = random.Random(options.seed).choices(list(KINDS), list(KINDS.values()), k=LESSONS)
         known, held_out = lessons("train", drawn), lessons("held_out", list(KINDS) * HELD_OUT)
-        guess = torch.load(
-            once("guess", lambda path: torch.save(first_guess(policy, options.seed), path)),
-            weights_only=False,
-        )
-        start = time.monotonic()
+        guess = torch.load(once("guess", lambda path: torch.save(first_guess(policy, options.seed), path)))
         proj = train(policy, guess, known, options.steps, options.seed, f"{making}/state")
-        seconds["training"] = round(time.monotonic() - start)
-        report = vars(options) | dict(seconds=seconds, held_out=held_out_report(policy, proj, held_out))
+        report = vars(options) | dict(held_out=held_out_report(policy, proj, held_out))
         with open(f"{options.out}/base.json", "w") as f:
             json.dump(report, f, indent=1)
         os.rename(once("base", lambda path: write_trained(init, proj, path)), base)
