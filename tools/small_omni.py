@@ -53,7 +53,7 @@ from model import (
 from omni_grpo import decode
 from tools import sounds
 from tools.demo import CHAT_TEMPLATE
-from tools.speech import check_programs, join, recordings, say, voices
+from tools.speech import NAMES, check_programs, join, recordings, say, voices
 
 LESSONS = 1800
 HELD_OUT = 24  # lessons of each kind, for the report
@@ -231,7 +231,6 @@ THINGS = """
     apple ball bell bird book bread car cat chair clock cup dog door fish flower hat horse house key lamp milk
     moon tree water
 """.split()
-NAMES = "Anna Ben Clara David Emma Frank Helen Jack Kate Lucy Martin Nina Oscar Paul Rose Tom".split()
 OTHER_WORDS = (
     "plus plus plus What is larger number comes after Which word first used for colour My name".split()
 )

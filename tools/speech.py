@@ -18,6 +18,7 @@ import data
 from data import RATE_HZ, UserError
 
 PROGRAMS = "apt-get install espeak-ng flite sonic-pi-samples tuxpaint-stamps-default"
+NAMES = "Anna Ben Clara David Emma Frank Helen Jack Kate Lucy Martin Nina Oscar Paul Rose Tom".split()
 
 
 class Voice(NamedTuple):

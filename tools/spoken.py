@@ -21,11 +21,10 @@ import soundfile
 
 import data
 from data import RATE_HZ, knob
-from tools.speech import check_programs, join, say, voices
+from tools.speech import NAMES, check_programs, join, say, voices
 
 LARGEST = 40  # of the numbers of a sum
 WINDOW = 20  # the options of a sum lie so near to each other
-NAMES = "Anna Ben Clara David Emma Frank Helen Jack Kate Lucy Martin Nina Oscar Paul Rose Tom".split()
 
 
 class Asked(NamedTuple):
@@ -105,7 +104,6 @@ def ask(task: str, split: str, i: int) -> tuple[Asked, random.Random]:
 
 def speak(asked: Asked, split: str, r: random.Random):
     """-> float32 at 16 kHz"""
-    speakers = []
     speakers = [r.choice(voices(split, sex)) for sex in asked.sexes or ("", "")]
     return join(r, *[say(text, speakers[who]) for text, who in asked.said])
 
