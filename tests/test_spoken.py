@@ -89,5 +89,8 @@ def test_written_files_are_data(tmp_path, monkeypatch, command):
     before = clip.read_bytes()
     os.remove(out / "clips" / "order_train_0001.flac")
     assert command(spoken.main, *words)[0] == 0  # what is there is not made again
+    with data.claimed(str(out)):
+        code, said = command(spoken.main, *words)
+    assert code == 2 and "another process is writing it" in said
     assert clip.read_bytes() == before and soundfile.info(str(out / "clips" / "order_train_0001.flac")).frames
     assert json.loads((out / "order.jsonl").read_text().splitlines()[0])["id"] == "order_train_0000"

@@ -7,6 +7,7 @@ are none of those of TASK.jsonl. For --audio none, the same questions with the w
 TASK_written.jsonl, and the options alone, to measure what they tell: TASK_alone.jsonl. Voices: speech.py.
 """
 
+import io
 import itertools
 import json
 import os
@@ -119,7 +120,14 @@ def rows_of(asked: Asked, name: str) -> dict[str, dict]:
 
 
 def write_clip(path: str, wave) -> None:
-    data.write_atomically(path, lambda part: soundfile.write(part, wave, RATE_HZ, format="FLAC"))
+    file = io.BytesIO()
+    soundfile.write(file, wave, RATE_HZ, format="FLAC")
+
+    def write(part):
+        with open(part, "wb") as f:  # a full disk is an OSError here, and one line
+            f.write(file.getvalue())
+
+    data.write_atomically(path, write)
 
 
 def write_task(folder: str, task: str, split: str, n: int) -> None:
@@ -157,9 +165,10 @@ def main(argv=None) -> int:
             raise data.UserError(f"--tasks {min(unknown)}: must be of {', '.join(TASKS)}")
         check_programs()
         os.makedirs(f"{options.out}/clips", exist_ok=True)
-        for task in options.tasks.split(","):
-            for split, n in (("train", options.train), ("held_out", options.held_out)):
-                write_task(options.out, task, split, n)
+        with data.claimed(options.out):
+            for task in options.tasks.split(","):
+                for split, n in (("train", options.train), ("held_out", options.held_out)):
+                    write_task(options.out, task, split, n)
         print(f"{options.out}: {options.tasks}")
 
     return data.exit_code(run)
