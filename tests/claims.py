@@ -5,7 +5,8 @@
 
 Every row is a policy, every column what it is asked on the held-out questions of the task: voices and contents that
 no training had. A cell is the mean over the seeds, its 95 % interval (Wilson, n = the questions), and p against the
-base (McNemar; the largest of the seeds). What is done already, in runs/claims, is not done again.
+base (McNemar; the largest of the seeds). What is done already, in runs/claims, is not done again, so that seeds can
+be added, and what the task does not have (who speaks is not told in writing) is left out.
 """
 
 import argparse
@@ -21,30 +22,42 @@ sys.path.insert(0, ROOT)
 
 import eval as evaluation  # noqa: E402
 
-ROWS = {  # a policy: the flags of its training
-    "base": None,
+ROWS = {  # a policy: what it is trained on
+    "base": "",
     "GRPO on sound": "--data {spoken}/{task}.jsonl",
     "GRPO on the written questions": "--data {spoken}/{task}_written.jsonl --audio none",
     "GRPO under silence": "--data {spoken}/{task}.jsonl --audio silence",
     "GRPO on another written task": "--data {spoken}/{other}_written.jsonl --audio none",
     "GRPO on the choices alone": "--data {spoken}/{task}_alone.jsonl --audio none",
 }
-COLUMNS = {  # what is asked: folder of the results, condition within --controls
-    "sound": ("heard", "real"),
-    "silence": ("heard", "silence"),
-    "another clip": ("heard", "shuffled"),
-    "rotated": ("heard", "rotated"),
-    "written": ("written", ""),
-    "choices alone": ("alone", ""),
+COLUMNS = {  # what is asked
+    "sound": "--data {spoken}/{task}_held_out.jsonl",
+    "silence": "--data {spoken}/{task}_held_out.jsonl --audio silence",
+    "another clip": "--data {spoken}/{task}_held_out.jsonl --audio shuffled",
+    "rotated": "--data {spoken}/{task}_held_out.jsonl --rotate_choices --limit 80",
+    "written": "--data {spoken}/{task}_written_held_out.jsonl --audio none",
+    "choices alone": "--data {spoken}/{task}_alone_held_out.jsonl --audio none",
+}
+STYLES = {  # how it is to answer: flags of both, and of the training
+    "direct": ("--max_new_tokens 12", ""),
+    "think_short": ("--prompt think_short --max_new_tokens 64", "--reward accuracy=2,think_format=1"),
+    "structured": (
+        "--prompt structured --max_new_tokens 128",
+        "--reward accuracy=1,structure=0.5 --cold_start_data {out}/{task}_structured.jsonl --cold_start_steps 40",
+    ),
 }
 TRAINING = (
     "--lora_rank 16 --lr 3e-4 --lr_schedule linear --beta 0 --no-gradient_checkpointing --prompts_per_step 8 "
-    "--max_new_tokens 12 --eval_size 0 --save_every 1000"
+    "--eval_size 0 --save_every 1000 --steps {steps} --seed {seed} --out {folder}/run"
+)
+STRUCTURED = (  # a trace for the cold start, out of what is said and the answer
+    "<THINK><PLANNING>I listen to what is said.</PLANNING><CAPTION>{said}</CAPTION><REASONING>{question} It is "
+    "{answer}.</REASONING><SUMMARY>It is {answer}.</SUMMARY></THINK><RESPONSE>{answer}</RESPONSE>"
 )
 
 
 def run(script: str, words: str) -> None:
-    """A command of the project in one thread. Leaves with its last line if it fails."""
+    """A command of the project in one thread. Leaves with its last lines if it fails."""
     print(f"python {script} {words}", flush=True)
     environment = os.environ | dict(OMP_NUM_THREADS="1")
     command = [sys.executable, script, *words.split()]
@@ -55,42 +68,45 @@ def run(script: str, words: str) -> None:
 
 def measure(args, row: str, seed: int) -> None:
     """Train the policy of a row, unless it is the base, and ask it everything."""
-    out, flags = folder_of(args, row, seed), ROWS[row]
-    model = f"--model {args.model} --max_new_tokens 12"
-    if flags and not os.path.exists(f"{out}/run/curves.png"):
-        resume = f"--resume {out}/run" if os.path.exists(f"{out}/run/config.json") else ""
-        fresh = f"--model {args.model} {flags.format(**vars(args))} {TRAINING} --steps {args.steps} "
-        fresh += f"--seed {seed} --out {out}/run"
-        run("omni_grpo.py", resume or fresh)
-    if flags:
-        model += f" --adapter {out}/run/adapter"
-    stem = f"{args.spoken}/{args.task}"
-    asked = {
-        "heard": f"--data {stem}_held_out.jsonl --controls",
-        "written": f"--data {stem}_written_held_out.jsonl --audio none",
-        "alone": f"--data {stem}_alone_held_out.jsonl --audio none",
-    }
-    for name, words in asked.items():
-        if not os.path.exists(f"{out}/{name}/report.json"):
-            run("eval.py", f"{model} {words} --out {out}/{name}")
+    folder = folder_of(args, row, seed)
+    words = vars(args) | dict(seed=seed, folder=folder)
+    both, training = STYLES[args.style]
+    both = f"--model {args.model} {both}"
+    if ROWS[row] and not os.path.exists(f"{folder}/run/curves.png"):
+        flags = f"{both} {ROWS[row]} {training} {TRAINING}".format(**words)
+        started = os.path.exists(f"{folder}/run/config.json")
+        run("omni_grpo.py", f"--resume {folder}/run" if started else flags)
+    if ROWS[row]:
+        both += f" --adapter {folder}/run/adapter"
+    for column, flags in COLUMNS.items():
+        out = results_folder(args, row, seed, column)
+        if is_there(args, flags) and not os.path.exists(f"{out}/report.json"):
+            run("eval.py", f"{both} {flags} --out {out}".format(**words))
+
+
+def is_there(args, flags: str) -> bool:
+    path = flags.format(**vars(args)).partition("--data ")[2].split(" ")[0]
+    return not path or os.path.exists(path)
 
 
 def folder_of(args, row: str, seed: int) -> str:
-    return f"{args.out}/{args.task}/{row.replace(' ', '_')}/{seed}"
+    return f"{args.out}/{args.task}_{args.style}/{row.replace(' ', '_')}/{seed}"
+
+
+def results_folder(args, row: str, seed: int, column: str) -> str:
+    return f"{folder_of(args, row, seed)}/{column.replace(' ', '_')}"
 
 
 def results_of(args, row: str, seed: int, column: str) -> tuple[float, dict]:
     """-> accuracy, score by item"""
-    folder, condition = COLUMNS[column]
-    report, items = evaluation.load_results(f"{folder_of(args, row, seed)}/{folder}/{condition}".rstrip("/"))
+    report, items = evaluation.load_results(results_folder(args, row, seed, column))
     return report["accuracy"], {key: item.score for key, item in items.items()}
 
 
 def cell(args, row: str, column: str) -> str:
-    seeds = args.seeds if ROWS[row] else args.seeds[:1]
     shares, ps = [], []
     _, before = results_of(args, "base", args.seeds[0], column)
-    for seed in seeds:
+    for seed in args.seeds if ROWS[row] else args.seeds[:1]:
         share, after = results_of(args, row, seed, column)
         shares.append(share)
         lost = sum(before[key] > score for key, score in after.items())
@@ -103,28 +119,48 @@ def cell(args, row: str, column: str) -> str:
     return text
 
 
+def write_traces(args) -> None:
+    """The cold start of the structured format: the questions with a `target`."""
+    with open(f"{args.spoken}/{args.task}.jsonl", encoding="utf-8") as f:
+        heard = [json.loads(line) for line in f]
+    with open(f"{args.spoken}/{args.task}_written.jsonl", encoding="utf-8") as f:
+        said = [json.loads(line)["question"].split('"')[1] for line in f]
+    os.makedirs(args.out, exist_ok=True)
+    with open(f"{args.out}/{args.task}_structured.jsonl", "w", encoding="utf-8") as f:
+        for row, text in zip(heard, said, strict=True):
+            answer = row["choices"][row["answer"]]
+            row["target"] = STRUCTURED.format(said=text, question=row["question"], answer=answer)
+            row["audio"] = os.path.abspath(f"{args.spoken}/{row['audio']}")
+            f.write(json.dumps(row) + "\n")
+
+
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--task", default="order", help="of tools/spoken.py")
     add("--other", default="sums", help="the other task, of which only the written questions are trained on")
+    add("--style", default="direct", choices=STYLES)
     add("--seeds", default="0,1,2")
-    add("--steps", type=int, default=80)
+    add("--steps", type=int, default=50)
     add("--model", default="runs/small_omni/base")
     add("--spoken", default="runs/spoken")
     add("--out", default="runs/claims")
     add("--workers", type=int, default=2, help="commands at a time, one thread each")
     args = parser.parse_args()
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
-    jobs = [(row, seed) for seed in args.seeds for row in ROWS if ROWS[row] or seed == args.seeds[0]]
+    if args.style == "structured":
+        write_traces(args)
+    rows = [row for row, flags in ROWS.items() if is_there(args, flags)]
+    jobs = [(row, seed) for seed in args.seeds for row in rows if ROWS[row] or seed == args.seeds[0]]
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(lambda job: measure(args, *job), jobs))
-    print(f"| {args.task} | {' | '.join(COLUMNS)} |\n| --- |{' --- |' * len(COLUMNS)}")
-    table = {row: {column: cell(args, row, column) for column in COLUMNS} for row in ROWS}
+    columns = [column for column, flags in COLUMNS.items() if is_there(args, flags)]
+    print(f"| {args.task}, {args.style} | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}")
+    table = {row: {column: cell(args, row, column) for column in columns} for row in rows}
     for row, cells in table.items():
         print(f"| {row} | {' | '.join(cells.values())} |")
-    with open(f"{args.out}/{args.task}.json", "w", encoding="utf-8") as f:
+    with open(f"{args.out}/{args.task}_{args.style}.json", "w", encoding="utf-8") as f:
         json.dump(table, f, indent=1)
 
 

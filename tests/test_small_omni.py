@@ -111,9 +111,9 @@ def test_every_voice_speaks(voices):
 
 def test_said_tokens(policy):
     """Half a second of silence, half a second of a number of two digits, a second of a name."""
-    seconds = (0.5, ","), (0.5, "37"), (1.0, " Rose")
-    parts = [(np.zeros(round(16000 * s), np.float32), text) for s, text in seconds]
-    said = policy.tokenizer.convert_ids_to_tokens(small_omni.said_tokens(policy, parts, 50))
+    waves = [np.zeros(round(16000 * s), np.float32) for s in (0.5, 0.5, 1.0)]
+    ids = small_omni.said_tokens(policy, waves, [",", "37", " Rose"], 50)
+    said = policy.tokenizer.convert_ids_to_tokens(ids)
     assert said[:12] == [","] * 12 and {*said[13:18]} == {"3"} and {*said[19:25]} == {"7"}
     assert policy.tokenizer.convert_tokens_to_string(said[26:27]).strip() == "Rose"
 

@@ -10,10 +10,10 @@ Writes runs/small_omni/base, for --model. Qwen2.5-Omni's audio tower is Whisper'
 its language model computes what SmolLM2's does, so both keep their weights as they are. What lies between
 them, one matrix from the tower's 512 numbers to the language model's 576, is new, and is all that is trained:
 
-  - It begins as the least-squares map from what is heard to the words that are said then.
+  - It begins as the least-squares map from what is heard to the words for it.
   - Then it learns to write down what is said: numbers, names, two dozen things.
   - Then also what the language model itself answers to the same words in writing (BLSP, 2309.00916), and what
-    only ears can tell: who speaks, how many words or tones, how loud, which sound.
+    only ears can tell: who speaks, how loud, which sound, each of a row of tones.
 
 The report is about voices and recordings that none of the lessons has.
 """
@@ -50,7 +50,7 @@ from model import (
     ranges_of,
     read_prompts,
 )
-from omni_grpo import decode
+from omni_grpo import decode, writing
 from tools import sounds
 from tools.demo import CHAT_TEMPLATE
 from tools.speech import NAMES, check_programs, join, recordings, say, voices
@@ -60,7 +60,8 @@ HELD_OUT = 24  # lessons of each kind, for the report
 BATCH = 16
 LR = 1e-3
 ALIGNED = 700  # clips for the first guess
-FIRST = 0.4  # of the steps, in which what is said is only written down
+ASIDE = 0.3  # how strongly the first guess tells who speaks and how loudly
+FIRST = 0.35  # of the steps, in which what is said is only written down
 SAVE_EVERY = 50  # steps
 ANSWER_TOKENS = 20  # so much of the language model's own answers is learned
 
@@ -68,7 +69,7 @@ ANSWER_TOKENS = 20  # so much of the language model's own answers is learned
 @dataclass
 class Options:
     out: str = knob("runs/small_omni", "folder to write; what is there already is not made again")
-    steps: int = knob(250, f"training steps, {BATCH} lessons each", low=1)
+    steps: int = knob(280, f"training steps, {BATCH} lessons each", low=1)
     seed: int = knob(0, "of the lessons, their order and the first weights")
 
 
@@ -231,10 +232,8 @@ THINGS = """
     apple ball bell bird book bread car cat chair clock cup dog door fish flower hat horse house key lamp milk
     moon tree water
 """.split()
-OTHER_WORDS = (
-    "plus plus plus What is larger number comes after Which word first used for colour My name".split()
-)
-COUNTS = "two three four five six seven".split()
+WORDS = "plus plus plus What is larger number comes after Which word first used for colour My name".split()
+WORDS = [*map(str, range(1, 100)), *(WORDS + NAMES + THINGS) * 2]  # of the first guess
 QUESTIONS = """
     What is {a} plus {b}?
     Which is larger, {a} or {b}?
@@ -263,6 +262,22 @@ def some_text(r: random.Random) -> str:
 
 def speech(r, split, text, sex="", peak=0.0):
     return join(r, say(text, r.choice(voices(split, sex))), peak=peak)
+
+
+def peak_of(r, how: str) -> float:
+    return r.uniform(0.6, 0.9) if how == "loud" else r.uniform(0.01, 0.04)
+
+
+def tone(r) -> np.ndarray:
+    t = np.arange(0, r.uniform(0.15, 0.3), 1 / RATE_HZ)
+    return sounds.tone(t, r.uniform(300, 2000))
+
+
+def recording(r, split) -> tuple[np.ndarray, str]:
+    """The first 2 seconds or less of one, up to a tenth faster or slower, and what it is."""
+    label, paths = r.choice(list(recordings(split).items()))
+    wave = data.load_audio(r.choice(paths), 2.0)[0]
+    return np.interp(np.arange(0, len(wave), r.uniform(0.9, 1.1)), np.arange(len(wave)), wave), label
 
 
 def ask(r, wave, question, target, others) -> Lesson:
@@ -296,41 +311,31 @@ def who_is_first(r, split):
     return ask(r, join(r, *waves), question, f"the {first}", [f"the {second}"])
 
 
-def how_many_words(r, split):
-    n = r.randrange(len(COUNTS))
-    wave = speech(r, split, ", ".join(r.sample(THINGS, n + 2)))
-    return ask(r, wave, "How many words are said?", COUNTS[n], COUNTS[:n] + COUNTS[n + 1 :])
-
-
-def how_many_tones(r, split):
-    n, t = r.randrange(len(COUNTS)), np.arange(0, r.uniform(0.15, 0.3), 1 / RATE_HZ)
-    wave = join(r, *(sounds.tone(t, r.uniform(300, 2000)) for _ in range(n + 2)))
-    return ask(r, wave, "How many tones are heard?", COUNTS[n], COUNTS[:n] + COUNTS[n + 1 :])
-
-
 def how_loud(r, split):
     loud, soft = r.sample(["loud", "soft"], 2)
-    peak = r.uniform(0.6, 0.9) if loud == "loud" else r.uniform(0.01, 0.04)
-    return ask(r, speech(r, split, some_text(r), peak=peak), "Is it loud or soft?", loud, [soft])
+    wave = speech(r, split, some_text(r), peak=peak_of(r, loud))
+    return ask(r, wave, "Is it loud or soft?", loud, [soft])
 
 
 def what_sound(r, split):
-    """The first 2 seconds or less of a recording, up to a tenth faster or slower."""
-    label, paths = r.choice(list(recordings(split).items()))
-    wave = data.load_audio(r.choice(paths), 2.0)[0]
-    wave = np.interp(np.arange(0, len(wave), r.uniform(0.9, 1.1)), np.arange(len(wave)), wave)
+    wave, label = recording(r, split)
     return ask(r, join(r, wave), "What is heard?", label, [x for x in recordings("train") if x != label])
 
 
+def each_tone(r, split):
+    """SmolLM2 cannot count, not in writing either; but it can hear each of them."""
+    n = r.randint(1, 7)
+    return Lesson(join(r, *(tone(r) for _ in range(n))), "What is heard?", ", ".join(["beep"] * n), [])
+
+
 KINDS: dict[Callable, int] = {  # how often, in a hundred lessons
-    write: 45,
-    answer: 25,
-    who_speaks: 5,
-    who_is_first: 5,
-    how_many_words: 6,
-    how_many_tones: 4,
-    how_loud: 3,
-    what_sound: 7,
+    write: 35,
+    answer: 15,
+    who_speaks: 11,
+    who_is_first: 11,
+    how_loud: 8,
+    what_sound: 14,
+    each_tone: 6,
 }
 
 
@@ -402,33 +407,49 @@ def predict(policy: Policy, proj: nn.Linear, lessons: list[Heard]) -> tuple[Tens
 
 
 def first_guess(policy: Policy, seed: int) -> dict[str, Tensor]:
-    """Least squares: each moment of a clip becomes the embedding of the token that is said then. For this the
-    words are said one by one, so that it is known when.       -> weight (H, 512), bias (H,)"""
+    """Least squares: each moment of a clip becomes the embedding of the token that is said then, or names the
+    sound, and faintly of who says it and how. Words are said one by one, so that it is known when.
+    -> weight (H, 512), bias (H,)"""
     features, targets = [], []
-    words = [*map(str, range(1, 100)), *(NAMES + THINGS) * 2, *OTHER_WORDS * 2]
     for i in data.progress(range(ALIGNED), ALIGNED, "words"):
-        r = random.Random(seed_of(seed, "words", i))
-        voice, parts = r.choice(voices("train")), []  # samples, what is said in them
-        for word in r.choices(words, k=4):
-            wave = say(word, voice)
-            loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())
-            parts.append((np.zeros(int(r.uniform(0.01, 0.15) * RATE_HZ), np.float32), ","))
-            parts.append((wave[loud[0] : loud[-1] + 1], word if word.isdigit() else f" {word}"))
-        x = tower_features(policy, log_mel(policy.extractor, np.concatenate([wave for wave, _ in parts]), 0))
-        features.append(x.float())
-        targets += said_tokens(policy, parts, len(x))
-    x, y = torch.cat(features), policy.embed_tokens.weight[torch.tensor(targets)].float()
+        waves, texts, aside = aligned(random.Random(seed_of(seed, "words", i)))
+        x = tower_features(policy, log_mel(policy.extractor, np.concatenate(waves), 0)).float()
+        y = policy.embed_tokens.weight[torch.tensor(said_tokens(policy, waves, texts, len(x)))].float()
+        for word in aside:
+            y += ASIDE * policy.embed_tokens.weight[policy.tokenizer(word)["input_ids"]].float().mean(dim=0)
+        features.append(x)
+        targets.append(y)
+    x, y = torch.cat(features), torch.cat(targets)
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     ridge = 0.01 * len(x) * torch.eye(x.shape[1])
     weight = torch.linalg.solve((x - x_mean).T @ (x - x_mean) + ridge, (x - x_mean).T @ (y - y_mean)).T
     return dict(weight=weight, bias=y_mean - weight @ x_mean)
 
 
-def said_tokens(policy: Policy, parts: list[tuple[np.ndarray, str]], n: int) -> list[int]:
-    """The token that is said at each of n moments, 25 a second; those of a word take the same time each."""
+def aligned(r: random.Random) -> tuple[list[np.ndarray], list[str], list[str]]:
+    """-> pieces of a clip, what is heard in each, what is heard in all of them"""
+    what = r.random()
+    if what < 0.2:
+        wave, label = recording(r, "train")
+        return [join(r, wave)], [f" {label}"], []
+    voice, how = r.choice(voices("train")), r.choice(["loud", "soft"])
+    waves, texts = [], []
+    for word in r.choices(WORDS, k=4):
+        wave, text = say(word, voice), word if word.isdigit() else f" {word}"
+        if what < 0.25:
+            wave, text = tone(r), " beep"
+        loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())
+        waves += [np.zeros(int(r.uniform(0.01, 0.15) * RATE_HZ), np.float32), wave[loud[0] : loud[-1] + 1]]
+        texts += [",", text]
+    scale = peak_of(r, how) / max(np.abs(wave).max() for wave in waves if len(wave))
+    return [(scale * wave).astype(np.float32) for wave in waves], texts, [f" {voice.sex}", f" {how}"]
+
+
+def said_tokens(policy: Policy, waves: list[np.ndarray], texts: list[str], n: int) -> list[int]:
+    """The token that is said at each of n moments, 25 a second; those of a piece take the same time each."""
     timeline = []  # where a token ends, in moments; the token
     start = 0.0
-    for wave, text in parts:
+    for wave, text in zip(waves, texts):
         ids = policy.tokenizer(text)["input_ids"]
         length = len(wave) / RATE_HZ * 25
         timeline += [(start + length * (k + 1) / len(ids), token) for k, token in enumerate(ids)]
@@ -465,8 +486,10 @@ def train(
         optimizer.step()
         shown.set_postfix(loss=loss.item())
         if (step + 1) % SAVE_EVERY == 0:
+            print(f"step {step + 1} of {steps}, loss {loss.item():.2f}", flush=True)
             state = step + 1, proj.state_dict(), optimizer.state_dict()
-            data.write_atomically(path, functools.partial(torch.save, state))
+            with writing(os.path.dirname(path)):
+                data.write_atomically(path, functools.partial(torch.save, state))
     return proj
 
 
@@ -502,8 +525,9 @@ def small_omni(options: Options) -> None:
         path = f"{making}/{name}"
         if not os.path.exists(path):
             print(f"making {path}", flush=True)
-            make(path + ".part")
-            os.rename(path + ".part", path)
+            with writing(making):
+                make(path + ".part")
+                os.rename(path + ".part", path)
         return path
 
     def lessons(split, kinds):
