@@ -210,17 +210,20 @@ class Policy:
 
 
 def find_model(name: str) -> str:
-    """A local directory, or the files of a Hub id (configuration, tokenizer, safetensors; never code or
-    pickles)."""
+    """A local directory, or the files of a Hub id, or of ID@REVISION (configuration, tokenizer, safetensors;
+    never code or pickles)."""
     if os.path.isdir(name):
         if not os.path.exists(os.path.join(name, "config.json")):
             raise UserError(f"--model {name}: no config.json in that directory")
         return name
     import huggingface_hub
 
+    hub_id, _, revision = name.partition("@")
     try:
         return huggingface_hub.snapshot_download(
-            name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]
+            hub_id,
+            revision=revision or None,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
         )
     except Exception as e:  # offline, misspelt, gated: the library has an exception class for each
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -324,6 +327,11 @@ def load_policy(
         )
     policy = take_apart(loaded, family, adapter, lora_rank, gradient_checkpointing, train)
     add_text_side(policy, family, folder, where)
+    if (
+        policy.has_adapter
+    ):  # where the adapter goes, its base must be found: what the user typed, no local path
+        lora, (hub_id, _, revision) = policy.model.peft_config["default"], model.partition("@")
+        lora.base_model_name_or_path, lora.revision = (model, None) if folder == model else (hub_id, revision)
     return policy
 
 
@@ -408,8 +416,13 @@ def take_apart(
     return policy
 
 
+# What stands before layers.0 in the names of a language model's parts: here, in the published files and in
+# vLLM, and with the whole Omni around it. No part of a tower, nor of the talker, is named so.
+BEFORE_LAYERS = r"(?:thinker\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?"
+
+
 def load_adapter(model, lm_path: str, adapter: str, train: bool):
-    """LoRA as PEFT saves it, on the language model alone.       -> PeftModel
+    """LoRA as PEFT saves it, on the language model alone, in whichever layout it was trained.    -> PeftModel
 
     Raises UserError if its tensors are not exactly those that the adapted model has a place for: what the
     library leaves out in silence would be the base's scores under the adapter's name.
@@ -417,28 +430,60 @@ def load_adapter(model, lm_path: str, adapter: str, train: bool):
     import peft
 
     where = f"--adapter {adapter}"
-    if not os.path.exists(os.path.join(adapter, "adapter_config.json")):
-        inner = os.path.join(adapter, "adapter")
-        hint = f"; did you mean {inner}?" if os.path.isdir(inner) else ""
-        raise UserError(f"{where}: no adapter_config.json there{hint}")
-    if not os.path.exists(os.path.join(adapter, "adapter_model.safetensors")):
-        raise UserError(f"{where}: no adapter_model.safetensors there, and only safetensors are loaded")
+    refuse_no_adapter(adapter, where)
     with blame(where):
         config = peft.PeftConfig.from_pretrained(adapter)
         if not isinstance(config, peft.LoraConfig) or not config.target_modules:
             raise UserError(f"{where}: is {config.peft_type}; only LoRA with target_modules can be loaded")
-        if not isinstance(config.target_modules, str):  # a list of names, which the audio tower has, too
-            names = "|".join(map(re.escape, sorted(config.target_modules)))
-            config.target_modules = rf"{re.escape(lm_path)}\.(.*\.)?({names})"
-        adapted = peft.PeftModel.from_pretrained(model, adapter, config=config, is_trainable=train)
-        there = {name: x.shape for name, x in peft.utils.load_peft_weights(adapter, device="cpu").items()}
-    wanted = {name: x.shape for name, x in peft.get_peft_model_state_dict(adapted).items()}
-    if there != wanted:
-        unplaced, missing = sorted(there.keys() - wanted.keys()), sorted(wanted.keys() - there.keys())
-        first = f"no place for {unplaced[0]}" if unplaced else f"it lacks {(missing or ['shapes'])[0]}"
-        counts = f"{len(unplaced)} of its {len(there)} tensors have no place, {len(missing)} are missing"
-        raise UserError(f"{where}: not an adapter of this model, {counts}; {first}")
+        weights = peft.utils.load_peft_weights(adapter, device="cpu")
+        there = {in_layout(name, lm_path): x for name, x in weights.items()}
+        config.target_modules = lora_pattern([name.partition(".lora_")[0] for name in there])
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+        for patterns in ("rank_pattern", "alpha_pattern"):
+            moved = {in_layout(name, lm_path): n for name, n in getattr(config, patterns).items()}
+            setattr(config, patterns, moved)
+        config.base_model_name_or_path, config.inference_mode = None, not train
+        if not config.target_modules:
+            first = f"; the first is {min(there)}" if there else ""
+            raise UserError(
+                f"{where}: none of its {len(there)} tensors is of a language model's layer{first}"
+            )
+        adapted = peft.get_peft_model(model, config)
+        wanted = {name: x.shape for name, x in peft.utils.get_peft_model_state_dict(adapted).items()}
+        unplaced = sorted(name for name, x in there.items() if wanted.get(name) != x.shape)
+        missing = sorted(wanted.keys() - there.keys())
+        if unplaced or missing:
+            counts = f"{len(unplaced)} of its {len(there)} tensors have no place, {len(missing)} are missing"
+            raise UserError(f"{where}: not an adapter of this model, {counts}: {(unplaced + missing)[0]}")
+        peft.set_peft_model_state_dict(adapted, there)
     return adapted
+
+
+def refuse_no_adapter(folder: str, where: str) -> None:
+    has = {name: os.path.exists(os.path.join(folder, name)) for name in ("adapter", "config.json")}
+    if not os.path.exists(os.path.join(folder, "adapter_config.json")):
+        hint = "; a whole checkpoint is given as --model" if has["config.json"] else ""
+        hint = f"; did you mean {os.path.join(folder, 'adapter')}?" if has["adapter"] else hint
+        raise UserError(f"{where}: no adapter_config.json there{hint}")
+    if not os.path.exists(os.path.join(folder, "adapter_model.safetensors")):
+        raise UserError(f"{where}: no adapter_model.safetensors there, and only safetensors are loaded")
+
+
+def in_layout(name: str, lm_path: str) -> str:
+    """The name of a part of a layer, or of a tensor of an adapter, as it is where the language model is at
+    lm_path; other names stay."""
+    return re.sub(rf"^(base_model\.model\.)?{BEFORE_LAYERS}(?=layers\.\d)", rf"\g<1>{lm_path}.", name)
+
+
+def lora_pattern(modules: list[str]) -> str:
+    """Matches those of the modules that are in a language model's layers, in every layout, and nothing else.
+    "" if none is."""
+    inside = rf"(?:base_model\.model\.)?{BEFORE_LAYERS}layers\.(\d+)\.(.+)"
+    found = [re.fullmatch(inside, name) for name in modules]
+    layers = sorted({int(layer[1]) for layer in found if layer})
+    names = sorted({re.escape(layer[2]) for layer in found if layer})
+    pattern = rf"{BEFORE_LAYERS}layers\.({'|'.join(map(str, layers))})\.({'|'.join(names)})"
+    return pattern if layers else ""
 
 
 def add_lora(model, lm_path: str, rank: int):
@@ -447,8 +492,7 @@ def add_lora(model, lm_path: str, rank: int):
     import peft
 
     lm = model.get_submodule(lm_path)
-    linear = {name.rpartition(".")[2] for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear)}
-    pattern = rf"{re.escape(lm_path)}\..*\b({'|'.join(sorted(linear))})"
+    pattern = lora_pattern([name for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear)])
     lora = peft.LoraConfig(
         r=rank, lora_alpha=LORA_ALPHA_PER_RANK * rank, target_modules=pattern, task_type="CAUSAL_LM"
     )

@@ -373,11 +373,20 @@ def rewrite(adapter, change):
 @pytest.mark.parametrize(
     "change, what",
     [
-        (lambda w: {"x." + k: v for k, v in w.items()}, "have no place"),
-        (lambda w: dict(list(w.items())[::2]), "are missing; it lacks base_model."),
-        (lambda w: {}, "0 of its 0 tensors have no place, 42 are missing"),
+        (
+            lambda w: {"x." + k: v for k, v in w.items()},
+            "none of its 42 tensors is of a language model's layer; the first is x.base_",
+        ),
+        (
+            lambda w: dict(list(w.items())[::2]),
+            "0 of its 21 tensors have no place, 21 are missing: base_model.",
+        ),
+        (lambda w: {}, "none of its 0 tensors"),
         (lambda w: w | {"base_model.model.audio_tower.proj.lora_A.weight": torch.zeros(4, 8)}, "1 of its 43"),
-        (lambda w: {k: torch.cat([v, v]) if "lora_A" in k else v for k, v in w.items()}, "size mismatch"),
+        (
+            lambda w: {k: torch.cat([v, v]) if "lora_A" in k else v for k, v in w.items()},
+            "21 of its 42 tensors have no place, 0 are missing: base_model.",
+        ),
     ],
     ids=["names", "half", "none", "tower", "shapes"],
 )
