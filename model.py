@@ -422,7 +422,7 @@ BEFORE_LAYERS = r"(?:thinker\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?"
 
 
 def load_adapter(model, lm_path: str, adapter: str, train: bool):
-    """LoRA as PEFT saves it, on the language model alone, in whichever layout it was trained.    -> PeftModel
+    """LoRA as PEFT saves it, on the language model alone.       -> PeftModel
 
     Raises UserError if its tensors are not exactly those that the adapted model has a place for: what the
     library leaves out in silence would be the base's scores under the adapter's name.
@@ -430,24 +430,9 @@ def load_adapter(model, lm_path: str, adapter: str, train: bool):
     import peft
 
     where = f"--adapter {adapter}"
-    refuse_no_adapter(adapter, where)
+    config, there = read_adapter(adapter, lm_path)
     with blame(where):
-        config = peft.PeftConfig.from_pretrained(adapter)
-        if not isinstance(config, peft.LoraConfig) or not config.target_modules:
-            raise UserError(f"{where}: is {config.peft_type}; only LoRA with target_modules can be loaded")
-        weights = peft.utils.load_peft_weights(adapter, device="cpu")
-        there = {in_layout(name, lm_path): x for name, x in weights.items()}
-        config.target_modules = lora_pattern([name.partition(".lora_")[0] for name in there])
-        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-        for patterns in ("rank_pattern", "alpha_pattern"):
-            moved = {in_layout(name, lm_path): n for name, n in getattr(config, patterns).items()}
-            setattr(config, patterns, moved)
         config.base_model_name_or_path, config.inference_mode = None, not train
-        if not config.target_modules:
-            first = f"; the first is {min(there)}" if there else ""
-            raise UserError(
-                f"{where}: none of its {len(there)} tensors is of a language model's layer{first}"
-            )
         adapted = peft.get_peft_model(model, config)
         wanted = {name: x.shape for name, x in peft.utils.get_peft_model_state_dict(adapted).items()}
         unplaced = sorted(name for name, x in there.items() if wanted.get(name) != x.shape)
@@ -457,6 +442,34 @@ def load_adapter(model, lm_path: str, adapter: str, train: bool):
             raise UserError(f"{where}: not an adapter of this model, {counts}: {(unplaced + missing)[0]}")
         peft.set_peft_model_state_dict(adapted, there)
     return adapted
+
+
+def read_adapter(folder: str, lm_path: str):
+    """LoRA of any layout -> its LoraConfig and its tensors, named as where the language model is at lm_path.
+
+    Raises UserError.
+    """
+    import peft
+
+    where = f"--adapter {folder}"
+    refuse_no_adapter(folder, where)
+    with blame(where):
+        config = peft.PeftConfig.from_pretrained(folder)
+        if not isinstance(config, peft.LoraConfig) or not config.target_modules:
+            raise UserError(f"{where}: is {config.peft_type}; only LoRA with target_modules can be loaded")
+        weights = peft.utils.load_peft_weights(folder, device="cpu")
+        tensors = {in_layout(name, lm_path): x for name, x in weights.items()}
+        config.target_modules = lora_pattern([name.partition(".lora_")[0] for name in tensors])
+        if not config.target_modules:
+            first = f"; the first is {min(tensors)}" if tensors else ""
+            raise UserError(
+                f"{where}: none of its {len(tensors)} tensors is of a language model's layer{first}"
+            )
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+        for patterns in ("rank_pattern", "alpha_pattern"):
+            moved = {in_layout(name, lm_path): n for name, n in getattr(config, patterns).items()}
+            setattr(config, patterns, moved)
+    return config, tensors
 
 
 def refuse_no_adapter(folder: str, where: str) -> None:

@@ -708,7 +708,12 @@ def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
         raise UserError(f"--resume {out}: its log.jsonl is gone; put it back, or start another run")
     if rank == 0:
         about = machine()
-        write_config(cfg, out, about | dict(ranks=n_ranks, data=questions.files), state["step"])
+        write_config(
+            cfg,
+            out,
+            about | dict(ranks=n_ranks, data=questions.files, held_out=len(questions.held)),
+            state["step"],
+        )
         print(
             f"{out}: {cfg.model} in {str(policy.dtype)[6:]} on {about['hardware']}, "
             f"{sum(p.numel() for p in policy.trainable().values()):,} trained parameters, "
@@ -730,6 +735,7 @@ def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
 
         with writing(out):
             draw_curves(out)
+            write_card(out)
     return finished
 
 
@@ -1233,6 +1239,7 @@ def save_weights(policy: Policy, out: str) -> None:
     shutil.rmtree(part, ignore_errors=True)
     if policy.has_adapter:
         policy.model.save_pretrained(part, selected_adapters=["default"])
+        os.remove(os.path.join(part, "README.md"))  # an empty form; tools/card.py writes what is known
     else:
         policy.model.save_pretrained(part)
         policy.tokenizer.save_pretrained(part)
@@ -1244,6 +1251,14 @@ def save_weights(policy: Policy, out: str) -> None:
     shutil.rmtree(part)
 
 
+def write_card(out: str) -> None:
+    """README.md beside the adapter."""
+    from tools import card
+
+    if os.path.isdir(os.path.join(out, "adapter")):
+        data.write_text(os.path.join(out, "adapter", "README.md"), card.card(out))
+
+
 def save_checkpoint(policy: Policy, optimizer, out: str, state: dict) -> None:
     """One file, renamed into place. There is no random state to keep: every draw is a function of the seed
     and `state`."""
@@ -1253,6 +1268,7 @@ def save_checkpoint(policy: Policy, optimizer, out: str, state: dict) -> None:
     with writing(out):
         os.makedirs(os.path.join(out, "checkpoint"), exist_ok=True)
         save_weights(policy, out)
+        write_card(out)
         path = os.path.join(out, "checkpoint", "state.pt")
         data.write_atomically(path, lambda part: torch.save(content, part))
 

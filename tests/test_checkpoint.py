@@ -24,6 +24,7 @@ import model
 import omni_grpo as og
 import texts
 from conftest import wake
+from tools import export
 
 SPECIAL = """
     <|endoftext|> <|im_start|> <|im_end|> <|AUDIO|> <|audio_bos|> <|audio_eos|> <|box_end|>
@@ -366,3 +367,173 @@ def test_full_fine_tuning_goes_round(published, omni, examples, padded, tmp_path
     (ours,), (saved,) = our_logits(omni, before), our_logits(again, after)
     assert before[0].ids == after[0].ids and (1.5 * ours - saved).abs().max() <= 1e-5
     assert (library_logits(library(folder), folder, padded[0]) - saved).abs().max() <= 1e-5
+
+
+# ---- what comes out of it
+
+
+@pytest.fixture
+def trained(published, omni, tmp_path):
+    """A base with the talker's voices, and an adapter for it that is not a no-op.       -> (base, adapter)"""
+    base = variant(published, tmp_path / "base", ["spk_dict.pt"])
+    torch.save({}, os.path.join(base, "spk_dict.pt"))
+    omni.model.peft_config["default"].base_model_name_or_path = base
+    og.save_weights(wake(omni), str(tmp_path))
+    return base, str(tmp_path / "adapter")
+
+
+@pytest.fixture
+def wanted(omni, trained, examples):
+    """-> the completion's ids, our log-probabilities of them behind a clip and a question"""
+    said = [*omni.tokenizer("a bell")["input_ids"], *omni.stop_ids[:1]]
+    row = model.Completion(said, sampled=[True] * len(said))
+    with torch.no_grad():
+        pack = model.make_pack(prompts_of(omni, examples[1:2]), [[row]], [0])
+        return said, model.token_logps(omni, pack, 1.0)[0]
+
+
+def gap(thinker, base, heard, wanted):
+    """The library's log-probabilities against ours."""
+    said, ours = wanted
+    logits = library_logits(thinker, base, heard, said)[-len(said) - 1 : -1]
+    theirs = F.log_softmax(logits, dim=-1).gather(1, torch.tensor(said)[:, None])[:, 0]
+    return (ours - theirs).abs().max()
+
+
+def exported(adapter, door, out, *more):
+    code = export.main([adapter, "--for", door, "--out", str(out), *map(str, more)])
+    return code, str(out)
+
+
+def whole_omni(folder):
+    whole = transformers.Qwen2_5OmniForConditionalGeneration
+    return whole.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("door", ["thinker", "full"])
+def test_an_adapter_for_the_library_s_classes(trained, wanted, padded, tmp_path, door):
+    base, adapter = trained
+    code, out = exported(adapter, door, tmp_path / "out")
+    bare = library(base) if door == "thinker" else whole_omni(base)
+    assert code == 0 and gap(getattr(bare, "thinker", bare), base, padded[1], wanted) > 1e-2
+    theirs = peft.PeftModel.from_pretrained(bare, out).eval().get_base_model()
+    assert gap(getattr(theirs, "thinker", theirs), base, padded[1], wanted) <= 1e-5
+    reached = [name for name, _ in theirs.named_parameters() if "lora_" in name]
+    assert not any("talker" in name or "audio_tower" in name or "visual" in name for name in reached)
+
+
+def test_vllm_finds_every_tensor(trained, tmp_path):
+    """Its rule: behind base_model.model. the first prefix of its list that fits is replaced, and what is then no
+    module of the model is left out in silence."""
+    base, adapter = trained
+    _, out = exported(adapter, "vllm", tmp_path / "out")
+    prefixes = {
+        "thinker.lm_head.": "language_model.lm_head.",
+        "thinker.model.": "language_model.model.",
+        "thinker.": "",
+    }
+
+    def module_of(name):
+        name = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        for theirs, ours in prefixes.items():
+            if name.startswith(theirs):
+                return name.replace(theirs, ours, 1)
+        return name
+
+    def modules_of(folder):
+        weights = safetensors.torch.load_file(f"{folder}/adapter_model.safetensors")
+        return {module_of(name) for name in weights}
+
+    there = {
+        name.replace("model.language_model.", "language_model.model.")
+        for name, _ in library(base).named_modules()
+    }
+    assert len(modules_of(out)) == 21 and modules_of(out) <= there
+    assert not modules_of(adapter) & there  # as a run saves it, the base would be served
+
+
+@pytest.mark.parametrize("shard_bytes", [10**6 // 3, 5 * 10**9])
+def test_merged_weights_are_a_checkpoint_like_any_other(
+    published, trained, wanted, padded, tmp_path, monkeypatch, shard_bytes
+):
+    """The library alone loads them, as a whole and as the thinker; what LoRA does not reach is the base's."""
+    monkeypatch.setattr(export, "SHARD_BYTES", shard_bytes)
+    base, adapter = trained
+    for name in shards(published):  # in float32, so that nothing is rounded
+        if name.endswith(".safetensors"):
+            weights = safetensors.torch.load_file(os.path.join(base, name))
+            os.remove(os.path.join(base, name))
+            save({key: x.float() for key, x in weights.items()}, os.path.join(base, name))
+    code, out = exported(adapter, "merged", tmp_path / "out")
+    assert code == 0 and gap(whole_omni(out).thinker, out, padded[1], wanted) <= 1e-5
+    assert gap(library(out), out, padded[1], wanted) <= 1e-5
+    files = [name for name in os.listdir(out) if name.endswith(".safetensors")]
+    assert (len(files) > 2) == (shard_bytes < 10**6)
+    assert all(os.path.getsize(os.path.join(out, name)) < shard_bytes + 10**5 for name in files)
+    merged = {}
+    for name in files:
+        merged |= safetensors.torch.load_file(os.path.join(out, name))
+    changed = {name for name, x in published.weights.items() if not torch.equal(merged[name], x.float())}
+    assert merged.keys() == published.weights.keys() and len(changed) == 21
+    assert all(name.startswith("thinker.model.layers.") for name in changed)
+    others = {name for name in os.listdir(base) if "safetensors" not in name}
+    assert others <= set(os.listdir(out)) and not any(name.endswith(".part") for name in os.listdir(tmp_path))
+
+
+LAYOUTS = {
+    "ms-swift, vLLM": "thinker.model.",
+    "the whole Omni": "thinker.model.language_model.",
+    "the thinker, before 5.2x": "model.",
+    "the thinker": "model.language_model.",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_adapters_of_other_layouts_come_in(omni, trained, tmp_path, layout):
+    """Their target_modules are a list of names, which the audio tower has, too, or a pattern of their own."""
+    base, adapter = trained
+    weights = safetensors.torch.load_file(f"{adapter}/adapter_model.safetensors")
+    ours = {name.replace(".default.", "."): x for name, x in omni.trainable().items()}
+    assert weights.keys() == ours.keys()
+    theirs = {
+        name.replace("base_model.model.model.language_model.", f"base_model.model.{LAYOUTS[layout]}"): x
+        for name, x in weights.items()
+    }
+    save(theirs, f"{adapter}/adapter_model.safetensors")
+    about = read(adapter, "adapter_config.json")
+    for target in (
+        ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"],
+        "thinker.*",
+    ):
+        write(adapter, "adapter_config.json", about | dict(target_modules=target))
+        policy = load(base, adapter=adapter)
+        loaded = {name.replace(".default.", "."): x for name, x in policy.trainable().items()}
+        assert loaded.keys() == ours.keys() and all(torch.equal(loaded[name], x) for name, x in ours.items())
+
+
+@pytest.mark.parametrize("door", ["thinker", "full", "vllm", "merged"])
+def test_a_tensor_without_a_place_is_an_error(trained, tmp_path, capsys, door):
+    base, adapter = trained
+    path = f"{adapter}/adapter_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    save(
+        {name.replace("layers.1.mlp.up_proj", "layers.9.mlp.up_proj"): x for name, x in weights.items()}, path
+    )
+    code, out = exported(adapter, door, tmp_path / "out")
+    assert code == 2 and "layers.9.mlp.up_proj" in capsys.readouterr().err and not os.path.exists(out)
+    with pytest.raises(data.UserError, match="layers.9.mlp.up_proj"):
+        load(base, adapter=adapter)
+
+
+def test_what_cannot_be_exported(trained, tmp_path, capsys):
+    base, adapter = trained
+    (tmp_path / "there").mkdir()
+    assert exported(adapter, "full", tmp_path / "there")[0] == 2
+    assert exported(base, "full", tmp_path / "out")[0] == 2
+    assert exported(adapter, "full", tmp_path / "out", "--model", tmp_path / "gone")[0] == 2
+    about = read(adapter, "adapter_config.json")
+    write(adapter, "adapter_config.json", about | dict(alpha_pattern={"q_proj": 3}))
+    assert exported(adapter, "merged", tmp_path / "out")[0] == 2
+    said = capsys.readouterr().err.splitlines()
+    for line, words in zip(said, ["exists", "is given as --model", "gone", "LoRA of one rank"], strict=True):
+        assert line.startswith("error: ") and words in line
