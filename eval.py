@@ -5,6 +5,7 @@
     python eval.py --data mmau-test-mini.json --model ... --out results/x --controls      is it listening?
     python eval.py --compare results/base results/x                    is it better? paired, item by item
     python eval.py --score predictions.json [--data FILE]              anybody's predictions, no model
+    python eval.py --ask "What is heard first?" clip.wav --choices "a door" "a dog" --model ...
 
 Greedy by default. What the model says is mapped to one choice or to none by `reward.resolve`, the very
 function that training rewards; none is wrong, and never a guess. Beside that stand the benchmark's own rule,
@@ -88,6 +89,7 @@ UNUSED = {  # by what is done: the flags that have no part in it
     "--compare": KNOBS - {"max_audio_s"} | {"score"},
     "--score": KNOBS - {"data", "audio_dir", "out", "max_audio_s"},
     "--controls": {"audio", "rotate_choices"},
+    "--ask": set("data audio_dir out rotate_choices controls limit batch_size".split()),
     "--prompt caption": {"audio", "rotate_choices", "controls"},
 }
 
@@ -1150,6 +1152,13 @@ def main(argv=None) -> int:
     add = parser.add_argument
     add("--compare", nargs=2, metavar=("BASE", "NEW"), help="two folders of results, paired")
     add("--score", metavar="PREDICTIONS", help="score a file; --data where it holds no questions")
+    add(
+        "--ask",
+        nargs="+",
+        metavar="TEXT",
+        help="a question, then clips; only clips: questions from the terminal",
+    )
+    add("--choices", nargs="+", metavar="TEXT", help="of --ask: what the answer may be")
 
     def command():
         given = vars(parser.parse_args(argv))
@@ -1159,15 +1168,25 @@ def main(argv=None) -> int:
             if not all(value if isinstance(value, list) else [value]):
                 raise UserError(f"--{name}: is empty")
         folders, predictions = given.pop("compare", None), given.pop("score", None)
+        words, choices = given.pop("ask", None), given.pop("choices", [])
         options = Options(**given)
-        if folders:
+        if choices and not words:
+            raise UserError("--choices: belong to --ask")
+        if words:
+            from tools.ask import ask
+
+            options.prompt = options.prompt or "direct"
+            ask(options, words, choices)
+        elif folders:
             compare(*folders, options.max_audio_s)
         elif predictions:
             score_file(predictions, options)
         elif options.data:
             evaluate(options)
         else:
-            raise UserError("nothing to do: give --data, --compare or --score (--help lists the flags)")
+            raise UserError(
+                "nothing to do: give --data, --compare, --score or --ask (--help lists the flags)"
+            )
 
     return data.exit_code(command)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import data
 from data import UserError, knob
-from model import blame, find_model, in_layout, read_adapter, read_family
+from model import blame, find_model, in_layout, quiet_libraries, read_adapter, read_family
 
 LM_PATHS = {  # model type: door: where the language model is
     "qwen2_5_omni_thinker": dict(
@@ -48,6 +48,7 @@ def export(adapter: str, door: str, options: Options) -> None:
     if not options.out:
         raise UserError("--out: give the folder to write")
     data.new_file(options.out)
+    quiet_libraries()
     config, _ = read_adapter(adapter, "model")
     named = config.base_model_name_or_path or ""
     base = options.model or (f"{named}@{config.revision}" if config.revision else named)
@@ -130,7 +131,7 @@ def merge(adapter: str, base: str, out: str) -> None:
 
 
 def lora_pairs(adapter: str) -> tuple[dict[str, dict], float]:
-    """-> {"model.layers.0.self_attn.q_proj.weight": {"lora_A": (r, in), "lora_B": (out, r)}}, their scaling"""
+    """-> {"model.layers.0.mlp.up_proj.weight": {"lora_A": (r, in), "lora_B": (out, r)}}, their scaling"""
     config, tensors = read_adapter(adapter, "model")
     pairs = {}
     for name, x in tensors.items():
