@@ -19,6 +19,8 @@ import soundfile
 import data
 import eval as ev
 import fake_server
+import model
+import omni_grpo
 import tools.server as client
 from data import Example, Examples
 from fake_server import HOW, KEY, ROOT, Listener, start_tool, wait_until
@@ -323,7 +325,7 @@ def test_kill_at_any_moment(ask):
     text_of = texts_of(Examples("q.jsonl"))
     before = set()
     for stop_at in (1, 30, 70, 96):
-        ask.log.clear()
+        begun = len(ask.log)
         process = start(ask, *flags.split())
         wait_until(lambda at=stop_at, p=process: p.poll() is not None or len(lines_of("killed")) >= at)
         if stop_at < 96:
@@ -332,7 +334,7 @@ def test_kill_at_any_moment(ask):
         _, errors = process.communicate()
         done = [text_of[line["item"], line["rotation"]] for line in lines_of("killed")]
         assert len(set(done)) == len(done) and before < set(done)
-        assert not before & {entry["text"] for entry in ask.log}
+        assert not before & {entry["text"] for entry in ask.log[begun:]}
         before = set(done)
     assert process.returncode == 0, errors
     for name in ("config.json", "items.jsonl", "predictions.json", "report.json", "examples.jsonl"):
@@ -593,3 +595,47 @@ def test_no_torch(ask):
     )
     assert done.returncode == 0, done.stderr
     assert read("blind/report.json") == read("here/report.json") and os.path.exists("blind/real/report.html")
+
+
+# ---- the tiny base
+
+
+@pytest.fixture
+def tiny_server(tiny, server, monkeypatch):
+    """The tiny base behind the server: it reads the prompt and the sounds of a request, and knows no question."""
+    policy = omni_grpo.load_run_policy(omni_grpo.Config(model=tiny.base), train=False)
+    cfg = omni_grpo.Config(model=tiny.base, prompt="direct", max_new_tokens=6)
+
+    class Tiny(Listener):
+        def asked(self, request):
+            content = request["messages"][-1]["content"]
+            parts = content[:-1] if isinstance(content, list) else []
+            return "", dict(text=str(content)[-300:], sounds=[self.hear(**part) for part in parts])
+
+        def reply(self, request, mode, text, sounds):
+            messages = json.loads(json.dumps(request["messages"]).replace("input_audio", "audio"))
+            whole = policy.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            prompt = model.Prompt(policy.tokenizer(whole, add_special_tokens=False)["input_ids"])
+            waves = [np.array(samples, np.float32) / 2**15 for samples in sounds]
+            clips = [model.Clip(model.log_mel(policy.extractor, w, policy.frames_after), None) for w in waves]
+            for heard in model.embed_clips(policy, [clips])[0]:  # a clip a question
+                at = prompt.ids.index(policy.audio_id)
+                prompt.ids[at : at + 1] = [policy.audio_id] * len(heard)
+                prompt.audio.append((at, heard))
+            asked = policy, cfg, [prompt], [clips], [request["seed"]]
+            ((completion,),) = omni_grpo.rollout(*asked, 1, request["temperature"])
+            return model.completion_text(policy, completion), "stop"
+
+    monkeypatch.setattr(fake_server, "Server", Tiny)
+    return server
+
+
+@pytest.mark.parametrize("audio", ["real", "silence", "none", "shuffled"])
+def test_the_tiny_base_says_the_same_when_it_is_served(tiny, tiny_server, tmp_path, main, audio):
+    """Word for word: the prompt, the places of the clips and every sample are those of a model that is loaded."""
+    flags = f"--data {tiny.questions} --max_new_tokens 6 --limit 12 --audio {audio}"
+    main(f"{flags} --model {tiny.base} --out {tmp_path}/here")
+    main(f"{flags} --model tiny --base_url {tiny_server.url} --out {tmp_path}/there")
+    said = [[p["raw_output"] for p in read(tmp_path / out / "predictions.json")] for out in ("here", "there")]
+    assert said[0] == said[1] and len(set(said[0])) > 1
+    assert len(tiny_server.log) == 12
