@@ -394,6 +394,22 @@ def test_a_request_that_failed_is_asked_again(ask, hasty, monkeypatch):
     assert again.report["errors"] == 0
 
 
+def test_controls_with_failed_requests(ask, hasty, monkeypatch):
+    """All conditions are asked, and in the table, before it is said how many failed in them together."""
+    broken = {"1"}
+    monkeypatch.setattr(fake_server, "Server", moody(lambda about: about["id"] in broken))
+    done = ask(asking(4), "--controls", code=2)
+    assert done.error.endswith(
+        "error: 8 requests failed; the same command asks them again\n"
+    )  # 4 are rotations
+    names = "real silence none shuffled rotated".split()
+    assert list(done.report) == names and pick(done.report["real"], "accuracy errors") == [0.75, 1]
+    broken.clear()
+    ask.log.clear()
+    done = ask(None, "--controls")
+    assert len(ask.log) == 8 and done.report["real"]["accuracy"] == 1
+
+
 def test_a_rotation_that_failed_is_wrong(ask, hasty, monkeypatch):
     """Though the others are right, and in every place where that is counted."""
     monkeypatch.setattr(fake_server, "Server", moody(lambda about: "options: ['cat'" in about["text"]))
