@@ -4,6 +4,7 @@
                    --out results/x
     python eval.py --data mmau-test-mini.json --model ... --out results/x --controls      is it listening?
     python eval.py --compare results/base results/x                    is it better? paired, item by item
+    python eval.py --data ... --base_url http://HOST:PORT/v1 --model NAME         a model behind a server
     python eval.py --score predictions.json [--data FILE]              anybody's predictions, no model
     python eval.py --ask "What is heard first?" clip.wav --choices "a door" "a dog" --model ...
 
@@ -45,7 +46,12 @@ from reward import Said, accuracy, resolve, same_choice
 class Options:
     data: str = knob("", "a benchmark or any questions data.py reads: file, folder or Hub id")
     audio_dir: str = knob("", "where relative audio paths start; none: the folder of the file")
-    model: str = knob("Qwen/Qwen2.5-Omni-7B", "local directory or Hub id")
+    model: str = knob("Qwen/Qwen2.5-Omni-7B", "local directory or Hub id; with --base_url: its name there")
+    base_url: str = knob(
+        "",
+        "an OpenAI-compatible server that takes sound, http://HOST:PORT/v1; the key is read from "
+        "OPENAI_API_KEY; none: the model is loaded here",
+    )
     adapter: str = knob("", "runs/NAME/adapter")
     out: str = knob("", "folder of results; none: results/DATA-MODEL, with --score: no files")
     prompt: str = knob(
@@ -79,18 +85,25 @@ class Options:
                 "--samples above 1 needs a --temperature above 0: greedy answers are all the same"
             )
 
+    @property
+    def new_tokens(self) -> int:
+        return self.max_new_tokens or PROMPTS[self.prompt].max_new_tokens
+
     def first(self, examples: Examples) -> list[Example]:
         """Those that --limit leaves."""
         return examples[: self.limit or None]
 
 
 KNOBS = {f.name for f in fields(Options)}
+LOADED = {"adapter", "dtype", "load_in_4bit", "max_relistens", "relisten_from"}  # of a model that runs here
 UNUSED = {  # by what is done: the flags that have no part in it
     "--compare": KNOBS - {"max_audio_s"} | {"score"},
     "--score": KNOBS - {"data", "audio_dir", "out", "max_audio_s"},
     "--controls": {"audio", "rotate_choices"},
     "--ask": set("data audio_dir out rotate_choices controls limit batch_size".split()),
     "--prompt caption": {"audio", "rotate_choices", "controls"},
+    "--prompt relisten": {"base_url"},  # a server plays no part again
+    "--base_url": {*LOADED, "batch_size", "rollout_rows"},
 }
 
 
@@ -214,6 +227,8 @@ def bootstrap(differences: list[float], seed: int = 0, repeats: int = 10_000) ->
 # ------------------------------------------------------------------------------------------------------------
 # One item: what is asked, what was said, and what that is worth
 
+FAILED = "the request failed, the same command asks again: "  # so begins the error of a line
+
 
 @dataclass
 class Item:
@@ -252,8 +267,13 @@ class Item:
 
     @property
     def error(self) -> str:
-        """Why the clip could not be heard; the item counts as wrong."""
+        """Why the clip could not be heard, or the request failed; that counts as wrong."""
         return next((line["error"] for line in self.lines.values() if line["error"]), "")
+
+    @property
+    def failed(self) -> int:
+        """How many of its rotations a server did not answer."""
+        return sum(line["error"].startswith(FAILED) for line in self.lines.values())
 
     @functools.cached_property
     def resolved(self) -> list[list[int | None]]:
@@ -270,11 +290,11 @@ class Item:
 
     @functools.cached_property
     def right(self) -> list[list[bool]]:
-        """[rotation][sample], by the reward of training"""
+        """[rotation][sample], by the reward of training; an error is one wrong sample"""
         right = []
-        for rotation, line in self.answers.items():
+        for rotation, line in sorted(self.lines.items()):
             shown = rotate(self.example, rotation)
-            right.append([accuracy(Said(text), shown) == 1 for text in line["said"]])
+            right.append([accuracy(Said(text), shown) == 1 for text in line["said"]] or [False])
         return right
 
     @property
@@ -539,7 +559,10 @@ def report_lines(report: dict) -> list[str]:
         lines.append(f"{len(left)} rows not counted, {what}: {', '.join(left[:5])}")
     if report["errors"] or report["missing"]:
         line = "counted as wrong: " if "accuracy" in report else "not answered: "
-        line += f"{report['errors']} clips that could not be heard, "
+        failed = sum(why.startswith(FAILED) for why in report["error_items"].values())
+        line += f"{report['errors'] - failed} clips that could not be heard, "
+        if failed:
+            line += f"{failed} items whose request failed, "
         lines.append(line + f"{report['missing']} items without a prediction")
         lines += [f"  {why}" for why in list(report["error_items"].values())[:10]]
     if "heard_again" in report:
@@ -574,20 +597,34 @@ def config_of(options: Options):
     )
 
 
-NO_SETTINGS = "data audio_dir out controls limit batch_size rollout_rows".split()  # no answer depends on them
+def load_policy(options: Options):
+    import omni_grpo
+
+    return omni_grpo.load_run_policy(config_of(options), train=False)
+
+
+NO_SETTINGS = (  # no answer depends on them; base_url is entered by itself, without a password
+    "data audio_dir out controls limit batch_size rollout_rows base_url".split()
+)
 
 
 def settings_of(options: Options, examples: Examples) -> dict:
     """All that an answer depends on: results of different settings or data never stand in one folder."""
-    import model
-
-    cfg = config_of(options)
     settings = {name: value for name, value in vars(options).items() if name not in NO_SETTINGS}
     settings.update(
-        max_new_tokens=cfg.new_tokens,
-        max_relistens=cfg.relistens,
+        max_new_tokens=options.new_tokens,
         prompt_text=asdict(PROMPTS[options.prompt]),
         data_fingerprint=data_mark(examples),
+    )
+    if options.base_url:
+        from tools import server
+
+        settings["base_url"] = server.address_of(options.base_url)
+        return {name: value for name, value in settings.items() if name not in LOADED}
+    import model
+
+    settings.update(
+        max_relistens=config_of(options).relistens,
         model_fingerprint=hash_weights(model.find_model(options.model)),
     )
     if os.path.isdir(options.adapter):
@@ -700,16 +737,27 @@ def ask(options: Options, settings: dict, examples: list, played: list, policy=N
             ask_missing(options, todo, ledger, policy)
     with_clips = [item for item in items.values() if item.clips]
     if with_clips and not any(item.said for item in with_clips):
-        raise UserError(f"no clip could be heard, of {len(with_clips)} items: {with_clips[0].error}")
+        what = "question was answered" if with_clips[0].failed else "clip could be heard"
+        raise UserError(f"no {what}, of {len(with_clips)} items: {with_clips[0].error}")
     return list(items.values())
 
 
 def ask_missing(options: Options, items: list[Item], ledger, policy=None):
-    """A batch of items at a time, while threads read the clips of the next ones."""
+    """A server in threads; a policy a batch of items at a time, while threads read the next clips."""
+
+    def take(item: Item, rotation: int, answer: dict):
+        line = dict(item=item.key, heard=item.marks, rotation=rotation, **answer)
+        ledger.append(line)
+        item.lines[rotation] = line
+
+    if options.base_url:
+        from tools import served
+
+        served.ask(options, items, take)
+        return
     import omni_grpo
 
-    cfg = config_of(options)
-    policy = policy or omni_grpo.load_run_policy(cfg, train=False)
+    cfg, policy = config_of(options), policy or load_policy(options)
 
     def load_clips(item: Item):
         return omni_grpo.load_clips_of(policy, cfg, item.played)[0]
@@ -718,10 +766,8 @@ def ask_missing(options: Options, items: list[Item], ledger, policy=None):
     bar = data.progress(loaded, len(items), "items")
     stream, scores = iter(bar), []
     while batch := list(islice(stream, options.batch_size)):
-        for item, rotation, answer in ask_batch(options, cfg, policy, batch):
-            line = dict(item=item.key, heard=item.marks, rotation=rotation, **answer)
-            ledger.append(line)
-            item.lines[rotation] = line
+        for answer in ask_batch(options, cfg, policy, batch):
+            take(*answer)
         scores += [item.score for item, _ in batch if item.example.has_answer]
         bar.set_postfix(accuracy=f"{mean(scores):.3f}", refresh=False)
 
@@ -846,7 +892,7 @@ def write_rates(out: str, conditions: dict[str, list[Item]]):
     data.write_examples(path, rated, len(rated))
 
 
-def write_captions(options: Options, examples: Examples):
+def write_captions(options: Options, examples: Examples) -> list[Item]:
     """Descriptions of every clip, several with --samples, as `python -m tools.generate` reads them."""
     clips, lines = {}, []
     for e in options.first(examples):
@@ -862,7 +908,8 @@ def write_captions(options: Options, examples: Examples):
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     data.write_text(f"{options.out}/captions.jsonl", "".join(lines))
     print(f"{options.out}/captions.jsonl: {len(lines)} clips, {options.samples} captions each; ", end="")
-    print(f"{len(items) - len(lines)} clips could not be heard")
+    print(f"{len(items) - len(lines) - sum(item.failed for item in items)} clips could not be heard")
+    return items
 
 
 def save_clip(clip, path: str) -> str:
@@ -886,18 +933,16 @@ CONTROLS = {
 }
 
 
-def run_controls(options: Options, examples: Examples):
-    """The standard set, one table: how much of the score is hearing?"""
-    import omni_grpo
-
+def run_controls(options: Options, examples: Examples) -> list[Item]:
+    """The standard set, one table: how much of the score is hearing?      -> the items of all conditions"""
     if not any(e.has_answer for e in options.first(examples)):
         raise UserError(f"--data {options.data}: no answers in this file, and controls compare scores")
-    check_settings(options.out, settings_of(options, examples))
-    cfg = config_of(options)
-    policy = omni_grpo.load_run_policy(cfg, train=False)
+    settings = settings_of(options, examples)
+    check_settings(options.out, settings)
+    policy = None if options.base_url else load_policy(options)
     reports, items, rows = {}, {}, []
     for name, change in CONTROLS.items():
-        if name == "once" and not cfg.relistens:
+        if name == "once" and not settings.get("max_relistens"):
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         changed = replace(options, out=f"{options.out}/{name}", **change)
@@ -912,9 +957,11 @@ def run_controls(options: Options, examples: Examples):
     print(f"{report_text(reports['real'])}\n\n{markdown_table(heads, rows)}\n")
     consistency = percent(reports["rotated"].get("consistency", 0))
     print(f"rotated: the same answer in every rotation for {consistency} % of the items")
+    asked = flatten(items.values())
     del items["rotated"]
     write_rates(options.out, items)
     write_json(f"{options.out}/report.json", reports)
+    return asked
 
 
 def compare_items(base: list[Item], new: list[Item]) -> dict:
@@ -1137,13 +1184,15 @@ def evaluate(options: Options):
     os.makedirs(options.out, exist_ok=True)
     with data.claimed(options.out):
         if options.controls:
-            run_controls(options, examples)
+            items = run_controls(options, examples)
         elif options.prompt == "caption":
-            write_captions(options, examples)
+            items = write_captions(options, examples)
         else:
-            report, _ = run(options, examples)
+            report, items = run(options, examples)
             print(report_text(report))
             print(f"\n{options.out}: predictions.json, report.json, report.html, examples.jsonl")
+    if failed := sum(item.failed for item in items):
+        raise UserError(f"{failed} requests failed; the same command asks them again")
 
 
 def main(argv=None) -> int:
@@ -1163,7 +1212,7 @@ def main(argv=None) -> int:
     def command():
         given = vars(parser.parse_args(argv))
         check_flags(given)
-        for name in ("data", "score", "compare"):
+        for name in ("data", "score", "compare", "base_url", "model"):
             value = given.get(name, "not given")
             if not all(value if isinstance(value, list) else [value]):
                 raise UserError(f"--{name}: is empty")

@@ -16,7 +16,7 @@ from tools import demo, plots, sounds  # noqa: E402
 
 SLOW = (
     "test_run test_trouble test_reward test_recipes test_plain test_generate test_relisten test_model test_ranks "
-    "test_fits test_formats test_eval"
+    "test_fits test_formats test_eval test_served"
 ).split()
 
 

@@ -1,11 +1,14 @@
 """An OpenAI-compatible server of our own on 127.0.0.1, in a thread; what it answers depends on the request
-alone. And the runs of the tools that ask it.
+alone. And the runs of the tools that ask it. Listener is one that hears.
 
 `server` is the fixture. Other tests let it answer otherwise: a subclass of Server with its own `asked` and
 `reply`, put in its place by monkeypatch.setattr(fake_server, "Server", Other).
 """
 
+import ast
 import asyncio
+import base64
+import io
 import json
 import os
 import random
@@ -17,8 +20,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import soundfile
 
-from data import UserError
+from data import RATE_HZ, UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEY = "sk-test-0123456789abcdef"
@@ -127,6 +131,48 @@ class Server(asyncio.Protocol):
         }
         tokens = None if mode == "free" else (300, 40)
         return texts.get(mode, whole), "length" if mode == "cut" else "stop", tokens
+
+
+class Listener(Server):
+    """An audio model: to `say`, a function of (choices, sounds, number of the sample) -> text, it hands what it hears.
+
+    What is asked about is "Number 7?", with "mode=" and how the answer goes; the sounds are lists of 16-bit samples.
+    """
+
+    say = None
+
+    def asked(self, request):
+        content = request["messages"][-1]["content"]
+        *parts, last = content if isinstance(content, list) else [{"text": content}]
+        about = dict(id=re.search(r"Number (\w+)", last["text"])[1], text=last["text"])
+        return last["text"], about | dict(sounds=[self.hear(**part) for part in parts])
+
+    def hear(self, type, input_audio):
+        assert type == "input_audio" and input_audio["format"] == "wav"
+        file = io.BytesIO(base64.b64decode(input_audio["data"], validate=True))
+        with soundfile.SoundFile(file) as f:
+            assert (f.format, f.subtype, f.samplerate, f.channels) == ("WAV", "PCM_16", RATE_HZ, 1)
+            return f.read(dtype="int16").tolist()
+
+    def reply(self, request, mode, id, text, sounds):
+        about = dict(id=id, text=text, sounds=sounds)
+        seeds = dict.fromkeys(entry["seed"] for entry in self.log if about.items() <= entry.items())
+        n = list(seeds).index(request["seed"])
+        choices = re.search(r"following options: (\[.*?\])\.", text)
+        said = type(self).say(ast.literal_eval(choices[1]) if choices else [], sounds, n)
+        return HOW[mode](said), "length" if mode == "cut" else "stop", None if mode == "free" else (300, 40)
+
+
+HOW = {  # mode: what becomes of a good answer
+    "cut": lambda said: said[:3],
+    "null": lambda said: None,
+    "empty": lambda said: "",
+    "think": lambda said: f"<think>A dog, a cat, rain or a bell?</think>\n\n{said}",
+    "thought": lambda said: f"A dog? A cat, rain, or a bell?</think>{said}",
+    "thinking": lambda said: f"<think>This is surely {said}",
+    "leak": lambda said: f"{said} {KEY}",
+}
+HOW |= dict.fromkeys(("good", "free", "limit", "errors", "broken"), str)
 
 
 @pytest.fixture

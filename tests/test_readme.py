@@ -22,7 +22,7 @@ TESTS = "".join(
     read(f"tests/{name}") for name in os.listdir(os.path.join(ROOT, "tests")) if name.endswith(".py")
 )
 TOOL_COMMANDS = ("generate", "events", "behaviours", "pages")
-OTHERS = {"nproc_per_node", "no-deps"}  # torchrun's and pip's
+OTHERS = {"nproc_per_node", "no-deps", "generation-config"}  # torchrun's, pip's and vLLM's
 
 
 def test_the_readme_is_short():

@@ -7,6 +7,7 @@ check        data.py's command check
 shortcuts    what the options of a file give away, without sound and question
 behaviours   what completions do: verification, backtracking, ..., counted by words or by a judge (a command)
 server       the client of an OpenAI-compatible server, and the resumable run that generate and events share
+served       the questions of eval.py to a model behind such a server
 sounds       the demo's sounds: synthesised, written as wav files, with questions about them
 demo         the demo's tiny base models and its knobs
 small_omni   a real audio language model of 160 million parameters, made from packages on a CPU (a command)

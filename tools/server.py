@@ -4,7 +4,7 @@ Chat      the client: send(messages, seed) -> a reply
 ask       asks until a reply is accepted
 run       asks about every clip and writes a line on each; it can be stopped at any moment, and goes on
 
-generate.py and events.py are such runs; behaviours.py uses the client alone.
+generate.py and events.py are such runs; behaviours.py and served.py use the client alone.
 """
 
 import contextlib
@@ -100,6 +100,11 @@ REMEDIES = {  # statuses that would come back for every request: stop at once
 NO_CHAT = "the answer is no chat completion; is --base_url right (it usually ends in /v1)?"
 
 
+def address_of(base_url: str) -> str:
+    """Without what may be secret: a name and a password before the host, and a query."""
+    return re.sub("//[^/]*@", "//", base_url).partition("?")[0]
+
+
 def open_client(base_url, retries, timeout_s):
     import openai
 
@@ -115,7 +120,8 @@ def open_client(base_url, retries, timeout_s):
         return openai.OpenAI(base_url=base_url or None, **options)
     except Exception as e:  # each library that reads the address raises its own
         expected = "http://HOST:PORT/v1 or https://HOST/v1"
-        raise UserError(f"--base_url: expected {expected}, found {base_url!r:.200} ({e})") from None
+        found = address_of(base_url)
+        raise UserError(f"--base_url: expected {expected}, found {found!r:.200} ({e})") from None
 
 
 class Chat:
@@ -156,7 +162,7 @@ class Chat:
         tokens = [getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
         estimated = not is_list_of(int, tokens)
         if estimated:
-            tokens = [rough_tokens(*(m["content"] for m in messages)), rough_tokens(text)]
+            tokens = [rough_tokens(*texts_of(messages)), rough_tokens(text)]
         return text, finish, tokens, estimated
 
     def create(self, messages, seed):
@@ -209,7 +215,17 @@ def rough_tokens(*texts: str) -> int:
 
 
 def rough_prompt_tokens(messages, schema) -> int:
-    return rough_tokens(json.dumps(schema), *(m["content"] for m in messages))
+    return rough_tokens(json.dumps(schema), *texts_of(messages))
+
+
+def texts_of(messages) -> list[str]:
+    """What the messages say; their sounds are left out."""
+    texts = []
+    for message in messages:
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        texts += [part["text"] for part in parts if "text" in part]
+    return texts
 
 
 def answer_all(jobs, total, unit, work, take, concurrency, room=lambda waiting: True):
