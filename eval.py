@@ -100,7 +100,7 @@ UNUSED = {  # by what is done: the flags that have no part in it
     "--compare": KNOBS - {"max_audio_s"} | {"score"},
     "--score": KNOBS - {"data", "audio_dir", "out", "max_audio_s"},
     "--controls": {"audio", "rotate_choices"},
-    "--ask": set("data audio_dir out rotate_choices controls limit batch_size".split()),
+    "--ask": set("base_url data audio_dir out rotate_choices controls limit batch_size".split()),
     "--prompt caption": {"audio", "rotate_choices", "controls"},
     "--prompt relisten": {"base_url"},  # a server plays no part again
     "--base_url": {*LOADED, "batch_size", "rollout_rows"},

@@ -11,9 +11,15 @@ import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = ("omni_grpo.py", "model.py", "data.py")
-MATH, MODEL, PLAIN, RUN, RANKS, FAMILIES, AGAIN, INPUTS, TROUBLE, DATA = (
-    f"tests/test_{x}.py" for x in "math model plain run ranks families relisten inputs trouble data".split()
+SCRIPTS = (
+    "omni_grpo.py",
+    "model.py",
+    "data.py",
+    *(f"tools/{x}.py" for x in "export ask card served".split()),
+)
+MATH, MODEL, PLAIN, RUN, RANKS, FAMILIES, AGAIN, INPUTS, TROUBLE, DATA, CHECKPOINT = (
+    f"tests/test_{x}.py"
+    for x in "math model plain run ranks families relisten inputs trouble data checkpoint".split()
 )
 
 MUTANTS = [  # what, old, new, the tests that must die
@@ -93,7 +99,7 @@ MUTANTS = [  # what, old, new, the tests that must die
     ),
     ("reference is the policy", "with policy.model.disable_adapter():", "if True:", MODEL),
     ("old policy refreshed", "if batch.old_logps[i] is None:", "if True:", MODEL),
-    ("LoRA everywhere", 'rf"{re.escape(lm_path)}\\..*\\b(', 'rf".*\\b(', MODEL),
+    ("LoRA everywhere", 'pattern = rf"{BEFORE_LAYERS}', 'pattern = rf".*', MODEL),
     ("prefix without its gradient", "        prefix.backward(copies[key])", "        pass", MODEL),
     ("old weights' prefix used again", "through_rollout=nth == 0)", "through_rollout=True)", MODEL),
     ("prompts of a prefix swapped", "prefix.last[list(places)]", "prefix.last[list(places)[::-1]]", MODEL),
@@ -155,8 +161,21 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("a directory for two", "if not lock(opened):", "if False:", TROUBLE),
     ("a bad clip counts every time", "bad[str(example.clips)] = heard", "bad[drawn] = heard", TROUBLE),
     ("NaN in the log", "return None if isinstance(x, float)", "return x if isinstance(x, float)", TROUBLE),
-    ("any adapter fits", "    if there != wanted:\n", "    if False:\n", TROUBLE),
-    ("LoRA on the tower", "if not isinstance(config.target_modules, str):", "if False:", TROUBLE),
+    ("any adapter fits", "        if unplaced or missing:\n", "        if False:\n", TROUBLE),
+    ("LoRA on the tower", "config.target_modules = lora_pattern(", "lora_pattern(", TROUBLE),
+    # ---- what comes out
+    ("merged twice as strong", 'scaling * lora["lora_B"]', '2 * scaling * lora["lora_B"]', CHECKPOINT),
+    ("vLLM serves the base", 'vllm="thinker.model"', 'vllm="thinker.model.language_model"', CHECKPOINT),
+    ("a part is not merged", "    if pairs:\n        raise", "    if False:\n        raise", CHECKPOINT),
+    ("a part has no door", "    if modules - places:\n", "    if False:\n", CHECKPOINT),
+    ("a long choice is as probable", "logps.sum().exp()", "logps.mean().exp()", "tests/test_ask.py"),
+    (
+        "a card without its flags",
+        'words.append(f"--{name} {shlex',
+        '(f"--{name} {shlex',
+        "tests/test_card.py",
+    ),
+    ("silence is served aloud", "wave[:] = 0", "pass", "tests/test_served.py"),
     # ---- data
     ("labels stay", "return labels, texts\n    return [], choices", "return [], choices", INPUTS),
     ("choices of any kind", 'return [f"{topic} {kind}" for topic in topics] + [kind]', 'return [""]', INPUTS),

@@ -21,8 +21,8 @@ CODE = "".join(map(read, SCRIPTS + TOOLS))
 TESTS = "".join(
     read(f"tests/{name}") for name in os.listdir(os.path.join(ROOT, "tests")) if name.endswith(".py")
 )
-TOOL_COMMANDS = ("generate", "events", "behaviours", "pages")
-OTHERS = {"nproc_per_node", "no-deps", "generation-config"}  # torchrun's, pip's and vLLM's
+TOOL_COMMANDS = ("generate", "events", "behaviours", "pages", "export")
+OTHERS = set("nproc_per_node no-deps generation-config enable-lora max-lora-rank lora-modules".split())
 
 
 def test_the_readme_is_short():

@@ -13,6 +13,10 @@ demo         the demo's tiny base models and its knobs
 small_omni   a real audio language model of 160 million parameters, made from packages on a CPU (a command)
 speech       voices and recordings that it learns from
 spoken       spoken questions for it, whose options give nothing away (a command)
+export       a trained adapter for other programs, and the Hub (a command)
+card         what stands beside an adapter: base, data, command, accuracy
+ask          eval.py --ask
+served       eval.py --base_url
 pages        report.html and rollouts.html: look through failures by ear
 plots        curves.png
 fits         will a step fit into the memory of the card?
