@@ -88,6 +88,8 @@ MAX_GRAD_NORM = 1.0  # nobody ablates these, so they are no flags
 EVAL_SAMPLES = 4  # samples of a question behind eval/accuracy_sampled
 LOG_ROLLOUTS = 10  # steps between entries in rollouts.jsonl
 WORKERS = 4  # threads that read audio ahead of the step
+BEST = {"best": "eval/accuracy", "best_sampled": "eval/accuracy_sampled"}  # --keep: key of the log
+PROGRESS_S = 60  # between lines of progress, where there is no terminal
 MAX_BAD_AUDIO = 10  # unreadable clips, or a hundredth of the draws, that are skipped before the run stops
 
 
@@ -106,7 +108,7 @@ class Config:
     out: str = knob("", "run directory; none: runs/<name of the data>, with a number if that is taken")
     resume: str = knob(
         "",
-        "go on from the last checkpoint of --out (or of the directory named here)",
+        "go on from the last checkpoint of --out (or of the directory named here); auto: where there is one",
         nargs="?",
         const="--out",
         metavar="RUN",
@@ -114,6 +116,7 @@ class Config:
     seed: int = knob(0, "seed of LoRA, data order, choice order and sampling", high=2**63 - 1)
     steps: int = knob(1000, "GRPO steps (one rollout each)")
     save_every: int = knob(50, "steps between checkpoints", low=1)
+    keep: str = knob("", "beside the last adapter: best, best_sampled (of the evaluations), or how many")
     eval_every: int = knob(100, "steps between evaluations; step 0 and the last are always evaluated", low=1)
     # prompt, reward, rollout
     prompt: str = knob("direct", "prompt template: " + " | ".join(PROMPTS), choices=PROMPTS)
@@ -196,6 +199,10 @@ class Config:
             raise UserError(
                 f"--adapter {self.adapter}: --lora_rank 0 trains all weights and has no use for one"
             )
+        if self.keep and self.keep not in BEST and not re.fullmatch("[1-9][0-9]*", self.keep):
+            raise UserError(f"--keep {self.keep}: must be {', '.join(BEST)} or a number from 1 on")
+        if self.keep in BEST and not self.eval_size:
+            raise UserError(f"--keep {self.keep}: --eval_size 0 leaves nothing to choose by")
         try:
             parse_rewards(self.reward)
         except ValueError as e:
@@ -753,9 +760,11 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
     logged = True
     if state["record"] and last_logged < first:
         logged = evaluate_and_log(policy, cfg, questions, out, state, stopping)
+    keep_best(policy, optimizer, cfg, out, state)  # at step 0, or after a kill between log and save
     held_out = last_accuracy(out) if rank == 0 else None
-    terminal = data.Lasting(sys.stderr)
-    bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0, file=terminal)
+    terminal, started, told = data.Lasting(sys.stderr), time.monotonic(), 0.0
+    quiet = rank > 0 or not terminal.isatty()
+    bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True, disable=quiet, file=terminal)
     # ranks may get a signal in different steps
     while logged and state["step"] < last and not any(gather(bool(stopping))):
         step = state["step"] + 1
@@ -775,9 +784,11 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
                 if rank == 0:
                     tqdm.write(show_group(policy, groups[0], step), file=data.Lasting(sys.stdout))
             if step == last or step % cfg.save_every == 0:
+                keep_some(policy, cfg, out, step)
                 save_checkpoint(policy, optimizer, out, state)
                 saved = step
             logged = evaluate_and_log(policy, cfg, questions, out, state, stopping)
+            keep_best(policy, optimizer, cfg, out, state)
             lost_steps = lost_steps + 1 if record["optim/skipped"] == cfg.updates_per_rollout else 0
             if lost_steps == min(10, last - first):
                 raise UserError(f"all updates of {lost_steps} steps were skipped: gradients are not finite")
@@ -797,10 +808,22 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
         if held_out is not None:
             shown["held_out"] = held_out
         bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()}, refresh=False)
+        now = time.monotonic()
+        if rank == 0 and quiet and (now - told >= PROGRESS_S or step == last or "eval/accuracy" in record):
+            told = now
+            print(progress_line(step, last, shown, (now - started) / (step - first)), file=terminal)
     bar.close()
     if saved != state["step"]:  # stopped by a signal
         save_checkpoint(policy, optimizer, out, state)
     return state["step"] >= last and logged
+
+
+def progress_line(step: int, last: int, shown: dict[str, float], step_s: float) -> str:
+    """Where there is no terminal for a bar: in a file, a line now and then."""
+    values = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
+    return (
+        f"step {step} of {last}: {values}; {step_s:.1f} s a step, {step_s * (last - step) / 60:.0f} min left"
+    )
 
 
 def take_step(policy: Policy, optimizer, cfg: Config, stream, weights: dict, state: dict, phase: str):
@@ -1162,12 +1185,21 @@ def open_run(cfg: Config) -> str:
             raise UserError(f"--out {cfg.out}: {e.strerror}") from None
         return cfg.out
     os.makedirs("runs", exist_ok=True)
-    stem = os.path.splitext(os.path.basename(os.path.normpath(cfg.data or cfg.cold_start_data)))[0]
     for i in count(1):
-        out = os.path.join("runs", f"{stem}-{i}" if i > 1 else stem)
+        out = usual_name(asdict(cfg)) + (f"-{i}" if i > 1 else "")
         with contextlib.suppress(FileExistsError):
             os.mkdir(out)
             return out
+
+
+def usual_name(flags: dict) -> str:
+    """The directory of a run without --out; "" without data."""
+    path = flags.get("data") or flags.get("cold_start_data")
+    return path and os.path.join("runs", os.path.splitext(os.path.basename(os.path.normpath(path)))[0])
+
+
+def can_go_on(out: str) -> bool:
+    return os.path.exists(os.path.join(out, "checkpoint", "state.pt"))
 
 
 # what a run leaves that is killed before its first checkpoint
@@ -1177,12 +1209,11 @@ STARTED = {"config.json", "config.json.part", "adapter", "adapter.part", "model"
 def refuse_to_overwrite(out: str) -> None:
     """A new run needs an empty directory, or that of a run which was killed before its first checkpoint."""
     names = set(os.listdir(out))
-    can_go_on = os.path.exists(os.path.join(out, "checkpoint", "state.pt"))
     killed_early = any(name.startswith("config.json") for name in names) and names <= STARTED
-    if names and (can_go_on or not killed_early):
-        remedy = (
-            f"go on with it by --resume {out}, or give another name" if can_go_on else "give another name"
-        )
+    if names and (can_go_on(out) or not killed_early):
+        remedy = "give another name"
+        if can_go_on(out):
+            remedy = f"go on with it by --resume {out}, or give another name"
         raise UserError(f"--out {out}: already holds something; {remedy}")
 
 
@@ -1232,9 +1263,12 @@ def refuse_other_data(cfg: Config, files: dict) -> None:
             )
 
 
-def save_weights(policy: Policy, out: str) -> None:
-    """out/adapter in PEFT's format; out/model, a whole checkpoint directory, when all weights are trained."""
-    folder = os.path.join(out, "adapter" if policy.has_adapter else "model")
+def save_weights(policy: Policy, out: str, name: str = "") -> None:
+    """out/adapter in PEFT's format; out/model, a whole checkpoint directory, when all weights are trained.
+
+    name: of another folder.
+    """
+    folder = os.path.join(out, name or ("adapter" if policy.has_adapter else "model"))
     part = folder + ".part"
     shutil.rmtree(part, ignore_errors=True)
     if policy.has_adapter:
@@ -1271,6 +1305,29 @@ def save_checkpoint(policy: Policy, optimizer, out: str, state: dict) -> None:
         write_card(out)
         path = os.path.join(out, "checkpoint", "state.pt")
         data.write_atomically(path, lambda part: torch.save(content, part))
+
+
+def keep_best(policy: Policy, optimizer, cfg: Config, out: str, state: dict) -> None:
+    """--keep best: these weights go to out/best, unless the log holds a better evaluation."""
+    if ranks()[0] or cfg.keep not in BEST:
+        return
+    measured = {r["step"]: r[BEST[cfg.keep]] for r in read_log(out) if BEST[cfg.keep] in r}
+    if state["step"] not in measured or measured[state["step"]] < max(measured.values()):
+        return
+    save_checkpoint(policy, optimizer, out, state)  # from here on no kill makes the log forget this step
+    with writing(out):
+        save_weights(policy, out, "best")
+
+
+def keep_some(policy: Policy, cfg: Config, out: str, step: int) -> None:
+    """--keep N: the weights of the last N saves stay in out/step-STEP."""
+    if ranks()[0] or not cfg.keep.isdecimal():
+        return
+    with writing(out):
+        save_weights(policy, out, f"step-{step}")
+        steps = [int(name[5:]) for name in os.listdir(out) if re.fullmatch(r"step-\d+", name)]
+        for old in sorted(steps)[: -int(cfg.keep)]:
+            shutil.rmtree(os.path.join(out, f"step-{old}"))
 
 
 class RunStopped(Exception):
@@ -1491,6 +1548,11 @@ def parse_config(argv=None) -> tuple[Config, str]:
     )
     given = vars(parser.parse_args(argv))
     demo = given.pop("demo", "")
+    if given.get("resume") == "auto":
+        given["out"] = given.get("out") or usual_name(given) or usual_name(DEMOS[demo or "sounds"])
+        given["resume"] = "--out"
+        if not can_go_on(given["out"]):
+            del given["resume"]
     if "resume" in given:
         return resume_config(given), ""
     own = given.get("data") or given.get("cold_start_data")
@@ -1517,7 +1579,7 @@ def resume_config(given: dict) -> Config:
         raise UserError(
             f"--out {given['out']}: a run goes on where it is; leave it out beside --resume {run}"
         )
-    if not os.path.exists(os.path.join(run, "checkpoint", "state.pt")):
+    if not can_go_on(run):
         raise UserError(f"--resume {run}: no checkpoint there; start it by the same command without --resume")
     saved = read_config(run)["config"]
     for name in FIXED:
