@@ -118,6 +118,7 @@ class Config:
     save_every: int = knob(50, "steps between checkpoints", low=1)
     keep: str = knob("", "beside the last adapter: best, best_sampled (of the evaluations), or how many")
     eval_every: int = knob(100, "steps between evaluations; step 0 and the last are always evaluated", low=1)
+    report_to: str = knob("", "trackers, of trackio, wandb, tensorboard, swanlab; e.g. trackio,tensorboard")
     # prompt, reward, rollout
     prompt: str = knob("direct", "prompt template: " + " | ".join(PROMPTS), choices=PROMPTS)
     reward: str = knob("accuracy=1", "weighted rewards, e.g. accuracy=1,format=0.5")
@@ -682,6 +683,9 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group]) -> dict[
 
 def train(cfg: Config) -> tuple[str, bool]:
     """Run `cfg` from its start or its last checkpoint.       -> (run directory, did it come to its end?)"""
+    from tools import trackers
+
+    trackers.names_of(cfg.report_to)
     questions = open_data(cfg)
     find_model(cfg.model)  # before a directory is made for a run that cannot be
     rank, n_ranks = ranks()
@@ -698,6 +702,8 @@ def train(cfg: Config) -> tuple[str, bool]:
 
 def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
     """The rest of `train`, in the run's directory, which no other process uses now."""
+    from tools import trackers
+
     rank, n_ranks = ranks()
     if torch.cuda.is_available() and rank == 0:
         from tools.fits import preflight
@@ -736,7 +742,8 @@ def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
             if measured is None:
                 return False
             append_lines(out, "log.jsonl", [{"step": 0, **measured}])
-        finished = loop(policy, optimizer, cfg, questions, out, state, stopping)
+        with trackers.following("" if rank else cfg.report_to, out):
+            finished = loop(policy, optimizer, cfg, questions, out, state, stopping)
     if rank == 0:
         from tools.plots import draw_curves
 

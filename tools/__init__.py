@@ -19,5 +19,6 @@ ask          eval.py --ask
 served       eval.py --base_url
 pages        report.html and rollouts.html: look through failures by ear
 plots        curves.png
+trackers     --report_to: a run's log to tensorboard, trackio, wandb, swanlab (a command)
 fits         will a step fit into the memory of the card?
 """
