@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import data
 import omni_grpo as og
 import runs
+from texts import DOCS
 
 KEY = "eval/accuracy_sampled"
 
@@ -154,3 +155,16 @@ def test_progress_is_told_now_and_then(config, tmp_path, capfd):
 def test_progress_line():
     line = og.progress_line(40, 100, {"reward": 0.5}, 30.0)
     assert line == "step 40 of 100: reward 0.500; 30.0 s a step, 30 min left"
+
+
+# ---- early stopping, as the docs have it
+
+
+def test_the_documented_patience(evaluated, tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", DOCS["runs.md"], re.DOTALL)
+    monkeypatch.setattr(og, "evaluate_and_log", og.evaluate_and_log)
+    exec(block.replace("patience=5", "patience=2"), vars(og))
+    scores = iter([0.1, 0.5, 0.2, 0.5, 0.9, 0.9])  # at step 3 none of the last two is better
+    monkeypatch.setattr(og, "measure", lambda *args, **more: {"eval/accuracy": next(scores)})
+    out, finished = og.train(dataclasses.replace(evaluated, out=str(tmp_path / "run")))
+    assert not finished and runs.saved_state(out)["step"] == runs.read(out)[-1]["step"] == 3
