@@ -20,4 +20,5 @@ served       eval.py --base_url
 pages        report.html and rollouts.html: look through failures by ear
 plots        curves.png
 fits         will a step fit into the memory of the card?
+installed    the commands that pip install adds
 """
