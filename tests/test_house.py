@@ -10,7 +10,9 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ORDER = ["reward", "data", "model", "omni_grpo", "eval", "tools"]  # each imports only what stands before it
 ROOMS = {"omni_grpo.py", "model.py", "data.py", "reward.py", "eval.py", "tools", "docs", "tests"}
-PAPERS = {"README.md", "requirements.txt", "LICENSE", "pyproject.toml", ".ci", ".github", ".gitignore"}
+PAPERS = set(
+    "README.md requirements.txt LICENSE pyproject.toml Dockerfile .ci .github .gitignore .dockerignore".split()
+)
 TOOLS = [f"tools/{name}" for name in sorted(os.listdir(os.path.join(ROOT, "tools"))) if name.endswith(".py")]
 
 

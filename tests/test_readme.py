@@ -23,6 +23,7 @@ TESTS = "".join(
 )
 TOOL_COMMANDS = ("generate", "events", "behaviours", "pages", "export")
 OTHERS = set("nproc_per_node no-deps generation-config enable-lora max-lora-rank lora-modules".split())
+OTHERS |= set("extra extra-index-url no-python rm gpus user".split())  # of pip, uv, torchrun, docker
 
 
 def test_the_readme_is_short():

@@ -25,7 +25,8 @@ def read_lines(path) -> list:
 
 
 README = read("README.md")
-DOCS = {name: read(os.path.join("docs", name)) for name in sorted(os.listdir(os.path.join(ROOT, "docs")))}
+PAGES = sorted(name for name in os.listdir(os.path.join(ROOT, "docs")) if name.endswith(".md"))
+DOCS = {name: read(os.path.join("docs", name)) for name in PAGES}
 ALL = "\n".join([README, *DOCS.values()])
 
 

@@ -21,4 +21,5 @@ pages        report.html and rollouts.html: look through failures by ear
 plots        curves.png
 trackers     --report_to: a run's log to tensorboard, trackio, wandb, swanlab (a command)
 fits         will a step fit into the memory of the card?
+installed    the commands that pip install adds
 """
