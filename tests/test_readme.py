@@ -22,7 +22,9 @@ TESTS = "".join(
     read(f"tests/{name}") for name in os.listdir(os.path.join(ROOT, "tests")) if name.endswith(".py")
 )
 TOOL_COMMANDS = ("generate", "events", "behaviours", "pages", "export")
-OTHERS = set("nproc_per_node no-deps generation-config enable-lora max-lora-rank lora-modules".split())
+OTHERS = set(
+    "nproc_per_node no-deps generation-config requeue open-mode signal enable-lora max-lora-rank lora-modules".split()
+)
 OTHERS |= set("extra extra-index-url no-python rm gpus user".split())  # of pip, uv, torchrun, docker
 
 
