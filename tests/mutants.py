@@ -15,7 +15,7 @@ SCRIPTS = (
     "omni_grpo.py",
     "model.py",
     "data.py",
-    *(f"tools/{x}.py" for x in "export ask card served".split()),
+    *(f"tools/{x}.py" for x in "export ask card served trackers".split()),
 )
 MATH, MODEL, PLAIN, RUN, RANKS, FAMILIES, AGAIN, INPUTS, TROUBLE, DATA, CHECKPOINT = (
     f"tests/test_{x}.py"
@@ -176,6 +176,16 @@ MUTANTS = [  # what, old, new, the tests that must die
         "tests/test_card.py",
     ),
     ("silence is served aloud", "wave[:] = 0", "pass", "tests/test_served.py"),
+    # ---- living with runs
+    ("any is the best", 'measured[state["step"]] < max(measured.values())', "False", "tests/test_living.py"),
+    (
+        "the best is forgotten",
+        "    keep_best(policy, optimizer, cfg, out, state)  # at step 0",
+        "    pass  # at step 0",
+        "tests/test_living.py",
+    ),
+    ("auto starts again", 'if not can_go_on(given["out"]):', "if True:", "tests/test_living.py"),
+    ("sent twice", 'if record["step"] > after:', "if True:", "tests/test_trackers.py"),
     # ---- data
     ("labels stay", "return labels, texts\n    return [], choices", "return [], choices", INPUTS),
     ("choices of any kind", 'return [f"{topic} {kind}" for topic in topics] + [kind]', 'return [""]', INPUTS),
