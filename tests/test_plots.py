@@ -179,10 +179,11 @@ def test_the_table_has_mean_interval_of_the_questions_and_range_of_the_seeds(com
 
 
 def test_the_step_of_the_table_is_one_at_which_all_seeds_were_evaluated(compared):
-    silent = [{"step": 20, "eval/accuracy_silence": 0.5}]
-    runs = [fake("0", {0: 0.1, 10: 0.2, 20: 0.9}, silent), fake("1", {0: 0.1, 10: 0.4, 15: 0.9}, seed=1)]
+    """Not 0, where silence was played to both, nor 15 or 20, where one was evaluated."""
+    start = [{"step": 0, "eval/accuracy_silence": 0.5}]
+    runs = [fake("0", {10: 0.2, 20: 0.9}, start), fake("1", {10: 0.4, 15: 0.9}, start, seed=1)]
     table, head, _ = compared(*runs)
-    assert list(table.values()) == [["2", "10", "30.0 (21.9 - 39.6) [20.0 - 40.0]"]]
+    assert list(table.values()) == [["2", "10", "30.0 (21.9 - 39.6) [20.0 - 40.0]", ""]]
 
 
 def test_other_held_out_questions_are_said_in_one_line(compared):

@@ -177,7 +177,7 @@ def draw_variants(variants: dict[str, list[dict]]):
 
     if len(variants) > 10:
         raise UserError(f"{len(variants)} variants: ten can be told apart by their colours; name fewer runs")
-    fig = Figure(figsize=(11, 5 + len(variants) / 8), layout="constrained")
+    fig = Figure(figsize=(11, 5 + len(variants) / 5), layout="constrained")
     cut, legend = defaultdict(list), {}
     for ax, key, name in panels(fig):
         before = len(ax.lines)
@@ -194,8 +194,7 @@ def draw_variants(variants: dict[str, list[dict]]):
                 ax.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.15, lw=0)
         if name and len(ax.lines) > before:
             ax.plot([], [], STYLES[key], ms=4, color="black", label=name)
-    columns = 2 if max(map(len, variants)) < 60 else 1
-    fig.legend(legend.values(), legend.keys(), title=TITLE, loc="outside upper center", ncols=columns)
+    fig.legend(legend.values(), legend.keys(), title=TITLE, loc="outside upper center")
     for label, keys in cut.items():
         print(f"{label}: steps that not all of its seeds have are left out: {', '.join(keys)}")
     return fig
@@ -209,7 +208,7 @@ def table(variants: dict[str, list[dict]]) -> str:
     for label, runs in variants.items():
         n = min(run.get("held_out", 0) for run in runs)
         step = max(together(runs, "eval/accuracy")[0], default=0)
-        rows.append([label, str(len(runs)), str(step), *(cell(runs, key, step, n) for key in keys)])
+        rows.append([label, len(runs), step, *(cell(runs, key, step, n) for key in keys)])
         files = runs[0].get("data", {})
         asked = files.get("eval_data") or files.get("data"), runs[0]["config"].get("eval_size")
         held_out[str(asked)].append(label)
@@ -218,7 +217,7 @@ def table(variants: dict[str, list[dict]]) -> str:
     if len(held_out) > 1:
         same = " | ".join(map(", ".join, held_out.values()))
         notes.append(f"Not comparable, other questions (data or --eval_size) are held out: {same}")
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), *notes, ""])
+    return "\n".join([*(f"| {' | '.join(map(str, row))} |" for row in rows), *notes, ""])
 
 
 def cell(runs: list[dict], key: str, step: int, n: int) -> str:
