@@ -21,7 +21,7 @@ CODE = "".join(map(read, SCRIPTS + TOOLS))
 TESTS = "".join(
     read(f"tests/{name}") for name in os.listdir(os.path.join(ROOT, "tests")) if name.endswith(".py")
 )
-TOOL_COMMANDS = ("generate", "events", "behaviours", "pages", "export")
+TOOL_COMMANDS = ("generate", "events", "behaviours", "pages", "plots", "export", "trackers")
 OTHERS = set(
     "nproc_per_node no-deps generation-config requeue open-mode signal enable-lora max-lora-rank lora-modules".split()
 )

@@ -18,7 +18,7 @@ card         what stands beside an adapter: base, data, command, accuracy
 ask          eval.py --ask
 served       eval.py --base_url
 pages        report.html and rollouts.html: look through failures by ear
-plots        curves.png
+plots        curves.png of a run; several runs in one picture and one table (a command)
 trackers     --report_to: a run's log to tensorboard, trackio, wandb, swanlab (a command)
 fits         will a step fit into the memory of the card?
 installed    the commands that pip install adds
