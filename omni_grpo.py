@@ -134,9 +134,28 @@ class Config:
         choices=("audio", "embeddings"),
     )
     # ablations: one flag, one line of code, one row of the README's table
-    scale: str = knob(
-        "std", "advantage scale: std (GRPO) | none (Dr. GRPO, arXiv 2503.20783)", choices=("std", "none")
+    baseline: str = knob(
+        "mean",
+        "what a reward is compared with: mean (GRPO) | loo, mean of the others (RLOO, arXiv 2402.14740)",
+        choices=("mean", "loo"),
     )
+    scale: str = knob(
+        "std",
+        "advantage scale: std (GRPO) | batch, the step's std (arXiv 2508.08221) | none (Dr. GRPO, arXiv "
+        "2503.20783)",
+        choices=("std", "batch", "none"),
+    )
+    aggregate: str = knob(
+        "sum",
+        "several rewards: sum | gdpo, each one normalised by itself (arXiv 2601.05242)",
+        choices=("sum", "gdpo"),
+    )
+    loss: str = knob(
+        "ppo",
+        "off-policy: ppo (arXiv 1707.06347) | cispo (arXiv 2506.13585) | sapo (arXiv 2511.20347)",
+        choices=("ppo", "cispo", "sapo"),
+    )
+    mask_truncated: bool = knob(False, "completions that were cut are not learned from (DAPO)")
     reduce: str = knob(
         "sequence",
         "loss mean: sequence (GRPO) | token (DAPO, arXiv 2503.14476) | constant (Dr. GRPO)",
@@ -150,7 +169,8 @@ class Config:
         choices=("token", "sequence"),
     )
     beta: float = knob(0.04, "weight of the k3 KL to the reference; 0: no reference at all")
-    updates_per_rollout: int = knob(1, "optimizer steps on each rollout", low=1)
+    minibatches: int = knob(1, "parts of a rollout's prompts; an optimizer step on each", low=1)
+    updates_per_rollout: int = knob(1, "passes over each rollout", low=1)
     audio: str = knob(
         "real",
         "what is played: real | silence (same length) | none (text only)",
@@ -214,6 +234,11 @@ class Config:
         return self.max_new_tokens or PROMPTS[self.prompt].max_new_tokens
 
     @property
+    def optimizer_steps(self) -> int:
+        """On each rollout. With one, the policy that learns is the one that sampled: no ratio is off 1."""
+        return self.minibatches * self.updates_per_rollout
+
+    @property
     def relistens(self) -> int:
         """How many parts of its clip a completion may hear again."""
         if self.audio == "none":
@@ -225,16 +250,23 @@ class Config:
 # The mathematics: pure functions of tensors and floats
 
 
-def group_advantages(rewards: Tensor, scale: str = "std", eps: float = 1e-4) -> Tensor:
+def group_advantages(
+    rewards: Tensor, scale: str = "std", baseline: str = "mean", step_std: float = 1.0, eps: float = 1e-4
+) -> Tensor:
     """A_i = (r_i - mean r) / (std r + eps), within each prompt's group.       rewards (P, G) -> (P, G)
 
-    DeepSeekMath (arXiv 2402.03300), population std; scale="none" leaves the std out: Dr. GRPO (arXiv
-    2503.20783). A group whose rewards are all equal gets exactly 0: rounding in the mean, divided by its own
-    std, would not be.
+    DeepSeekMath (arXiv 2402.03300), population std. scale="batch": the std of the whole step's rewards (Lite
+    PPO, arXiv 2508.08221); "none": no division, Dr. GRPO (arXiv 2503.20783). baseline="loo": the mean of the
+    other rewards, which makes the difference G / (G - 1) times as large (RLOO, arXiv 2402.14740). A group
+    whose rewards are all equal gets exactly 0: rounding in the mean, divided by its own std, would not be.
     """
     adv = rewards - rewards.mean(dim=1, keepdim=True)
+    if baseline == "loo":
+        adv = adv * rewards.shape[1] / (rewards.shape[1] - 1)
     if scale == "std":
         adv = adv / (rewards.std(dim=1, keepdim=True, unbiased=False) + eps)
+    if scale == "batch":
+        adv = adv / (step_std + eps)
     uniform = rewards.amax(dim=1) == rewards.amin(dim=1)
     return adv.masked_fill(uniform[:, None], 0.0)
 
@@ -278,6 +310,29 @@ def policy_loss(ratio: Tensor, adv: Tensor, weight: Tensor, clip_low: float, cli
     return -(weight * torch.minimum(ratio * adv, clipped * adv)).sum()
 
 
+def cispo_loss(ratio: Tensor, adv: Tensor, weight: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """- sum_m w_m min(ratio_m, 1 + clip_high) A_m log pi_m, where only log pi has a gradient.    all (M,) ->
+    scalar
+
+    CISPO (arXiv 2506.13585): a token above the clip weighs less and is never left out. log ratio stands for
+    log pi, since their gradients are equal.
+    """
+    capped = ratio.detach().clamp(max=1 + clip_high)
+    return -(weight * capped * adv * ratio.log()).sum()
+
+
+def sapo_loss(ratio: Tensor, adv: Tensor, weight: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """- sum_m w_m A_m sigmoid(t_m (ratio_m - 1)) 4 / t_m, t = 1 where A > 0, else 1.05.    all (M,) -> scalar
+
+    SAPO (arXiv 2511.20347): no clip but a soft gate, whose slope at ratio 1 is the policy gradient's.
+    """
+    t = torch.where(adv > 0, 1.0, 1.05)
+    return -(weight * adv * torch.sigmoid(t * (ratio - 1)) * 4 / t).sum()
+
+
+LOSSES = dict(ppo=policy_loss, cispo=cispo_loss, sapo=sapo_loss)
+
+
 def is_clipped(ratio: Tensor, adv: Tensor, clip_low: float, clip_high: float) -> Tensor:
     """Tokens whose gradient the clip has removed.       all (M,) -> bool (M,)"""
     too_low, too_high = ratio < 1 - clip_low, ratio > 1 + clip_high
@@ -312,7 +367,7 @@ def grpo_loss(
     step.
     """
     ratio = importance_ratio(logp, old_logp, row, cfg.importance)
-    loss = policy_loss(ratio, adv, weight, cfg.clip_low, cfg.clip_high)
+    loss = LOSSES[cfg.loss](ratio, adv, weight, cfg.clip_low, cfg.clip_high)
     if cfg.beta:
         loss = loss + cfg.beta * (weight * kl_k3(logp, ref_logp)).sum()
     return loss, ratio
@@ -364,8 +419,27 @@ def sample_groups(policy: Policy, cfg: Config, drawn: list[Drawn], weights: dict
                     raise UserError(f"--reward: {name} gives {part} for question {group.example.id}")
             group.rewards.append(reward)
             group.parts.append(parts)
-        group.advantages = group_advantages(torch.tensor([group.rewards]), cfg.scale)[0].tolist()
     return groups
+
+
+def set_advantages(cfg: Config, groups: list[Group], weights: dict[str, float]) -> None:
+    """Of all completions of the step, over all ranks."""
+    if cfg.aggregate == "sum":
+        adv = advantages_of(cfg, [group.rewards for group in groups])
+    else:
+        adv = torch.zeros(len(groups), cfg.num_generations)
+        for name, weight in weights.items():
+            adv += weight * advantages_of(cfg, [[part[name] for part in group.parts] for group in groups])
+        every = torch.tensor(sum(gather(adv.flatten().tolist()), []))
+        adv = (adv - every.mean()) / (every.std(unbiased=False) + 1e-4)
+    for group, of_group in zip(groups, adv.tolist()):
+        group.advantages = of_group
+
+
+def advantages_of(cfg: Config, rewards: list[list[float]]) -> Tensor:
+    """Of one reward, or of their sum.       (P, G)"""
+    every = torch.tensor(sum(gather(sum(rewards, [])), []))
+    return group_advantages(torch.tensor(rewards), cfg.scale, cfg.baseline, every.std(unbiased=False).item())
 
 
 def teacher_groups(policy: Policy, cfg: Config, drawn: list[Drawn]) -> list[Group]:
@@ -558,7 +632,8 @@ def make_batch(policy: Policy, cfg: Config, groups: list[Group]) -> tuple[Batch,
     """-> (what to learn from, how many groups are scored). Without a KL, a group without an advantage is not
     scored at all: it has no gradient."""
     rank, _ = ranks()
-    lengths = gather([sum(c.sampled) for g in groups for c in g.completions])  # the mean is over all ranks
+    learned = [sum(c.sampled) * (c.finished or not cfg.mask_truncated) for g in groups for c in g.completions]
+    lengths = gather(learned)  # the mean is over all ranks
     weight = loss_weights(torch.tensor(sum(lengths, [])), cfg.reduce, cfg.new_tokens)
     weight = weight.split([len(x) for x in lengths])[rank]
     adv = torch.tensor([a for g in groups for a in g.advantages])
@@ -647,13 +722,16 @@ def backward(policy: Policy, cfg: Config, batch: Batch, through_rollout: bool) -
 def update(policy: Policy, optimizer, cfg: Config, groups: list[Group]) -> dict[str, float]:
     """Optimizer steps on one rollout.       -> what the log says of them: means over the trained tokens of
     the step"""
-    batch, scored = make_batch(policy, cfg, groups)
-    anything = any(gather(len(batch.packs)))
+    size = len(groups) // cfg.minibatches
+    made = [make_batch(policy, cfg, groups[i : i + size]) for i in range(0, len(groups), size)]
+    if cfg.minibatches > 1:
+        score_before(policy, cfg, [batch for batch, _ in made])
     sums, norms, skipped = collections.Counter(), [], 0
-    for nth in range(cfg.updates_per_rollout):
+    for nth in range(cfg.optimizer_steps):
+        batch, _ = made[nth % cfg.minibatches]
         optimizer.zero_grad(set_to_none=True)
         sums.update(backward(policy, cfg, batch, through_rollout=nth == 0))  # later, the weights are others
-        if not anything:
+        if not any(gather(len(batch.packs))):
             continue
         sum_gradients(policy)
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable().values(), MAX_GRAD_NORM)
@@ -666,8 +744,8 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group]) -> dict[
     for group in groups:
         group.prompt.read = None  # its memory is free
     values = {name: float(x) for name, x in sums.items()}  # not before: reading a value waits for the device
-    values = total(values | {"scored": scored, "groups": len(groups)})
-    record = {"policy/loss": values.pop("loss", 0.0) / cfg.updates_per_rollout}
+    values = total(values | {"scored": sum(scored for _, scored in made), "groups": len(groups)})
+    record = {"policy/loss": values.pop("loss", 0.0) / cfg.optimizer_steps}
     record |= {"policy/clip_frac": 0.0, "policy/kl_old": 0.0}
     record["group/scored"] = values.pop("scored") / values.pop("groups")
     tokens = values.pop("tokens", 0) or 1
@@ -675,6 +753,14 @@ def update(policy: Policy, optimizer, cfg: Config, groups: list[Group]) -> dict[
     record["optim/grad_norm"] = sum(norms) / max(1, len(norms))
     record["optim/skipped"] = skipped
     return record
+
+
+@torch.no_grad()
+def score_before(policy: Policy, cfg: Config, batches: list[Batch]) -> None:
+    """The log-probabilities that the ratios of all parts are measured to: those of before the first step."""
+    for batch in batches:
+        for i, pack in enumerate(batch.packs):
+            batch.old_logps[i], _ = token_logps(policy, pack, cfg.temperature, pack.prefix)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -689,15 +775,29 @@ def train(cfg: Config) -> tuple[str, bool]:
     questions = open_data(cfg)
     find_model(cfg.model)  # before a directory is made for a run that cannot be
     rank, n_ranks = ranks()
-    if cfg.prompts_per_step % n_ranks:
-        raise UserError(
-            f"--prompts_per_step {cfg.prompts_per_step}: cannot be shared evenly among {n_ranks} ranks"
-        )
+    if cfg.prompts_per_step % (n_ranks * cfg.minibatches):
+        among = f"among {n_ranks} ranks" + f" and {cfg.minibatches} minibatches" * (cfg.minibatches > 1)
+        raise UserError(f"--prompts_per_step {cfg.prompts_per_step}: cannot be shared evenly {among}")
     out = gather("" if rank else open_run(cfg))[0]
     with contextlib.nullcontext() if rank else data.claimed(out):
         if rank == 0 and not cfg.resume:
             refuse_to_overwrite(out)
         return out, train_in(cfg, questions, out)
+
+
+def warnings_of(cfg: Config) -> list[str]:
+    """Flags that do nothing, or not what their paper does."""
+    lines, idle = [], [n for n in ("loss", "importance", "clip_low", "clip_high") if is_changed(cfg, n)]
+    if cfg.optimizer_steps == 1 and idle:
+        flags = ", ".join(f"--{name}" for name in idle)
+        lines.append(f"note: {flags}: no part in one optimizer step a rollout; see --minibatches")
+    if cfg.importance == "sequence" and cfg.reduce == "token":
+        lines.append("note: --importance sequence: its paper (GSPO) has --reduce sequence")
+    return lines
+
+
+def is_changed(cfg: Config, name: str) -> bool:
+    return getattr(cfg, name) != getattr(Config, name)
 
 
 def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
@@ -720,6 +820,7 @@ def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
     if state["step"] and not has_log:
         raise UserError(f"--resume {out}: its log.jsonl is gone; put it back, or start another run")
     if rank == 0:
+        print(*warnings_of(cfg), sep="\n", end="\n" if warnings_of(cfg) else "", flush=True)
         about = machine()
         write_config(
             cfg,
@@ -796,7 +897,7 @@ def loop(policy: Policy, optimizer, cfg: Config, questions, out: str, state: dic
                 saved = step
             logged = evaluate_and_log(policy, cfg, questions, out, state, stopping)
             keep_best(policy, optimizer, cfg, out, state)
-            lost_steps = lost_steps + 1 if record["optim/skipped"] == cfg.updates_per_rollout else 0
+            lost_steps = lost_steps + 1 if record["optim/skipped"] == cfg.optimizer_steps else 0
             if lost_steps == min(10, last - first):
                 raise UserError(f"all updates of {lost_steps} steps were skipped: gradients are not finite")
         except (UserError, RunStopped) as e:
@@ -837,6 +938,8 @@ def take_step(policy: Policy, optimizer, cfg: Config, stream, weights: dict, sta
     """Rollout, reward, update; `state` goes on by one step.       -> its record for the log, groups"""
     start, cold = time.monotonic(), phase == "cold"
     groups, drawn, every_group = draw_groups(policy, cfg, stream, weights, cold)
+    if not cold:
+        set_advantages(cfg, groups, weights)
     rolled = time.monotonic()
     step_cfg = dataclasses.replace(cfg, beta=0.0, temperature=1.0) if cold else cfg
     record = {"step": state["step"] + 1, **update(policy, optimizer, step_cfg, groups)}
