@@ -5,8 +5,9 @@
 
 Every row is a policy, every column what it is asked on the held-out questions of the task: voices and contents that
 no training had. A cell is the mean over the seeds, its 95 % interval (Wilson, n = the questions), and p against the
-base (McNemar; the largest of the seeds). What is done already, in runs/claims, is not done again, so that seeds can
-be added, and what the task does not have (who speaks is not told in writing) is left out.
+base (McNemar; the largest of the seeds). What is done already, in runs/claims, is not done again, so that seeds and
+rows can be added; --workers 0 shows what is there. What the task does not have (who speaks is not told in writing) is
+left out.
 """
 
 import argparse
@@ -103,10 +104,16 @@ def results_of(args, row: str, seed: int, column: str) -> tuple[float, dict]:
     return report["accuracy"], {key: item.score for key, item in items.items()}
 
 
-def cell(args, row: str, column: str) -> str:
+def seeds_of(args, row: str, columns: list[str]) -> list[int]:
+    """Those that were asked everything."""
+    reports = {seed: [results_folder(args, row, seed, column) for column in columns] for seed in args.seeds}
+    return [s for s, of_seed in reports.items() if all(os.path.exists(f"{x}/report.json") for x in of_seed)]
+
+
+def cell(args, row: str, seeds: list[int], column: str) -> str:
     shares, ps = [], []
     _, before = results_of(args, "base", args.seeds[0], column)
-    for seed in args.seeds if ROWS[row] else args.seeds[:1]:
+    for seed in seeds:
         share, after = results_of(args, row, seed, column)
         shares.append(share)
         lost = sum(before[key] > score for key, score in after.items())
@@ -140,6 +147,7 @@ def main() -> None:
     add = parser.add_argument
     add("--task", default="order", help="of tools/spoken.py")
     add("--other", default="sums", help="the other task, of which only the written questions are trained on")
+    add("--rows", default=",".join(ROWS), help="the base is always one of them")
     add("--style", default="direct", choices=STYLES)
     add("--seeds", default="0,1,2")
     add("--steps", type=int, default=50)
@@ -151,15 +159,20 @@ def main() -> None:
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
     if args.style == "structured":
         write_traces(args)
-    rows = [row for row, flags in ROWS.items() if is_there(args, flags)]
+    rows = [row for row in ROWS if row in ("base", *args.rows.split(",")) and is_there(args, ROWS[row])]
     jobs = [(row, seed) for seed in args.seeds for row in rows if ROWS[row] or seed == args.seeds[0]]
-    with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(lambda job: measure(args, *job), jobs))
+    if args.workers:
+        with ThreadPoolExecutor(args.workers) as pool:
+            list(pool.map(lambda job: measure(args, *job), jobs))
     columns = [column for column, flags in COLUMNS.items() if is_there(args, flags)]
     print(f"| {args.task}, {args.style} | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}")
-    table = {row: {column: cell(args, row, column) for column in columns} for row in rows}
-    for row, cells in table.items():
-        print(f"| {row} | {' | '.join(cells.values())} |")
+    table = {}
+    for row in rows:
+        seeds = seeds_of(args, row, columns)
+        name = row if row == "base" else f"{row}, seeds {' '.join(map(str, seeds))}"
+        if seeds:
+            table[name] = {column: cell(args, row, seeds, column) for column in columns}
+            print(f"| {name} | {' | '.join(table[name].values())} |")
     with open(f"{args.out}/{args.task}_{args.style}.json", "w", encoding="utf-8") as f:
         json.dump(table, f, indent=1)
 
