@@ -17,9 +17,9 @@ SCRIPTS = (
     "data.py",
     *(f"tools/{x}.py" for x in "export ask card served trackers".split()),
 )
-MATH, MODEL, PLAIN, RUN, RANKS, FAMILIES, AGAIN, INPUTS, TROUBLE, DATA, CHECKPOINT = (
+MATH, MODEL, PLAIN, RUN, RANKS, FAMILIES, AGAIN, INPUTS, TROUBLE, DATA, CHECKPOINT, OBJECTIVES = (
     f"tests/test_{x}.py"
-    for x in "math model plain run ranks families relisten inputs trouble data checkpoint".split()
+    for x in "math model plain run ranks families relisten inputs trouble data checkpoint objectives".split()
 )
 
 MUTANTS = [  # what, old, new, the tests that must die
@@ -176,6 +176,43 @@ MUTANTS = [  # what, old, new, the tests that must die
         "tests/test_card.py",
     ),
     ("silence is served aloud", "wave[:] = 0", "pass", "tests/test_served.py"),
+    # ---- objectives
+    ("CISPO's sign", "return -(weight * capped * adv", "return (weight * capped * adv", OBJECTIVES),
+    (
+        "CISPO through its cap",
+        "capped = ratio.detach().clamp(max=1 + clip_high)",
+        "capped = ratio",
+        OBJECTIVES,
+    ),
+    (
+        "SAPO's sign",
+        "return -(weight * adv * torch.sigmoid",
+        "return (weight * adv * torch.sigmoid",
+        OBJECTIVES,
+    ),
+    (
+        "SAPO's temperatures swapped",
+        "torch.where(adv > 0, 1.0, 1.05)",
+        "torch.where(adv < 0, 1.0, 1.05)",
+        OBJECTIVES,
+    ),
+    ("leave none out", "rewards.shape[1] / (rewards.shape[1] - 1)", "1", OBJECTIVES),
+    (
+        "each group's own step",
+        "every = torch.tensor(sum(gather(sum(rewards, [])), []))",
+        "every = torch.tensor(rewards[0])",
+        OBJECTIVES,
+    ),
+    ("GDPO without weights", "adv += weight * advantages_of", "adv += advantages_of", OBJECTIVES),
+    (
+        "GDPO unwhitened",
+        "adv = (adv - every.mean()) / (every.std(unbiased=False) + 1e-4)",
+        "pass",
+        OBJECTIVES,
+    ),
+    ("cut completions learned", "* (c.finished or not cfg.mask_truncated)", "* 1", OBJECTIVES),
+    ("parts measured to themselves", "    if cfg.minibatches > 1:\n", "    if False:\n", OBJECTIVES),
+    ("always the first part", "made[nth % cfg.minibatches]", "made[0]", OBJECTIVES),
     # ---- living with runs
     ("any is the best", 'measured[state["step"]] < max(measured.values())', "False", "tests/test_living.py"),
     (

@@ -44,8 +44,9 @@ def test_every_ablation_is_in_the_readme():
     ablations = re.findall(r"^    (\w+): \w+ = knob\(", block, re.MULTILINE)
     assert len(ablations) >= 10
     for name in ablations:
-        assert f"--{name}" in README.partition("\n## Ablations")[2].partition("\n## ")[0], name
-    for flag, options in re.findall(r"`--(\w+) (\w+(?:\\\|\w+)+)`", README):
+        for page in (README.partition("\n## Ablations")[2].partition("\n## ")[0], DOCS["ablations.md"]):
+            assert f"`--{name}" in page or f" --{name}" in page, name
+    for flag, options in re.findall(r"`--(\w+) (\w+(?:\\\|\w+)+)`", DOCS["ablations.md"]):
         assert set(options.split("\\|")) == set(FIELDS[flag].metadata["choices"]), flag
     assert all(f"`{name}`" in ALL or f"{name}=" in ALL for name in REWARDS)
     assert all(f.metadata["help"] for f in FIELDS.values())
