@@ -29,7 +29,7 @@ MUTANTS = [  # what, old, new, the tests that must die
     ("no clip", "clipped = ratio.clamp(1 - clip_low, 1 + clip_high)", "clipped = ratio", MATH),
     ("clip bounds swapped", "ratio.clamp(1 - clip_low, 1 + ", "ratio.clamp(1 - clip_high, 1 + ", MATH),
     ("ratio inverted", "log_ratio = logp - old_logp", "log_ratio = old_logp - logp", MATH),
-    ("sample std", "unbiased=False", "unbiased=True", MATH),
+    ("sample std", "keepdim=True, unbiased=False", "keepdim=True, unbiased=True", MATH),
     ("mean over the batch", "rewards.mean(dim=1, keepdim=True)", "rewards.mean()", MATH),
     ("always scaled", 'if scale == "std":', "if True:", MATH),
     ("no uniform mask", "return adv.masked_fill(uniform[:, None], 0.0)", "return adv", MATH),
@@ -140,8 +140,8 @@ MUTANTS = [  # what, old, new, the tests that must die
     # ---- the run
     (
         "weights of one rank's tokens",
-        "lengths = gather([sum(c.sampled) for g in groups for c in g.completions])",
-        "lengths = [[sum(c.sampled) for g in groups for c in g.completions]] * ranks()[1]",
+        "lengths = gather(learned)",
+        "lengths = [learned] * ranks()[1]",
         RANKS,
     ),
     ("gradients not summed", "torch.distributed.all_reduce(flat)", "pass", RANKS),

@@ -87,7 +87,7 @@ def test_loss(hack, config, tmp_path):
     hack("loss", og)
     logp = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     ratio = (logp - torch.tensor([-1.0, -2.5, -2.0])).exp()
-    loss = og.policy_loss(ratio, torch.tensor([1.0, 1.0, -1.0]), torch.ones(3), 0.2, 0.2)
+    loss = og.LOSSES["ppo"](ratio, torch.tensor([1.0, 1.0, -1.0]), torch.ones(3), 0.2, 0.2)
     assert torch.autograd.grad(loss, logp)[0].tolist() == pytest.approx([-1.0, -1.2, 0.8])
     out, finished = og.train(config(steps=1, out=str(tmp_path / "run")))
     assert finished

@@ -1,6 +1,7 @@
 """The objectives beside GRPO's own, each by numbers worked out by hand."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import data
 import omni_grpo as og
 import runs
+from texts import DOCS
 
 RATIO = [0.5, 1.0, 1.5, 3.0]
 ADV, WEIGHT = torch.tensor([1.0, -1.0, 1.0, -2.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
@@ -47,6 +49,19 @@ def test_on_policy_all_losses_have_the_policy_gradient():
         logp.grad = None
         og.LOSSES[name](logp.exp(), ADV, WEIGHT, 0.2, 0.2).backward()
         assert torch.allclose(logp.grad, -WEIGHT * ADV), name
+
+
+def test_the_documented_dual_clip(monkeypatch):
+    """The last token, ratio 4 and A = -2, has left the clip on the side where PPO follows it: -2 * 4 = -8 becomes
+    3 * -2, without a slope; the others are PPO's."""
+    (block,) = re.findall(r"```python\n(.*?)```", DOCS["ablations.md"], re.DOTALL)
+    monkeypatch.setattr(og, "LOSSES", dict(og.LOSSES))
+    exec(block, vars(og))
+    logp = torch.tensor([0.5, 1.0, 1.5, 4.0]).log().requires_grad_()
+    loss = og.LOSSES["ppo"](logp.exp(), ADV, WEIGHT, 0.2, 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.1 * 0.5 + 0.2 - 0.3 * 1.2 + 0.4 * 6)
+    assert logp.grad.tolist() == pytest.approx([-0.05, 0.2, 0.0, 0.0])
 
 
 def test_leave_one_out_by_hand():
