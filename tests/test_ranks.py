@@ -97,6 +97,32 @@ def test_two_ranks_take_the_step_of_one(words, two, tmp_path, setting):
     assert max(ours[name].abs().max() for name in ours if "lora_B" in name) > 1e-4  # they did move
 
 
+@pytest.mark.parametrize("flags", ["--scale batch --baseline loo --mask_truncated", "--aggregate gdpo"])
+def test_two_ranks_have_one_step_of_every_objective(words, tmp_path, setting, flags):
+    """What is taken over the whole step, is taken over all ranks; parts of a rollout are the same prompts."""
+    words = [
+        *words,
+        *flags.split(),
+        "--minibatches",
+        "2",
+        "--loss",
+        "sapo",
+        "--steps",
+        "2",
+        "--eval_size",
+        "0",
+    ]
+    assert og.main([*words, "--out", str(tmp_path / "one")]) == 0
+    for rank in runs.fork_ranks([*words, "--out", str(tmp_path / "two")], set_up):
+        runs.finish(rank)
+    (log, *_), (other_log, *_) = runs.left_by(tmp_path / "one"), runs.left_by(tmp_path / "two")
+    assert log[-1]["policy/kl_old"] > 0
+    for a, b in zip(log, other_log, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    ours, theirs = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    assert all((ours[name] - theirs[name]).abs().max() <= 1e-6 for name in ours)
+
+
 def test_a_rank_that_dies_ends_the_run_and_the_run_goes_on(words, two, tmp_path, command, setting):
     """Killed in step 4, under torchrun: a message and a whole checkpoint of step 2; two ranks go on to the same
     end, one rank may not."""
