@@ -327,11 +327,11 @@ def load_policy(
         )
     policy = take_apart(loaded, family, adapter, lora_rank, gradient_checkpointing, train)
     add_text_side(policy, family, folder, where)
-    if (
-        policy.has_adapter
-    ):  # where the adapter goes, its base must be found: what the user typed, no local path
+    if policy.has_adapter:
+        # what the user typed, and no local path: where the adapter goes, its base must be found
         lora, (hub_id, _, revision) = policy.model.peft_config["default"], model.partition("@")
-        lora.base_model_name_or_path, lora.revision = (model, None) if folder == model else (hub_id, revision)
+        here = folder == model
+        lora.base_model_name_or_path, lora.revision = (model, None) if here else (hub_id, revision or None)
     return policy
 
 

@@ -10,6 +10,7 @@ import data
 import eval as evaluation
 import model
 import omni_grpo as og
+from test_families import family_folder  # noqa: F401 - a fixture
 from tools import ask
 
 
@@ -91,3 +92,11 @@ def test_what_it_refuses(asked, words, more, said):
 def test_choices_without_a_question(capsys):
     assert evaluation.main(["--choices", "a", "b"]) == 2
     assert "--choices: belong to --ask" in capsys.readouterr().err
+
+
+def test_a_model_without_ears_says_so(tiny, asked, family_folder):  # noqa: F811
+    clip = data.Examples(tiny.questions)[0].audio
+    code, lines, (error,) = asked("What?", clip, base=family_folder("llama"))
+    assert code == 2 and not lines and "no audio tower; use --audio none" in error
+    code, lines, _ = asked("What?", clip, base=family_folder("llama"), more=["--audio", "none"])
+    assert code == 0 and len(lines) == 1

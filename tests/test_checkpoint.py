@@ -537,3 +537,52 @@ def test_what_cannot_be_exported(trained, tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     for line, words in zip(said, ["exists", "is given as --model", "gone", "LoRA of one rank"], strict=True):
         assert line.startswith("error: ") and words in line
+
+
+OLD = dict(  # all that PEFT 0.4 wrote, and two keys that later versions have forgotten
+    dict(peft_type="LORA", task_type="CAUSAL_LM", inference_mode=True, r=4, lora_alpha=8, lora_dropout=0.0),
+    **dict(bias="none", fan_in_fan_out=False, init_lora_weights=True, modules_to_save=None, revision=None),
+    **dict(layers_pattern=None, enable_lora=None, merge_weights=False, base_model_name_or_path="x"),
+)
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_adapters_of_older_versions_and_of_some_layers(omni, trained, wanted, examples, layers):
+    """Where an adapter has only some layers, the others stay the base's."""
+    base, adapter = trained
+    path = f"{adapter}/adapter_model.safetensors"
+    kept = {
+        name: x
+        for name, x in safetensors.torch.load_file(path).items()
+        if layers is None or int(name.split("layers.")[1].split(".")[0]) in layers
+    }
+    save(kept, path)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+    write(adapter, "adapter_config.json", OLD | dict(target_modules=names, layers_to_transform=layers))
+    policy = load(base, adapter=adapter)
+    assert len(policy.trainable()) == len(kept) == (42 if layers is None else 28)
+    said, ours = wanted
+    row = model.Completion(said, sampled=[True] * len(said))
+    with torch.no_grad():
+        pack = model.make_pack(prompts_of(policy, examples[1:2]), [[row]], [0])
+        gap = (model.token_logps(policy, pack, 1.0)[0] - ours).abs().max()
+    assert (gap <= 1e-5) == (layers is None)
+
+
+def test_an_adapter_is_named_after_what_was_typed(published, tmp_path, monkeypatch):
+    """A Hub id with its revision, and not the folder where its files lie."""
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **how: asked.append((name, how["revision"])) or published.folder,
+    )
+    for typed, named in (("a/b@v2", ("a/b", "v2")), ("a/b", ("a/b", None))):
+        og.save_weights(load(typed), str(tmp_path))
+        about = read(tmp_path / "adapter", "adapter_config.json")
+        assert (about["base_model_name_or_path"], about["revision"]) == asked[-1] == named
+    og.save_weights(load(published.folder), str(tmp_path))
+    about = read(tmp_path / "adapter", "adapter_config.json")
+    assert (about["base_model_name_or_path"], about["revision"]) == (published.folder, None)
