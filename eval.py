@@ -1222,10 +1222,10 @@ def main(argv=None) -> int:
         if choices and not words:
             raise UserError("--choices: belong to --ask")
         if words:
-            from tools.ask import ask
+            from tools.ask import answer
 
             options.prompt = options.prompt or "direct"
-            ask(options, words, choices)
+            answer(options, words, choices)
         elif folders:
             compare(*folders, options.max_audio_s)
         elif predictions:

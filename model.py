@@ -218,18 +218,21 @@ def find_model(name: str) -> str:
         return name
     import huggingface_hub
 
-    hub_id, _, revision = name.partition("@")
+    hub_id, revision = split_revision(name)
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
-        return huggingface_hub.snapshot_download(
-            hub_id,
-            revision=revision or None,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
-        )
+        return huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
     except Exception as e:  # offline, misspelt, gated: the library has an exception class for each
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(
             f"--model {name}: not a local directory, and not to be had from the Hub ({reason})"
         ) from None
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """A Hub id, and behind an @ its revision; a directory is no Hub id."""
+    hub_id, _, revision = name.partition("@")
+    return (name, None) if os.path.isdir(name) else (hub_id, revision or None)
 
 
 def check_libraries() -> None:
@@ -328,10 +331,9 @@ def load_policy(
     policy = take_apart(loaded, family, adapter, lora_rank, gradient_checkpointing, train)
     add_text_side(policy, family, folder, where)
     if policy.has_adapter:
-        # what the user typed, and no local path: where the adapter goes, its base must be found
-        lora, (hub_id, _, revision) = policy.model.peft_config["default"], model.partition("@")
-        here = folder == model
-        lora.base_model_name_or_path, lora.revision = (model, None) if here else (hub_id, revision or None)
+        # what the user typed, and not where it lies here: wherever the adapter goes, its base must be found
+        lora = policy.model.peft_config["default"]
+        lora.base_model_name_or_path, lora.revision = split_revision(model)
     return policy
 
 

@@ -133,7 +133,7 @@ class Config:
         "audio: the part itself goes through the audio tower | embeddings: those of the prompt",
         choices=("audio", "embeddings"),
     )
-    # ablations: one flag, one line of code, one row of the README's table
+    # ablations: one flag, one line of code, one row in docs/ablations.md
     baseline: str = knob(
         "mean",
         "what a reward is compared with: mean (GRPO) | loo, mean of the others (RLOO, arXiv 2402.14740)",
@@ -431,7 +431,7 @@ def set_advantages(cfg: Config, groups: list[Group], weights: dict[str, float]) 
         for name, weight in weights.items():
             adv += weight * advantages_of(cfg, [[part[name] for part in group.parts] for group in groups])
         every = torch.tensor(sum(gather(adv.flatten().tolist()), []))
-        adv = (adv - every.mean()) / (every.std(unbiased=False) + 1e-4)
+        adv = adv / (every.std(unbiased=False) + 1e-4)  # its mean is 0: that of every group is
     for group, of_group in zip(groups, adv.tolist()):
         group.advantages = of_group
 
@@ -820,7 +820,8 @@ def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
     if state["step"] and not has_log:
         raise UserError(f"--resume {out}: its log.jsonl is gone; put it back, or start another run")
     if rank == 0:
-        print(*warnings_of(cfg), sep="\n", end="\n" if warnings_of(cfg) else "", flush=True)
+        for line in warnings_of(cfg):
+            print(line, flush=True)
         about = machine()
         write_config(
             cfg,
@@ -850,7 +851,7 @@ def train_in(cfg: Config, questions: "Questions", out: str) -> bool:
 
         with writing(out):
             draw_curves(out)
-            write_card(out)
+            write_card(out, os.path.join(out, "adapter"))  # with the last evaluation
     return finished
 
 
@@ -1355,6 +1356,14 @@ def read_config(out: str) -> dict:
     return {"data": {}, "history": []} | {key: value for key, value in content.items() if value}
 
 
+def is_run(out: str) -> bool:
+    """Is this the directory of a run of this version?"""
+    try:
+        return bool(read_config(out))
+    except UserError:
+        return False
+
+
 def refuse_other_data(cfg: Config, files: dict) -> None:
     """A place in the order of other questions means nothing. A data set may be moved."""
     then = read_config(cfg.resume)
@@ -1393,14 +1402,15 @@ def save_weights(policy: Policy, out: str, name: str = "") -> None:
     for name in os.listdir(part):
         os.replace(os.path.join(part, name), os.path.join(folder, name))
     shutil.rmtree(part)
+    write_card(out, folder)
 
 
-def write_card(out: str) -> None:
-    """README.md beside the adapter."""
+def write_card(out: str, folder: str) -> None:
+    """README.md beside an adapter of the run."""
     from tools import card
 
-    if os.path.isdir(os.path.join(out, "adapter")):
-        data.write_text(os.path.join(out, "adapter", "README.md"), card.card(out))
+    if os.path.exists(os.path.join(folder, "adapter_config.json")) and is_run(out):
+        data.write_text(os.path.join(folder, "README.md"), card.card(out))
 
 
 def save_checkpoint(policy: Policy, optimizer, out: str, state: dict) -> None:
@@ -1412,7 +1422,6 @@ def save_checkpoint(policy: Policy, optimizer, out: str, state: dict) -> None:
     with writing(out):
         os.makedirs(os.path.join(out, "checkpoint"), exist_ok=True)
         save_weights(policy, out)
-        write_card(out)
         path = os.path.join(out, "checkpoint", "state.pt")
         data.write_atomically(path, lambda part: torch.save(content, part))
 

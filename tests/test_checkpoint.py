@@ -477,7 +477,7 @@ def test_merged_weights_are_a_checkpoint_like_any_other(
     assert merged.keys() == published.weights.keys() and len(changed) == 21
     assert all(name.startswith("thinker.model.layers.") for name in changed)
     others = {name for name in os.listdir(base) if "safetensors" not in name}
-    assert others <= set(os.listdir(out)) and not any(name.endswith(".part") for name in os.listdir(tmp_path))
+    assert others <= set(os.listdir(out)) and sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
 
 
 LAYOUTS = {
@@ -523,6 +523,43 @@ def test_a_tensor_without_a_place_is_an_error(trained, tmp_path, capsys, door):
     assert code == 2 and "layers.9.mlp.up_proj" in capsys.readouterr().err and not os.path.exists(out)
     with pytest.raises(data.UserError, match="layers.9.mlp.up_proj"):
         load(base, adapter=adapter)
+
+
+def test_an_export_on_a_full_disk_leaves_nothing(trained, tmp_path, capsys, monkeypatch):
+    base, adapter = trained
+    for error in (OSError(28, "No space left on device"), safetensors.SafetensorError("I/O error: no space")):
+
+        def full(*args, error=error, **more):
+            raise error
+
+        monkeypatch.setattr(safetensors.torch, "save_file", full)
+        code, out = exported(adapter, "merged", tmp_path / "out")
+        assert code == 2 and capsys.readouterr().err.startswith(f"error: --out {out}: ")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+
+
+def test_files_that_the_index_does_not_name_are_not_merged(published, trained, tmp_path):
+    """Some publishers put the same weights beside them once more, under other names."""
+    base, adapter = trained
+    save({"another.name": torch.zeros(3)}, os.path.join(base, "consolidated.safetensors"))
+    code, out = exported(adapter, "merged", tmp_path / "out")
+    (file,) = [name for name in os.listdir(out) if name.endswith(".safetensors")]
+    assert safetensors.torch.load_file(os.path.join(out, file)).keys() == published.weights.keys()
+
+
+def test_the_talker_s_voices_are_asked_for(trained, tmp_path, capsys):
+    base, adapter = trained
+    os.remove(os.path.join(base, "spk_dict.pt"))
+    assert exported(adapter, "merged", tmp_path / "out")[0] == 0
+    assert "without spk_dict.pt, the talker's voices" in capsys.readouterr().out
+
+
+def test_a_config_that_is_no_run_s_gives_no_card(trained, tmp_path):
+    """The folder around an adapter may be anything, a checkpoint's too."""
+    base, adapter = trained
+    shutil.copy(os.path.join(base, "config.json"), tmp_path)
+    code, out = exported(adapter, "thinker", tmp_path / "out")
+    assert code == 0 and sorted(os.listdir(out)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_what_cannot_be_exported(trained, tmp_path, capsys):

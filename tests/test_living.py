@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import data
 import omni_grpo as og
 import runs
+import texts
 from texts import DOCS
 
 KEY = "eval/accuracy_sampled"
@@ -55,6 +56,8 @@ def same(a, b):
 def test_best_is_the_adapter_of_the_best_evaluation(kept, evaluated, tmp_path):
     """The weights of that step, and they score what the log says."""
     out, best = kept
+    card = texts.read(os.path.join(out, "best", "README.md"))
+    assert f"after step {best};" in card and card != texts.read(os.path.join(out, "adapter", "README.md"))
     shorter = runs.train(dataclasses.replace(evaluated, cold_start_steps=best), tmp_path / "shorter")
     assert same(weights(out, "best"), weights(shorter)) and not same(weights(out, "best"), weights(out))
     cfg = dataclasses.replace(evaluated, adapter=os.path.join(out, "best"))

@@ -16,7 +16,7 @@ import omni_grpo
 from data import Example, UserError
 
 
-def ask(options, words: list[str], choices: list[str]) -> None:
+def answer(options, words: list[str], choices: list[str]) -> None:
     """words: a question or none, then clips"""
     question, clips = split_words(words)
     if options.audio == "shuffled":

@@ -8,6 +8,7 @@ import os
 import shlex
 
 import eval as evaluation
+from model import split_revision
 from omni_grpo import Config
 
 CARD = """---
@@ -47,7 +48,7 @@ def card(run: str) -> str:
     rows["code"] = f"commit {about['commit'] or 'unknown'}, {libraries}"
     rows |= measured_rows(run, about.get("held_out", 0))
     return CARD.format(
-        hub_id="" if os.path.isdir(model) else f"base_model: {model.partition('@')[0]}\n",
+        hub_id="" if os.path.isdir(model) else f"base_model: {split_revision(model)[0]}\n",
         name=os.path.basename(os.path.abspath(run)),
         model=model,
         command=command_of(cfg),
@@ -80,8 +81,9 @@ def measured_rows(run: str, n: int) -> dict[str, str]:
     for key, name in MEASURED.items():
         if key in log[-1]:
             share, before = log[-1][key], log[0].get(key)
-            low, high = evaluation.wilson(share, n)
-            text = f"{share:.3f} ({low:.3f} to {high:.3f})"
+            text = f"{share:.3f}"
+            if n:
+                text += " ({:.3f} to {:.3f})".format(*evaluation.wilson(share, n))
             if before is not None and log[0] is not log[-1]:
                 text += f"; before training {before:.3f}"
             rows[f"held-out accuracy, {name}"] = text

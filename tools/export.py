@@ -15,11 +15,13 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 
 import data
 from data import UserError, knob
 from model import blame, find_model, in_layout, quiet_libraries, read_adapter, read_family
+from omni_grpo import is_run
 
 LM_PATHS = {  # model type: door: where the language model is
     "qwen2_5_omni_thinker": dict(
@@ -54,17 +56,18 @@ def export(adapter: str, door: str, options: Options) -> None:
     base = options.model or (f"{named}@{config.revision}" if config.revision else named)
     if not base:
         raise UserError(f"{adapter}: names no base; give --model")
-    folder, part = find_model(base), f"{options.out}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
-    if door == "merged":
-        merge(adapter, folder, part)
-    else:
-        rename(adapter, folder, door, part)
-    run = os.path.dirname(os.path.abspath(adapter))
-    if os.path.exists(f"{run}/config.json"):  # an adapter of ours
-        data.write_text(f"{part}/README.md", card.card(run))
-    os.rename(part, options.out)
+    folder, run = find_model(base), os.path.dirname(os.path.abspath(adapter))
+    parent = os.path.dirname(os.path.abspath(options.out))
+    with blame(f"--out {options.out}"), tempfile.TemporaryDirectory(dir=parent, prefix="export-") as made:
+        part = os.path.join(made, "made")
+        os.mkdir(part)
+        if door == "merged":
+            merge(adapter, folder, part)
+        else:
+            rename(adapter, folder, door, part)
+        if is_run(run):
+            data.write_text(f"{part}/README.md", card.card(run))
+        os.rename(part, options.out)
     print(f"{options.out}: {door}, of {base}")
     if options.push_to_hub:
         push(options.out, options.push_to_hub)
@@ -101,12 +104,10 @@ def merge(adapter: str, base: str, out: str) -> None:
     from safetensors import safe_open
 
     pairs, scaling = lora_pairs(adapter)
-    files, sizes = {}, {}
-    for file in sorted(name for name in os.listdir(base) if name.endswith(".safetensors")):
-        with safe_open(os.path.join(base, file), "pt") as f:
-            for name in f.keys():
-                files[name] = os.path.join(base, file)
-                sizes[name] = f.get_tensor(name).nbytes
+    files, sizes = weight_files(base), {}
+    for name, path in files.items():
+        with safe_open(path, "pt") as f:
+            sizes[name] = f.get_tensor(name).nbytes
     shards = split_state_dict_into_shards_factory(
         sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
     )
@@ -128,6 +129,22 @@ def merge(adapter: str, base: str, out: str) -> None:
     for name in os.listdir(base):  # tokenizer, processor, the talker's voices
         if os.path.isfile(os.path.join(base, name)) and not name.endswith(WEIGHTS):
             shutil.copy(os.path.join(base, name), out)
+    if any(name.startswith("talker.") for name in files) and not os.path.exists(f"{out}/spk_dict.pt"):
+        print("note: the base lies here without spk_dict.pt, the talker's voices; the whole class needs it")
+
+
+def weight_files(base: str) -> dict[str, str]:
+    """The name of every tensor of a checkpoint, and the file that holds it."""
+    from safetensors import safe_open
+
+    index = os.path.join(base, "model.safetensors.index.json")
+    if os.path.exists(index):
+        with open(index, encoding="utf-8") as f:
+            files = json.load(f)["weight_map"]
+        return {name: os.path.join(base, file) for name, file in files.items()}
+    path = os.path.join(base, "model.safetensors")
+    with safe_open(path, "pt") as f:
+        return dict.fromkeys(f.keys(), path)
 
 
 def lora_pairs(adapter: str) -> tuple[dict[str, dict], float]:

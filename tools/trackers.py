@@ -139,7 +139,7 @@ def following(report_to: str, out: str):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment = os.environ | dict(PYTHONPATH=os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
     follower = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=sys.stderr.fileno(), env=environment, start_new_session=True
+        command, stdin=subprocess.PIPE, stdout=2, env=environment, start_new_session=True
     )
     try:
         yield
